@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The --kv-compress* flags and their way into ``additional_config``."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from vl_cache_vllm.config import (
+    ADDITIONAL_CONFIG_KEY,
+    DEFAULT_BUDGET,
+    OFF,
+    KVCompressConfig,
+    describe_settings,
+)
+from vl_cache_vllm.policy import POLICIES
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def add_cli_args(parser: Any) -> Any:
+    """Add the argument group; listed by ``vllm serve --help=kv-compress``."""
+    group = parser.add_argument_group(
+        title="kv-compress",
+        description="KV cache compression for vision-language models (VL-Cache): after prefill, "
+        "free the cache blocks of tokens that the text after the image does not attend to.",
+    )
+    group.add_argument(
+        "--kv-compress",
+        choices=[OFF, *sorted(POLICIES)],
+        default=OFF,
+        help="Eviction policy, or none to leave vLLM as it is.",
+    )
+    group.add_argument(
+        "--kv-compress-budget",
+        type=_budget,
+        default=None,
+        metavar="FLOAT",
+        help="Share of a prompt's KV cache blocks that is kept after prefill, greater than 0 and at "
+        f"most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
+    )
+    group.add_argument(
+        "--kv-compress-config",
+        type=_json_object,
+        default=None,
+        metavar="JSON",
+        help="Parameters of the policy, a JSON object. Keys:\n"
+        + "\n".join(f"{name}:\n{describe_settings(cls)}" for name, cls in POLICIES.items()),
+    )
+    return parser
+
+
+def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
+    """Store the parsed flags in ``engine_args.additional_config``.
+
+    Raises:
+        ValueError: for flags that contradict each other or name unknown parameters.
+    """
+    policy = getattr(args, "kv_compress", OFF)
+    given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
+    if "policy" in given or "budget" in given:
+        raise ValueError(
+            "give the policy and the budget as --kv-compress and --kv-compress-budget, "
+            "not in --kv-compress-config"
+        )
+    budget = getattr(args, "kv_compress_budget", None)
+    if budget is not None:
+        given["budget"] = budget
+    if policy == OFF and not given:
+        return
+    settings = {"policy": policy, **given}
+    KVCompressConfig.from_dict(settings)  # fail here, before the model config is read
+    if ADDITIONAL_CONFIG_KEY in engine_args.additional_config:
+        raise ValueError(
+            f"KV compression is set both by --kv-compress flags and by "
+            f"--additional-config's {ADDITIONAL_CONFIG_KEY!r}; use one of them"
+        )
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        ADDITIONAL_CONFIG_KEY: settings,
+    }
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+        KVCompressConfig(budget=value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a budget: it must be a number greater than 0 and at most 1, "
+            "the share of a prompt's KV cache to keep (0.1 keeps a tenth)"
+        ) from error
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of KV compression and their one place of validation.
+
+They travel in ``VllmConfig.additional_config["kv_compress"]``, a plain JSON object, so that
+every process of an engine sees the same settings and the compile cache tells them apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vl_cache_vllm.policy import POLICIES, EvictionPolicy, VLCachePolicy
+
+ADDITIONAL_CONFIG_KEY = "kv_compress"
+OFF = "none"
+DEFAULT_BUDGET = 0.1
+
+
+@dataclass(frozen=True)
+class KVCompressConfig:
+    """Validated settings of KV compression; hashable, picklable, comparable."""
+
+    policy: EvictionPolicy = field(default_factory=VLCachePolicy)
+    """Scores and layer budgets, with their parameters."""
+
+    budget: float = DEFAULT_BUDGET
+    """Retained share of a prompt's KV cache blocks, 0 < budget <= 1; 1 evicts nothing."""
+
+    min_prompt_tokens: int = 0
+    """Prompts with fewer tokens keep their whole cache."""
+
+    trace_path: str | None = None
+    """Append one JSON line per eviction to this file, for debugging and research. Reads results
+    back from the device at every eviction: not for production."""
+
+    trace_positions: bool = False
+    """Also write the kept token positions of every layer and KV head to the trace."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.budget <= 1.0:
+            raise ValueError(
+                f"the KV cache budget must be greater than 0 and at most 1, got {self.budget} "
+                "(it is the retained share of a prompt's KV cache: 0.1 keeps a tenth)"
+            )
+        if self.min_prompt_tokens < 0:
+            raise ValueError(f"min_prompt_tokens must not be negative, got {self.min_prompt_tokens}")
+
+    def kept_blocks(self, prompt_blocks: int) -> int:
+        """M = ceil(budget * N) blocks; rounding noise of the product does not add one."""
+        return min(prompt_blocks, math.ceil(round(self.budget * prompt_blocks, 9)))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:
+        """Parse the user's settings.
+
+        Args:
+            settings: ``{"policy": ..., "budget": ..., <parameter>: ...}`` or None.
+
+        Returns:
+            The configuration, or None when compression is off (no settings, policy "none").
+
+        Raises:
+            ValueError: with what is wrong and what is accepted.
+        """
+        if settings is None:
+            return None
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"{ADDITIONAL_CONFIG_KEY} must be a JSON object such as "
+                f'{{"policy": "vlcache", "budget": 0.1}}, got {settings!r}'
+            )
+        values = dict(settings)
+        name = values.pop("policy", OFF)
+        if name == OFF:
+            if values:
+                raise ValueError(
+                    f"KV compression is off (policy {OFF!r}), but these settings were given: "
+                    f"{', '.join(sorted(map(str, values)))}. Choose a policy: "
+                    f"{', '.join(sorted(POLICIES))}"
+                )
+            return None
+        if name not in POLICIES:
+            raise ValueError(
+                f"unknown KV compression policy {name!r}; known: {OFF}, {', '.join(sorted(POLICIES))}"
+            )
+        policy_cls = POLICIES[name]
+        own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)
+        unknown = [key for key in values if key not in own and key not in parameters]
+        if unknown:
+            raise ValueError(
+                f"unknown KV compression setting(s) {', '.join(map(repr, unknown))}; known for policy "
+                f"{name!r}: {', '.join(sorted({*own, *parameters}))}"
+            )
+        checked = {k: _coerce(k, v, own.get(k) or parameters[k]) for k, v in values.items()}
+        policy = policy_cls(**{k: v for k, v in checked.items() if k in parameters})
+        return cls(policy=policy, **{k: v for k, v in checked.items() if k in own})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as the plain JSON object that `from_dict` reads."""
+        values = {"policy": self.policy.name, **dataclasses.asdict(self.policy)}
+        return values | {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "policy"
+        }
+
+
+def settings_of(vllm_config: Any) -> KVCompressConfig | None:
+    """The settings of a ``VllmConfig``; None when compression is off."""
+    additional = vllm_config.additional_config
+    return KVCompressConfig.from_dict(
+        additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+    )
+
+
+def describe_settings(policy_cls: type[EvictionPolicy]) -> str:
+    """One line per setting that ``--kv-compress-config`` accepts, with its default."""
+    fields = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
+    return "\n".join(
+        f"- {f.name} (default {f.default!r})" for f in (*dataclasses.fields(policy_cls), *fields)
+    )
+
+
+def _field_types(cls: type, skip: str = "") -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != skip}
+
+
+def _coerce(key: str, value: Any, expected: Any) -> Any:
+    """Check a JSON value against a field's annotation; ints pass as floats, nothing else bends."""
+    union = isinstance(expected, types.UnionType)
+    accepted = set(typing.get_args(expected)) if union else {expected}
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if float in accepted and is_number and math.isfinite(value):
+        return float(value)
+    if type(value) in accepted and type(value) is not float:
+        return value
+    names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in accepted))
+    raise ValueError(f"{key} must be of type {names}, got {value!r}")

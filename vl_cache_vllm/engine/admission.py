@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which prompts are evicted, and to how many blocks: pure functions of host-known numbers.
+
+The scheduler decides with them; the worker uses the same functions only to know which
+prompts are worth observing, and takes the decision itself from the length of a block-table row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.utils.math_utils import cdiv
+
+from vl_cache_vllm.config import KVCompressConfig
+
+VISUAL_MODALITIES = frozenset({"image", "video", "vision_chunk"})
+
+
+class Skip(Enum):
+    """Why a request keeps its whole cache."""
+
+    TEXT_ONLY = "text_only"
+    NO_POST_VISION_TOKENS = "no_post_vision_tokens"
+    SHORT_PROMPT = "short_prompt"
+    NO_SAVING = "no_saving"
+    POOL_TOO_SMALL = "pool_too_small"
+    NO_DECODE = "no_decode"
+    STREAMING_INPUT = "streaming_input"
+
+
+@dataclass(frozen=True)
+class EvictionPlan:
+    """The blocks of one prompt before and after eviction."""
+
+    prompt_tokens: int  # E: tokens computed when the prefill ends
+    prompt_blocks: int  # N
+    kept_blocks: int  # M; 0: not evicted
+    skip: Skip | None = None
+
+
+def post_vision_start(features: Sequence[MultiModalFeatureSpec]) -> int | None:
+    """Position after the last visual token, or None without images or videos.
+
+    Structural tokens inside an image's placeholder range (row breaks, end markers) belong to it.
+    """
+    ends = [
+        f.mm_position.offset + f.mm_position.length
+        for f in features
+        if f.modality in VISUAL_MODALITIES
+    ]
+    return max(ends, default=None)
+
+
+def plan_eviction(
+    config: KVCompressConfig,
+    block_size: int,
+    prompt_tokens: int,
+    vision_end: int | None,
+    usable_blocks: int | None = None,
+) -> EvictionPlan:
+    """Decide whether a prompt is evicted and to how many blocks.
+
+    Args:
+        config: budget and minimum length.
+        block_size: tokens per block.
+        prompt_tokens: E, tokens to compute before decoding; generated ones too after a preemption.
+        vision_end: result of `post_vision_start`.
+        usable_blocks: blocks of the whole pool; the prompt and its kept blocks must fit together
+            for one step. None: not checked (the worker does not know).
+
+    Returns:
+        A plan whose ``kept_blocks`` is 0, with the reason, where eviction would not save at least
+        one block at every later length.
+    """
+    num_blocks = cdiv(prompt_tokens, block_size)
+    kept = config.kept_blocks(num_blocks)
+    skip = None
+    if vision_end is None:
+        skip = Skip.TEXT_ONLY
+    elif vision_end >= prompt_tokens:
+        skip = Skip.NO_POST_VISION_TOKENS
+    elif prompt_tokens < config.min_prompt_tokens:
+        skip = Skip.SHORT_PROMPT
+    elif kept >= prompt_tokens // block_size:
+        # Decoding starts in a fresh block, whereas a whole prompt would first fill its last one.
+        skip = Skip.NO_SAVING
+    elif usable_blocks is not None and num_blocks + kept > usable_blocks:
+        skip = Skip.POOL_TOO_SMALL
+    return EvictionPlan(prompt_tokens, num_blocks, 0 if skip else kept, skip)

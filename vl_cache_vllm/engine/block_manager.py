@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block accounting of evicted requests.
+
+Blocks of a request, N = 3 prompt blocks evicted to M = 1:
+
+    prefill ends      [7, 8, 9] [4]            M blocks reserved with the last chunk
+    step processed    [-, -, -] [4]            prompt blocks freed, hashes intact, null in place
+    decode            [-, -, -] [4] [5] ...    positions >= E start in a fresh block
+
+| owns | does not own |
+| --- | --- |
+| the decision (once per prefill), N, M, when prompt blocks are freed | which tokens survive, how the M x L pages are dealt to layers (worker) |
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vl_cache_vllm.engine.admission import EvictionPlan, Skip, plan_eviction, post_vision_start
+
+
+class CompressedAttentionManager(FullAttentionManager):
+    """`FullAttentionManager` that reserves, frees and stops hashing for evicted requests."""
+
+    def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self._config = kv_cache_spec.kv_compress
+        self._lookup: Callable[[str], Request | None] = lambda _: None
+        # Decided plans, also the negative ones: vLLM's end of prefill moves along with a decoding
+        # request, so a rule asked again later would answer for tokens the worker has long decoded.
+        self._decided: dict[str, EvictionPlan] = {}
+        self._prompt_freed: set[str] = set()
+        self.num_evicted = 0
+        self.num_skipped: Counter[Skip] = Counter()
+
+    def bind_requests(self, lookup: Callable[[str], Request | None]) -> None:
+        """Give the manager the scheduler's requests, which vLLM's interface does not pass."""
+        self._lookup = lookup
+
+    def plan(self, request: Request) -> EvictionPlan:
+        """The decision about a request, or what it would be if its prefill ended now."""
+        if decided := self._decided.get(request.request_id):
+            return decided
+        plan = plan_eviction(
+            self._config,
+            self.block_size,
+            request.num_tokens,
+            post_vision_start(request.mm_features),
+            usable_blocks=self.block_pool.num_gpu_blocks - 1,  # one is the null block
+        )
+        if plan.kept_blocks and request.resumable:
+            return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)  # its prompt still grows
+        if plan.kept_blocks and request.max_tokens <= 1:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_DECODE)
+        return plan
+
+    def max_hit_tokens(self, request: Request) -> int | None:
+        """Longest prefix-cache hit that leaves all observed queries to be computed.
+
+        None where the request will not be evicted and any hit is welcome.
+        """
+        plan = self.plan(request)
+        if not plan.kept_blocks:
+            return None
+        vision_end = post_vision_start(request.mm_features)
+        assert vision_end is not None
+        start = self._config.policy.observation_start(vision_end, plan.prompt_tokens)
+        return start // self.block_size * self.block_size
+
+    def _token_slots(self, request_id: str, num_tokens: int) -> int:
+        """Tokens that a whole cache of the size needed for ``num_tokens`` would hold."""
+        request = self._lookup(request_id)
+        plan = self._decided.get(request_id) or (self.plan(request) if request else None)
+        if plan is None or not plan.kept_blocks or num_tokens < plan.prompt_tokens:
+            return num_tokens
+        decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
+        return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args, **kwargs
+    ) -> int:
+        return super().get_num_blocks_to_allocate(
+            request_id, self._token_slots(request_id, num_tokens), *args, **kwargs
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        slots = self._token_slots(request_id, num_tokens)
+        request = self._lookup(request_id)
+        if request is not None and request_id not in self._decided:
+            plan = self.plan(request)
+            if num_tokens_main_model >= plan.prompt_tokens:
+                self._decide(request_id, plan)
+        return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
+
+    def _decide(self, request_id: str, plan: EvictionPlan) -> None:
+        self._decided[request_id] = plan
+        if plan.skip:
+            self.num_skipped[plan.skip] += 1
+        else:
+            self.num_evicted += 1
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        plan = self._decided.get(request.request_id)
+        if plan is not None and plan.kept_blocks:
+            # Later blocks hold a request's private selection, not a prefix of anything.
+            num_tokens = min(num_tokens, plan.prompt_tokens)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        plan = self._decided.get(request_id)
+        if plan is None or not plan.kept_blocks or request_id in self._prompt_freed:
+            return
+        if processed_computed_tokens >= plan.prompt_tokens:
+            # The step that compacted is done: nobody reads this request's prompt pages any more.
+            self._remove_blocks_in_range(request_id, 0, plan.prompt_blocks)
+            self._prompt_freed.add(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._decided.pop(request_id, None)
+        self._prompt_freed.discard(request_id)
+        return super().pop_blocks_for_free(request_id)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where we replace or extend something of vLLM's, and why: one table.
+
+With ``--kv-compress none`` only the first three are in place, and they only add flags and
+look at one key of ``additional_config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vl_cache_vllm.worker.eviction import EvictionWorker
+
+SUPPORTED_VLLM = (Version("0.32"), Version("0.33"))
+"""Half-open range of vLLM versions; the table below was written for 0.32.0."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One row of the table."""
+
+    target: str
+    """What of vLLM's is touched."""
+    kind: str
+    """"extension point" (vLLM offers it) or "wrap" (we replace a method, calling the original)."""
+    scope: str
+    """Where and when it takes effect."""
+    reason: str
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "vllm.engine.arg_utils.EngineArgs.add_cli_args",
+        "wrap",
+        "every process that loads plugins",
+        "adds the --kv-compress* flags; vLLM has no registry of plugin flags",
+    ),
+    Hook(
+        "vllm.engine.arg_utils.EngineArgs.from_cli_args",
+        "wrap",
+        "every process that loads plugins",
+        "folds the flags into additional_config; the original drops flags it has no field for",
+    ),
+    Hook(
+        "vllm.engine.arg_utils.EngineArgs.create_engine_config",
+        "wrap",
+        "every process that loads plugins; acts when kv_compress is set",
+        "validates, refuses what is unsupported, chooses our worker and scheduler classes",
+    ),
+    Hook(
+        "ParallelConfig.worker_cls",
+        "extension point",
+        "engines with eviction",
+        "our worker installs the worker-side hooks below; nothing is patched in other engines",
+    ),
+    Hook(
+        "SchedulerConfig.scheduler_cls",
+        "extension point",
+        "engines with eviction",
+        "shows the requests to our block manager, trims prefix-cache hits",
+    ),
+    Hook(
+        "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec",
+        "extension point",
+        "engines with eviction",
+        "our block manager and wider block-table rows",
+    ),
+    Hook(
+        "vllm.v1.attention.backends.registry.register_backend(CPU_ATTN)",
+        "extension point",
+        "CPU workers with eviction",
+        "per-layer tables and observation; the CPU platform selects no other backend name",
+    ),
+    Hook(
+        "vllm.v1.attention.selector._cached_get_attn_backend.cache_clear",
+        "wrap",
+        "CPU workers with eviction",
+        "another engine of the same process may have cached vLLM's class before ours was registered",
+    ),
+    Hook(
+        "GPUModelRunner._build_attention_metadata (V1, this instance)",
+        "wrap",
+        "workers with eviction on the V1 runner",
+        "the only place that sees the batch and the metadata together",
+    ),
+    Hook(
+        "ModelState.add_request, remove_request, prepare_attn (V2, this instance)",
+        "wrap",
+        "workers with eviction on the V2 runner",
+        "the same, where V2 keeps it",
+    ),
+)
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vl_cache_vllm.worker.cpu_worker.EvictionCPUWorker",
+}
+_SCHEDULER = "vl_cache_vllm.engine.scheduler.EvictionScheduler"
+_ASYNC_SCHEDULER = "vl_cache_vllm.engine.scheduler.AsyncEvictionScheduler"
+
+
+def install() -> None:
+    """Add the flags and the start-up check to vLLM's `EngineArgs`, once per process."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vl_cache_vllm import cli
+
+    if getattr(EngineArgs, "_vl_cache_installed", False):
+        return
+    EngineArgs._vl_cache_installed = True  # type: ignore[attr-defined]
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+    create_engine_config = EngineArgs.create_engine_config
+
+    def add_cli_args_with_ours(parser: Any) -> Any:
+        return cli.add_cli_args(add_cli_args(parser))
+
+    def from_cli_args_with_ours(cls: type[EngineArgs], args: Any) -> EngineArgs:
+        engine_args = from_cli_args(cls, args)
+        cli.fold_into(engine_args, args)
+        return engine_args
+
+    def create_engine_config_with_ours(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        enable(vllm_config)
+        return vllm_config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
+    EngineArgs.from_cli_args = classmethod(from_cli_args_with_ours)  # type: ignore[assignment]
+    EngineArgs.create_engine_config = create_engine_config_with_ours  # type: ignore[method-assign]
+
+
+def enable(vllm_config: VllmConfig) -> None:
+    """Switch eviction on in a finished config if it asks for it.
+
+    Raises:
+        ValueError: bad settings, or one message with every reason why this engine cannot evict.
+    """
+    from vllm.logger import init_logger
+
+    from vl_cache_vllm.config import settings_of
+    from vl_cache_vllm.support import unsupported_reasons
+
+    config = settings_of(vllm_config)
+    if config is None:
+        return
+    reasons = unsupported_reasons(vllm_config, supported_workers=tuple(_WORKERS))
+    if reasons:
+        raise ValueError(
+            f"--kv-compress {config.policy.name} cannot be used with this configuration:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+        )
+    vllm_config.parallel_config.worker_cls = _WORKERS[vllm_config.parallel_config.worker_cls]
+    scheduler_config = vllm_config.scheduler_config
+    scheduler_config.scheduler_cls = (
+        _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
+    )
+    init_logger("vllm.vl_cache").info(
+        "KV compression: policy=%s budget=%s (%s)",
+        config.policy.name,
+        config.budget,
+        config.policy,
+    )
+
+
+def use_cpu_backend() -> None:
+    """Put our backend in CPU_ATTN's place in this process."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN,
+        "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend",
+    )
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def attach_v1(runner: Any, worker: EvictionWorker, layer_index: dict[str, int]) -> None:
+    """Hook eviction into a V1 model runner."""
+    from vl_cache_vllm.worker.v1 import V1Adapter
+
+    adapter = V1Adapter(runner, worker, layer_index)
+    runner._build_attention_metadata = adapter.build_attention_metadata
+
+
+def attach_v2(runner: Any, worker: EvictionWorker, layer_index: dict[str, int]) -> None:
+    """Hook eviction into a V2 model runner's model state."""
+    from vl_cache_vllm.worker.v2 import V2Adapter
+
+    adapter = V2Adapter(runner, worker, layer_index)
+    state = runner.model_state
+    state.add_request = adapter.add_request
+    state.remove_request = adapter.remove_request
+    state.prepare_attn = adapter.prepare_attn

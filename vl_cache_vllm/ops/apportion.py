@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer weights to whole pages that add up exactly."""
+
+import torch
+
+
+def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
+    """Deal ``total_pages`` out in proportion to ``weights``, at least 1 and at most ``max_pages`` each.
+
+    Where the floor or the cap binds, the remaining layers share what is left in proportion to
+    their weights; fractions are settled by largest remainder, ties to the lower layer. Host
+    values only enter as bounds, so the call never reads the device back.
+
+    Args:
+        weights: positive, float64 ``[num_layers]``.
+        total_pages: ``num_layers <= total_pages <= num_layers * max_pages``.
+        max_pages: the prompt's full pages.
+
+    Returns:
+        Pages per layer, int64 ``[num_layers]``, summing to ``total_pages``.
+
+    Raises:
+        ValueError: if no such division exists.
+
+    Source: paper, Algorithm 1; exact sums are this project's (docs/adr/0003).
+    """
+    num_layers = weights.shape[0]
+    if not num_layers <= total_pages <= num_layers * max_pages:
+        raise ValueError(
+            f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
+        )
+    quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
+    pages = quota.floor().to(torch.int64)
+    missing = total_pages - pages.sum()
+    # A layer at its cap has no claim to a rounded-up page, whatever its rounding noise.
+    remainder = torch.where(pages < max_pages, quota - pages, -1.0)
+    order = torch.argsort(remainder, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(num_layers, device=order.device))
+    return pages + (rank < missing)
+
+
+def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tensor:
+    """``clip(scale * weights, 1, cap)`` with the scale that makes it sum to ``total``.
+
+    The sum is piecewise linear and increasing in the scale, with a kink wherever a layer leaves
+    the floor or reaches the cap: evaluate it at all 2L kinks, then interpolate.
+    """
+    kinks = torch.cat((1.0 / weights, cap / weights)).sort().values  # [2L]
+    sums = (kinks[:, None] * weights).clamp(1.0, cap).sum(1)  # [2L]
+    right = torch.searchsorted(sums, torch.full_like(sums[:1], total)).clamp(1, len(kinks) - 1)
+    left = right - 1
+    slope = (kinks[right] - kinks[left]) / (sums[right] - sums[left]).clamp(min=1e-300)
+    scale = kinks[left] + (total - sums[left]) * slope
+    scale = torch.where(sums[right] > sums[left], scale, kinks[right])
+    return (scale * weights).clamp(1.0, cap)

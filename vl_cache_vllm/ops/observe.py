@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the observed queries attend: column sums and the count of dense entries."""
+
+import math
+
+import torch
+
+# Bounds the float32 logits that one slice of queries materialises: 64 MiB.
+_MAX_LOGITS = 1 << 24
+
+
+def observe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first_position: int,
+    scale: float,
+    threshold: float,
+    softcap: float,
+    column_sums: torch.Tensor,
+    dense_entries: torch.Tensor,
+) -> None:
+    """Accumulate attention of consecutive queries over all keys before and at their position.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``, rotary embedding applied.
+        key: ``[num_kv_heads, num_keys, head_size]``, ``num_keys >= first_position + num_queries``;
+            later keys are ignored.
+        first_position: position of ``query[0]`` in the sequence.
+        scale: softmax scale.
+        threshold: p; an entry is dense iff it is at least p times its row's maximum.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 disables it.
+        column_sums: float32 ``[num_kv_heads, >= num_keys]``, added to: attention per key, summed
+            over queries and the heads of the KV head's group.
+        dense_entries: int64 scalar tensor, added to: dense entries over all query heads.
+
+    Source: paper sections 1 and 3. Scores in float32 whatever the cache's type.
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads = key.shape[0]
+    num_keys = first_position + num_queries
+    keys = key[:, :num_keys].float()  # [K, S, D]
+    position = torch.arange(num_keys, device=query.device)
+    step = max(1, _MAX_LOGITS // (num_heads * num_keys))
+    for start in range(0, num_queries, step):
+        part = query[start : start + step].float()  # [Q, H, D]
+        rows = part.shape[0]
+        grouped = part.view(rows, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)  # [K, G, Q, D]
+        logits = torch.matmul(grouped.flatten(1, 2), keys.transpose(1, 2)) * scale
+        logits = logits.view(num_kv_heads, -1, rows, num_keys)  # [K, G, Q, S]
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        query_position = first_position + start + torch.arange(rows, device=query.device)
+        logits.masked_fill_(position > query_position[:, None], -torch.inf)
+        row_max = logits.amax(-1, keepdim=True)
+        dense_entries += (logits >= row_max + math.log(threshold)).sum()
+        attention = torch.exp(logits - row_max)
+        attention /= attention.sum(-1, keepdim=True)
+        column_sums[:, :num_keys] += attention.sum((1, 2))

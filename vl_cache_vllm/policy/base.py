@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy decides: which queries look, how tokens rank, how layers share the budget.
+
+A policy is a frozen dataclass whose fields are its parameters (the keys that
+``--kv-compress-config`` accepts) and whose methods are pure functions of tensors. Reading
+attention, rounding to whole pages, choosing the best tokens and moving them is the
+mechanism's work (`vl_cache_vllm.ops`), the same for every policy.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class EvictionPolicy(ABC):
+    """Token scores x layer budgets.
+
+    Raises:
+        ValueError: from ``__post_init__`` of a subclass, when a parameter is out of range.
+    """
+
+    name: ClassVar[str]
+    """The value of ``--kv-compress``."""
+
+    threshold: float = 0.01
+    """p: an attention entry counts as dense iff it reaches p times its row's maximum."""
+
+    recent_ratio: float = 0.1
+    """Share of a layer's budget that always keeps the prompt's last tokens."""
+
+    max_observation_tokens: int | None = None
+    """Observe at most this many of the last post-vision queries (None: all of them)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if not 0.0 <= self.recent_ratio <= 1.0:
+            raise ValueError(f"recent_ratio must be in [0, 1], got {self.recent_ratio}")
+        if self.max_observation_tokens is not None and self.max_observation_tokens < 1:
+            raise ValueError(
+                "max_observation_tokens must be at least 1 or null, "
+                f"got {self.max_observation_tokens}"
+            )
+
+    def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
+        """Position of the first observed query; the last is ``prefill_tokens - 1``."""
+        if self.max_observation_tokens is None:
+            return post_vision_start
+        return max(post_vision_start, prefill_tokens - self.max_observation_tokens)
+
+    @abstractmethod
+    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+        """Rank tokens by accumulated attention.
+
+        Args:
+            attention: attention that each key received from the observed queries, summed over
+                the queries and the KV head's group, float32 ``[num_layers, num_kv_heads, tokens]``.
+
+        Returns:
+            Scores of the same shape; higher is kept first, ties go to the lower position.
+        """
+
+    @abstractmethod
+    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
+        """Divide the budget among layers.
+
+        Args:
+            density: share of observed causal attention entries that pass the row filter,
+                float64 ``[num_layers]``.
+            budget: retained share of the prompt's KV cache, 0 < budget <= 1.
+
+        Returns:
+            Positive weights, float64 ``[num_layers]``; layers get pages in proportion.
+        """

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VL-Cache: Tu et al., arXiv 2410.23317 (ICLR 2025)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from vl_cache_vllm.policy.base import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class VLCachePolicy(EvictionPolicy):
+    """Post-vision attention scores, layer budgets from post-vision attention density.
+
+    The defaults are the paper's. ``pooling`` and ``uniform_mix`` are this project's
+    additions; 1 and 0 turn them off.
+    """
+
+    name: ClassVar[str] = "vlcache"
+
+    pooling: int = 1
+    """Odd width of an average over neighbouring positions, applied to the scores (1: paper).
+    Positions beyond the ends count as zero, as in SnapKV."""
+
+    uniform_mix: float = 0.0
+    """Share of the budget divided equally among layers (0: paper, 1: uniform budgets)."""
+
+    min_layer_budget: float = 0.01
+    """Least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pooling < 1 or self.pooling % 2 == 0:
+            raise ValueError(f"pooling must be an odd number of tokens, got {self.pooling}")
+        if not 0.0 <= self.uniform_mix <= 1.0:
+            raise ValueError(f"uniform_mix must be in [0, 1], got {self.uniform_mix}")
+        if not 0.0 < self.min_layer_budget <= 1.0:
+            raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
+
+    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+        """Accumulated post-vision attention (paper section 3), smoothed when asked."""
+        if self.pooling == 1:
+            return attention
+        return F.avg_pool1d(attention, self.pooling, stride=1, padding=self.pooling // 2)
+
+    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
+        """beta_l = clip(d_l / sum(d) * alpha * L, 0.01, 1) (paper, Algorithm 1)."""
+        num_layers = density.shape[0]
+        total = density.sum()
+        uniform = torch.full_like(density, 1.0 / num_layers)
+        # No attention entry passes the filter only if nothing was observed.
+        share = torch.where(total > 0, density / total.clamp(min=1e-300), uniform)
+        share = (1.0 - self.uniform_mix) * share + self.uniform_mix * uniform
+        return (share * budget * num_layers).clamp(self.min_layer_budget, 1.0)

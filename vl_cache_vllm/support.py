@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eviction cannot do yet, found in the finished config, before anything is loaded.
+
+What only the model's layers or the allocated cache can show (attention sinks, ALiBi, KV sharing,
+cache groups, page layout) is refused by the worker with the same kind of message.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from vl_cache_vllm.hooks import SUPPORTED_VLLM
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+_OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention", "mamba"}
+
+
+def unsupported_reasons(
+    vllm_config: VllmConfig, supported_workers: tuple[str, ...]
+) -> list[str]:
+    """All reasons why this engine cannot evict, each with what to change; empty if it can."""
+    import vllm
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    reasons = []
+
+    def refuse(condition: object, reason: str) -> None:
+        if condition:
+            reasons.append(reason)
+
+    low, high = SUPPORTED_VLLM
+    refuse(
+        not low <= Version(Version(vllm.__version__).base_version) < high,
+        f"vLLM {vllm.__version__}: this version of vl-cache-vllm supports >={low},<{high}",
+    )
+    refuse(
+        parallel.worker_cls not in supported_workers,
+        f"worker {parallel.worker_cls}: supported is vLLM's CPU worker; the CUDA attention backend "
+        "is not part of this release, and custom --worker-cls cannot be combined with eviction",
+    )
+    refuse(
+        vllm_config.scheduler_config.scheduler_cls is not None,
+        f"scheduler {vllm_config.scheduler_config.scheduler_cls}: remove --scheduler-cls, "
+        "eviction brings its own subclass of vLLM's scheduler",
+    )
+    refuse(
+        parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
+        "tensor or pipeline parallelism: use --tensor-parallel-size 1 --pipeline-parallel-size 1 "
+        "(data parallelism works)",
+    )
+    refuse(
+        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "context parallelism: use --decode-context-parallel-size 1 "
+        "--prefill-context-parallel-size 1",
+    )
+    refuse(parallel.enable_dbo or parallel.ubatch_size > 1, "micro-batching: remove --enable-dbo")
+    refuse(
+        vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+        "KV connectors and offloading: remove --kv-transfer-config and --kv-offloading-size",
+    )
+    refuse(
+        vllm_config.speculative_config is not None,
+        "speculative decoding: remove --speculative-config",
+    )
+    refuse(
+        is_quantized_kv_cache(cache.cache_dtype),
+        f"quantised KV cache {cache.cache_dtype}: use --kv-cache-dtype auto",
+    )
+    refuse(
+        vllm_config.attention_config.hisparse_config is not None,
+        "HiSparse: remove the attention config's hisparse_config",
+    )
+    return reasons + _model_reasons(vllm_config.model_config)
+
+
+def _model_reasons(model: ModelConfig) -> list[str]:
+    text_config = model.hf_text_config
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    other = sorted(layer_types & _OTHER_ATTENTION)
+    window = model.get_sliding_window()
+    if window is not None and not other:
+        other = [f"sliding window of {window} tokens"]
+    checks = (
+        (
+            model.runner_type != "generate",
+            f"{model.runner_type} models: there is no decoding to save cache for",
+        ),
+        (
+            not model.is_multimodal_model,
+            "text-only models: the policy scores tokens by the text that follows an image",
+        ),
+        (model.use_mla, "multi-head latent attention (MLA)"),
+        (model.is_encoder_decoder, "encoder-decoder models (cross attention)"),
+        (
+            model.is_hybrid or model.is_attention_free,
+            "models with state-space or linear-attention layers",
+        ),
+        (bool(other), f"layers that are not full attention: {', '.join(other)}"),
+        (model.is_mm_prefix_lm, "models with bidirectional attention inside images"),
+        (model.uses_alibi, "ALiBi position biases"),
+    )
+    return [reason for condition, reason in checks if condition]

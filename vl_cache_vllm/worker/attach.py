@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds eviction over a worker whose cache exists, and hooks it into its model runner."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vl_cache_vllm.attention.cpu import CompressedCPUAttentionMetadata, derive_packing
+from vl_cache_vllm.engine.spec import CompressedAttentionSpec
+from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.step import EvictionStep
+
+
+def attach_step(
+    metadata: Any, worker: EvictionWorker, step: EvictionStep, layer_index: dict[str, int]
+) -> None:
+    """Let the attention layers see the step. ``metadata`` maps layer names to metadata."""
+    for layer_metadata in {id(m): m for m in metadata.values()}.values():
+        assert isinstance(layer_metadata, CompressedCPUAttentionMetadata)
+        layer_metadata.worker = worker
+        layer_metadata.step = step
+        layer_metadata.layer_index = layer_index
+
+
+def build_eviction_worker(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[EvictionWorker, dict[str, int]]:
+    """The eviction worker of a vLLM worker, and the pool's layer of each layer name.
+
+    Raises:
+        ValueError: if the cache is not one group of full attention whose pages are
+            interchangeable, which only the allocated cache shows for certain.
+    """
+    groups, tensors = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
+    kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, CompressedAttentionSpec):
+        raise ValueError(
+            "KV compression supports models whose layers all use plain full attention of one "
+            f"shape; this model's KV cache groups are: {kinds}"
+        )
+    spec = groups[0].kv_cache_spec
+    if len(tensors) != 1 or set(tensors[0].layers) != set(groups[0].layer_names):
+        raise ValueError("KV compression needs the pages of all layers in one allocation")
+    (placement,) = tensors
+    page_bytes = spec.unpadded_page_size_bytes
+    strides = placement.layer_stride, placement.block_stride
+    if spec.page_size_bytes != page_bytes or any(stride % page_bytes for stride in strides):
+        raise ValueError(
+            f"KV compression needs contiguous pages; layout {kv_cache_config.kv_cache_layout} "
+            f"places pages of {page_bytes} bytes at strides {strides}"
+        )
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in placement.layers]
+    first = layers[0].kv_cache  # [num_blocks, K, N, C]
+    heads, tokens, content = first.shape[1:]
+    if first.stride()[1:] != (tokens * content, content, 1):
+        raise ValueError(
+            f"KV compression needs head-major pages, not layout {kv_cache_config.kv_cache_layout}"
+        )
+    num_pages = kv_cache_config.num_blocks * len(layers)
+    page_elements = heads * tokens * content
+    pool = PagePool(
+        pages=first.as_strided(
+            (num_pages, heads, tokens * content), (page_elements, tokens * content, 1)
+        ),
+        packing=derive_packing(layers[0].isa, spec.block_size, spec.head_size, spec.dtype),
+        num_layers=len(layers),
+        layer_stride=placement.layer_stride // page_bytes,
+        block_stride=placement.block_stride // page_bytes,
+    )
+    assert spec.kv_compress is not None
+    scheduler = vllm_config.scheduler_config
+    max_model_len = vllm_config.model_config.max_model_len
+    worker = EvictionWorker(
+        spec.kv_compress,
+        pool,
+        num_heads=layers[0].num_heads,
+        max_num_reqs=scheduler.max_num_seqs,
+        max_num_tokens=scheduler.max_num_batched_tokens,
+        max_table_width=spec.max_num_blocks_per_req(vllm_config, max_model_len),
+    )
+    return worker, {name: index for index, name in enumerate(placement.layers)}

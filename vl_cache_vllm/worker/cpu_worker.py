@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CPU worker with eviction; chosen through ``ParallelConfig.worker_cls``."""
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vl_cache_vllm import hooks
+from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.engine.spec import CompressedAttentionSpec
+from vl_cache_vllm.worker.attach import build_eviction_worker
+
+
+class EvictionCPUWorker(CPUWorker):
+    """`CPUWorker` over our attention backend and model-runner adapter."""
+
+    def __init__(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
+        hooks.use_cpu_backend()
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The model's specs, those of full attention with eviction."""
+        config = settings_of(self.vllm_config)
+        assert config is not None
+        return {
+            name: CompressedAttentionSpec.wrap(spec, config)
+            if type(spec) is FullAttentionSpec
+            else spec
+            for name, spec in super().get_kv_cache_spec().items()
+        }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self.eviction, layer_index = build_eviction_worker(self.vllm_config, kv_cache_config)
+        if self.use_v2_model_runner:
+            hooks.attach_v2(self.model_runner, self.eviction, layer_index)
+        else:
+            hooks.attach_v1(self.model_runner, self.eviction, layer_index)

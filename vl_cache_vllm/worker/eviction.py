@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs eviction on one worker: owns the device state, called by runner adapters and backends."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from vllm.logger import init_logger
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.ops.apportion import apportion
+from vl_cache_vllm.ops.compact import compact
+from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from vl_cache_vllm.ops.observe import observe
+from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.worker.step import (
+    BatchRow,
+    EvictionStep,
+    Finish,
+    RequestTable,
+    plan_step,
+)
+
+logger = init_logger(__name__)
+
+
+class EvictionWorker:
+    """Plans steps, observes layers as they run, and evicts after the last one.
+
+    Args:
+        config: settings.
+        pool: the cache of this worker's layers.
+        num_heads: query heads per layer on this worker.
+        max_num_reqs: requests the runner may hold at once.
+        max_num_tokens: tokens of the largest step.
+        max_table_width: columns of the runner's block table.
+    """
+
+    def __init__(
+        self,
+        config: KVCompressConfig,
+        pool: PagePool,
+        num_heads: int,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        max_table_width: int,
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.num_heads = num_heads
+        self.requests = RequestTable()
+        device, num_layers = pool.pages.device, pool.num_layers
+        # Row 0 stays zero: it serves requests that are not evicted.
+        self._kept_pages = torch.zeros(
+            max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
+        )
+        # Persistent, so that CUDA graphs can be captured over them.
+        self._block_table = torch.zeros(
+            num_layers * max_num_reqs * max_table_width, dtype=torch.int32, device=device
+        )
+        self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
+
+    def begin_step(
+        self,
+        rows: Sequence[BatchRow],
+        block_table: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> EvictionStep | None:
+        """Plan a step.
+
+        Args:
+            rows: the batch in order, R requests.
+            block_table: int32 ``[>= R, C]``.
+            query_start_loc: int32 ``[>= R + 1]``.
+            seq_lens: logical lengths after the step, int32 ``[>= R]``.
+
+        Returns:
+            The step, or None when vLLM's own path serves it unchanged.
+        """
+        num_reqs = len(rows)
+        evicted = [
+            (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
+            for s in (row.state for row in rows)
+        ]
+        numbers = plan_step(rows, self.config, self.pool.block_size, self.pool.num_layers)
+        if numbers.is_plain:
+            return None
+        block_table = block_table[:num_reqs]
+        query_start_loc = query_start_loc[: num_reqs + 1]
+        tables = None
+        if numbers.any_evicted:
+            tables = self._tables(
+                evicted,
+                sum(row.num_scheduled for row in rows),
+                min(numbers.table_width, block_table.shape[1]),
+                block_table,
+                query_start_loc,
+                seq_lens[:num_reqs],
+            )
+        return EvictionStep(
+            numbers.observations, numbers.finishes, block_table, query_start_loc, tables
+        )
+
+    def _tables(
+        self,
+        evicted: list[tuple[int, int, int, int]],
+        num_tokens: int,
+        width: int,
+        block_table: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> LayerTables:
+        num_layers, num_reqs = self.pool.num_layers, len(evicted)
+        out = LayerTables(
+            _prefix_view(self._block_table, num_layers, num_reqs, width),
+            _prefix_view(self._seq_lens, num_layers, num_reqs),
+            _prefix_view(self._slots, num_layers, num_tokens),
+        )
+        numbers = torch.tensor(evicted, dtype=torch.int64).to(block_table.device, non_blocking=True)
+        evicted_tokens, prompt_blocks, kept_blocks, slot = numbers.unbind(1)
+        layer_tables(
+            block_table,
+            query_start_loc,
+            seq_lens,
+            evicted_tokens,
+            prompt_blocks,
+            kept_blocks,
+            self._kept_pages[slot],
+            self.pool.block_size,
+            self.pool.layer_stride,
+            self.pool.block_stride,
+            out,
+        )
+        return out
+
+    def layer_done(
+        self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
+    ) -> None:
+        """Observe one layer, right after its attention; evict after the last.
+
+        Args:
+            step: the step that runs.
+            layer: index of the layer in the pool.
+            query: the step's queries, ``[num_tokens, num_heads, head_size]``.
+            scale: softmax scale.
+            softcap: logit soft cap, 0 for none.
+        """
+        for observation in step.observations:
+            state = observation.state
+            if state.column_sums is None:
+                shape = (self.pool.num_layers, self.pool.num_kv_heads, state.prefill_tokens)
+                state.column_sums = torch.zeros(shape, dtype=torch.float32, device=query.device)
+                state.dense_entries = torch.zeros(
+                    self.pool.num_layers, dtype=torch.int64, device=query.device
+                )
+            assert state.dense_entries is not None
+            row = step.block_table[observation.row, : observation.num_blocks]
+            observe(
+                query[observation.query_start : observation.query_end],
+                self.pool.read_keys(layer, row),
+                observation.first_position,
+                scale,
+                self.config.policy.threshold,
+                softcap,
+                state.column_sums[layer],
+                state.dense_entries[layer],
+            )
+        step.layers_done += 1
+        if step.layers_done == self.pool.num_layers:
+            for finish in step.finishes:
+                self._evict(step, finish)
+
+    def _evict(self, step: EvictionStep, finish: Finish) -> None:
+        state, pool, policy = finish.state, self.pool, self.config.policy
+        assert finish.prompt_tokens == state.prefill_tokens
+        assert state.column_sums is not None and state.dense_entries is not None, (
+            f"request {state.request_id} was given kept blocks but never observed"
+        )
+        full_pages = finish.prompt_tokens // pool.block_size
+        total_pages = finish.kept_blocks * pool.num_layers
+        observed = policy.observation_start(state.vision_end, finish.prompt_tokens)  # type: ignore[arg-type]
+        # Query at position t has t + 1 causal entries.
+        queries = finish.prompt_tokens - observed
+        entries = queries * (observed + 1 + finish.prompt_tokens) // 2
+        density = state.dense_entries.double() / (entries * self.num_heads)
+        weights = policy.layer_weights(density, self.config.budget)
+        kept_pages = apportion(weights, total_pages, full_pages)
+        positions = select(
+            policy.token_scores(state.column_sums),
+            kept_pages * pool.block_size,
+            policy.recent_ratio,
+            min(full_pages, total_pages - pool.num_layers + 1) * pool.block_size,
+        )
+        row = step.block_table[finish.row].long()
+        end = finish.prompt_blocks + finish.kept_blocks
+        compact(
+            pool, row[: finish.prompt_blocks], row[finish.prompt_blocks : end], kept_pages, positions
+        )
+        if state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
+            self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
+        self._kept_pages[state.slot] = kept_pages
+        state.column_sums = state.dense_entries = None
+        if self.config.trace_path is not None:
+            self._trace(finish, density, kept_pages, positions)
+
+    def _trace(
+        self, finish: Finish, density: torch.Tensor, kept_pages: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        kept_tokens = (kept_pages * self.pool.block_size).tolist()
+        record = {
+            "request_id": finish.state.request_id,
+            "prompt_tokens": finish.prompt_tokens,
+            "vision_end": finish.state.vision_end,
+            "block_size": self.pool.block_size,
+            "prompt_blocks": finish.prompt_blocks,
+            "kept_blocks": finish.kept_blocks,
+            "density": density.tolist(),
+            "kept_tokens": kept_tokens,
+        }
+        if self.config.trace_positions:
+            record["kept_positions"] = [
+                layer[:, :kept].tolist() for layer, kept in zip(positions, kept_tokens, strict=True)
+            ]
+        assert self.config.trace_path is not None
+        with open(self.config.trace_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first elements of a flat persistent buffer, densely shaped."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    return buffer[:size].view(shape)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scheduled batch to what eviction must do in that step: host-side numbers only.
+
+Runner-neutral: the V1 and V2 adapters translate their batches into `BatchRow`s.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from vllm.utils.math_utils import cdiv
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.engine.admission import plan_eviction
+from vl_cache_vllm.ops.layer_tables import LayerTables
+
+
+@dataclass(eq=False)
+class RequestState:
+    """One request on this worker, from the start of its prefill to its end or preemption."""
+
+    request_id: str
+    slot: int  # row of the device buffer of kept pages, at least 1
+    vision_end: int | None  # position after the last visual token
+    prefill_tokens: int  # tokens known when prefill (re)started
+    num_computed: int = 0  # tokens computed by the end of the last planned step
+
+    # While observing: attention sums [L, K, prefill_tokens] and dense entries [L].
+    column_sums: torch.Tensor | None = None
+    dense_entries: torch.Tensor | None = None
+
+    # After eviction, all in tokens or blocks of the logical sequence; 0 before.
+    evicted_tokens: int = 0  # E
+    prompt_blocks: int = 0  # N
+    kept_blocks: int = 0  # M
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One scheduled request as a runner sees it."""
+
+    state: RequestState
+    num_computed: int  # before this step
+    num_scheduled: int
+    num_blocks: int  # length of its block-table row
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Queries of one row whose attention is accumulated in this step."""
+
+    row: int
+    state: RequestState
+    query_start: int  # index into the step's tokens
+    query_end: int
+    first_position: int  # position of the first of them
+    num_blocks: int  # prompt blocks that hold their keys
+
+
+@dataclass(frozen=True)
+class Finish:
+    """A row whose prefill ends in this step and that the scheduler gave kept blocks."""
+
+    row: int
+    state: RequestState
+    prompt_tokens: int
+    prompt_blocks: int
+    kept_blocks: int
+
+
+@dataclass(eq=False)
+class EvictionStep:
+    """Everything eviction does in one step. Tensors are on the device; L layers, R requests."""
+
+    observations: list[Observation]
+    finishes: list[Finish]
+    block_table: torch.Tensor  # int32 [R, C], the runner's
+    query_start_loc: torch.Tensor  # int32 [R + 1]
+    tables: LayerTables | None  # None: no request of the batch is evicted, layers agree
+    layers_done: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """Host-side result of planning."""
+
+    observations: list[Observation]
+    finishes: list[Finish]
+    any_evicted: bool
+    table_width: int  # bound of any layer's pages of any row
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether vLLM's own path serves this step unchanged."""
+        return not (self.observations or self.finishes or self.any_evicted)
+
+
+def plan_step(
+    rows: Sequence[BatchRow], config: KVCompressConfig, block_size: int, num_layers: int
+) -> StepNumbers:
+    """Find the rows to observe, to finish, and to read through per-layer tables.
+
+    A row longer than its computed tokens need ends its prefill in this step: the surplus are the
+    M kept blocks that the scheduler reserved. Updates the states of finishing rows, so that the
+    next step sees them evicted.
+    """
+    observations, finishes = [], []
+    any_evicted, width, query_start = False, 1, 0
+    for index, row in enumerate(rows):
+        state, end = row.state, row.num_computed + row.num_scheduled
+        state.num_computed = end
+        if state.evicted_tokens:
+            any_evicted = True
+            kept_bound = min(
+                state.evicted_tokens // block_size,
+                state.kept_blocks * num_layers - (num_layers - 1),
+            )
+            width = max(width, kept_bound + cdiv(end - state.evicted_tokens, block_size))
+        else:
+            num_blocks = cdiv(end, block_size)
+            width = max(width, num_blocks)
+            observation = _observe_row(index, row, query_start, num_blocks, config, block_size)
+            if observation is not None:
+                observations.append(observation)
+            kept_blocks = row.num_blocks - num_blocks
+            if kept_blocks > 0:
+                finishes.append(Finish(index, state, end, num_blocks, kept_blocks))
+        query_start += row.num_scheduled
+    for finish in finishes:
+        state = finish.state
+        state.evicted_tokens = finish.prompt_tokens
+        state.prompt_blocks, state.kept_blocks = finish.prompt_blocks, finish.kept_blocks
+    return StepNumbers(observations, finishes, any_evicted, width)
+
+
+def _observe_row(
+    index: int,
+    row: BatchRow,
+    query_start: int,
+    num_blocks: int,
+    config: KVCompressConfig,
+    block_size: int,
+) -> Observation | None:
+    state, end = row.state, row.num_computed + row.num_scheduled
+    vision_end = state.vision_end
+    if vision_end is None or row.num_computed >= state.prefill_tokens:
+        return None
+    if not plan_eviction(config, block_size, state.prefill_tokens, vision_end).kept_blocks:
+        return None  # the scheduler's rule is at least as strict
+    first = max(
+        row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens)
+    )
+    if first >= end:
+        return None
+    skipped = first - row.num_computed
+    return Observation(
+        index, state, query_start + skipped, query_start + row.num_scheduled, first, num_blocks
+    )
+
+
+class RequestTable:
+    """The states of the requests on this worker, keyed as the runner likes."""
+
+    def __init__(self) -> None:
+        self._states: dict[Hashable, RequestState] = {}
+        self._free_slots: list[int] = []
+        self._num_slots = 1  # slot 0 is nobody's
+
+    def start(
+        self, key: Hashable, request_id: str, vision_end: int | None, prefill_tokens: int
+    ) -> RequestState:
+        """A fresh state for a request that starts or restarts its prefill."""
+        self.drop(key)
+        if not self._free_slots:
+            self._free_slots.append(self._num_slots)
+            self._num_slots += 1
+        state = RequestState(request_id, self._free_slots.pop(), vision_end, prefill_tokens)
+        self._states[key] = state
+        return state
+
+    def get(self, key: Hashable) -> RequestState | None:
+        return self._states.get(key)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a request; unknown keys are fine."""
+        if (state := self._states.pop(key, None)) is not None:
+            self._free_slots.append(state.slot)
+
+    def drop_all_but(self, keys) -> None:
+        """Forget requests whose key is not among ``keys``."""
+        for key in [key for key in self._states if key not in keys]:
+            self.drop(key)
+
+    def __len__(self) -> int:
+        return len(self._states)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter for vLLM's V2 model runner (`vllm.v1.worker.gpu`): wraps its `ModelState`."""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vl_cache_vllm.engine.admission import post_vision_start
+from vl_cache_vllm.worker.attach import attach_step
+from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.step import BatchRow
+
+
+class V2Adapter:
+    """Keyed by the runner's request slots, which V2 announces when they start and end."""
+
+    def __init__(
+        self, runner: GPUModelRunner, worker: EvictionWorker, layer_index: dict[str, int]
+    ) -> None:
+        self._runner = runner
+        self._worker = worker
+        self._layer_index = layer_index
+        state = runner.model_state
+        self._add, self._remove, self._prepare = (
+            state.add_request,
+            state.remove_request,
+            state.prepare_attn,
+        )
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """A request starts, or starts over after a preemption."""
+        self._add(req_index, new_req_data)
+        tokens = new_req_data.prefill_token_ids
+        assert tokens is not None
+        self._worker.requests.start(
+            req_index,
+            new_req_data.req_id,
+            post_vision_start(new_req_data.mm_features or ()),
+            len(tokens),
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        self._remove(req_id)
+        self._worker.requests.drop(self._runner.req_states.req_id_to_index.get(req_id))
+
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metadata = self._prepare(input_batch, *args, **kwargs)
+        index = input_batch.idx_mapping_np[: input_batch.num_reqs].tolist()
+        states = [self._worker.requests.get(i) for i in index]
+        if kwargs.get("for_capture") or None in states:
+            return metadata  # a dummy batch: warm-up or graph capture
+        num_blocks = self._runner.block_tables.num_blocks.np[0, index]
+        rows = [
+            BatchRow(state, int(computed), int(scheduled), int(blocks))  # type: ignore[arg-type]
+            for state, computed, scheduled, blocks in zip(
+                states,
+                input_batch.num_computed_tokens_np,
+                input_batch.num_scheduled_tokens,
+                num_blocks,
+                strict=True,
+            )
+        ]
+        step = self._worker.begin_step(
+            rows,
+            self._runner.block_tables.input_block_tables[0],
+            input_batch.query_start_loc,
+            input_batch.seq_lens,
+        )
+        if step is not None:
+            attach_step(metadata, self._worker, step, self._layer_index)
+        return metadata
