@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random-weight vision-language checkpoints that stock vLLM and transformers both load.
 
-The point of the weights is not to answer questions but to exercise a KV cache the way a trained model
-does: attention is far from uniform, its density differs clearly between layers, the greedy continuation
-depends on the image and does not settle on one token. A checkpoint is a function of its parameters only.
+The weights answer no questions; they exercise a KV cache the way a trained model does: attention is
+far from uniform, its density differs clearly between layers, the greedy continuation depends on the
+image and does not settle on one token. A checkpoint is a function of its parameters only.
 
     python -m benchmarks.tiny_models llava /tmp/tiny-llava
 """
@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ class _Shape:
         return self.num_heads * self.head_size
 
 
-def _text_config(shape: _Shape, eos_token: str) -> dict[str, object]:
+def _text_config(shape: _Shape, eos_token: str) -> dict[str, Any]:
     return dict(
         vocab_size=_VOCAB_SIZE,
         hidden_size=shape.hidden_size,
@@ -189,7 +190,7 @@ def _text_config(shape: _Shape, eos_token: str) -> dict[str, object]:
     )
 
 
-def _llava_arguments(shape: _Shape) -> dict[str, object]:
+def _llava_arguments(shape: _Shape) -> dict[str, Any]:
     vision = CLIPVisionConfig(
         hidden_size=_VISION_HIDDEN,
         intermediate_size=2 * _VISION_HIDDEN,
@@ -229,7 +230,7 @@ def _llava_next_config(shape: _Shape) -> PreTrainedConfig:
     )
 
 
-def _qwen_arguments(shape: _Shape) -> dict[str, object]:
+def _qwen_arguments(shape: _Shape) -> dict[str, Any]:
     half = shape.head_size // 2
     time = half // 4
     height = (half - time) // 2
@@ -324,7 +325,10 @@ def _qwen_processor(
     processor_class: type[Qwen2VLProcessor] | type[Qwen2_5_VLProcessor],
 ) -> Callable[[_Shape], ProcessorMixin]:
     def make(shape: _Shape) -> ProcessorMixin:
-        pixels = {"shortest_edge": (shape.image_size // 2) ** 2, "longest_edge": shape.image_size**2}
+        pixels = {
+            "shortest_edge": (shape.image_size // 2) ** 2,
+            "longest_edge": shape.image_size**2,
+        }
         return processor_class(
             image_processor=Qwen2VLImageProcessor(
                 size=dict(pixels), patch_size=_PATCH_SIZE, merge_size=_MERGE_SIZE
@@ -376,7 +380,7 @@ KINDS: tuple[str, ...] = tuple(_KINDS)
 # --------------------------------------------------------------------------------------------------
 # Weights
 
-# Standard deviations of the attention logits (before `sharpen`), from nearly uniform to a few tokens.
+# Standard deviations of attention logits (before `sharpen`): nearly uniform ... a few tokens.
 _LOGIT_STD = (1.1, 5.0)
 # Gains over unit variance, so that what attention and the MLP add competes with the token embedding
 # and the next token is not a function of the last one alone.
@@ -427,9 +431,10 @@ def _initial_value(name: str, like: torch.Tensor, seed: int, qk_std: list[float]
 def _varied_head(lm_head: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """Output head that neither ends early nor repeats itself. Both arguments: [vocab, hidden].
 
-    Each row points away from the token's own embedding, which the residual stream still carries: the
-    last token is the least likely next one. Rows of all tokens but printable ASCII are zero, so their
-    logit is 0, far below the largest: greedy text never ends early and equal text means equal tokens.
+    Each row points away from the token's own embedding, which the residual stream still carries:
+    the last token is an unlikely next one. Rows of all tokens but printable ASCII are zero, so
+    their logit is 0, far below the largest: greedy text never ends early, and equal text means
+    equal tokens.
     """
     scale = lm_head.norm(dim=1, keepdim=True) / embedding.norm(dim=1, keepdim=True)
     printable = torch.zeros(lm_head.shape[0], 1)
@@ -511,9 +516,10 @@ def build(
 
 def load_transformers(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a checkpoint into transformers with eager attention, every weight accounted for."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
+    model, info = loaded
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if problems:
         raise RuntimeError(f"{path}: weights do not fit the model: {problems}")
@@ -548,7 +554,7 @@ def random_image(seed: int, size: tuple[int, int] = (448, 336)) -> Image.Image:
 def _check(shape: _Shape) -> None:
     multiple = _KINDS[shape.kind].image_size_multiple
     if shape.image_size % multiple:
-        raise ValueError(f"{shape.kind}: image_size {shape.image_size} is no multiple of {multiple}")
+        raise ValueError(f"{shape.kind}: image_size {shape.image_size}, no multiple of {multiple}")
     if shape.num_heads % shape.num_kv_heads:
         raise ValueError(f"{shape.num_heads} heads cannot share {shape.num_kv_heads} KV heads")
 

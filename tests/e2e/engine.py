@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM engines for tests: in this process, one at a time, everything reachable."""
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from benchmarks import tiny_models
+from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
+from vl_cache_vllm.worker.eviction import EvictionWorker
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 2048,
+    "kv_cache_memory_bytes": 64 << 20,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "limit_mm_per_prompt": {"image": 2},
+}
+
+
+@contextlib.contextmanager
+def engine(model: Path, kv_compress: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[LLM]:
+    """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
+    # Forget what an earlier engine with eviction registered, so that stock is stock.
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    if kv_compress is not None:
+        kwargs["additional_config"] = {"kv_compress": kv_compress}
+    llm = LLM(model=str(model), **{**DEFAULTS, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler(llm: LLM) -> Scheduler:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: LLM) -> CompressedAttentionManager:
+    (found,) = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    return found
+
+
+def eviction_worker(llm: LLM) -> EvictionWorker:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.eviction
+
+
+def greedy(max_tokens: int, logprobs: int | None = 1, **kwargs: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True, **kwargs
+    )
+
+
+def image_request(
+    kind: str, question: str, image_seeds: Sequence[int] = (0,), size: tuple[int, int] = (448, 336)
+) -> dict[str, Any]:
+    """A request with one image per seed."""
+    images = [tiny_models.random_image(seed, size) for seed in image_seeds]
+    return {
+        "prompt": tiny_models.prompt_for(kind, question, num_images=len(images)),
+        "multi_modal_data": {"image": images if len(images) > 1 else images[0]},
+    }
+
+
+def token_ids(output: RequestOutput) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+def logprobs(output: RequestOutput) -> list[float]:
+    """Log-probability of each generated token."""
+    completion = output.outputs[0]
+    assert completion.logprobs is not None
+    return [
+        step[token].logprob
+        for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
+    ]
+
+
+def read_trace(path: Path) -> dict[str, dict[str, Any]]:
+    """Evictions by request id; the engine appends a random suffix to the ids of `LLM`."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["request_id"]: record for record in records}

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks: what a request holds, what returns to the pool, and how many requests fit."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+
+from benchmarks import tiny_models
+from tests.e2e import engine as harness
+
+BLOCK = 32
+LONG = "Describe everything that you can see in the picture, from left to right. " * 8
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build("llava", models_dir / "llava")
+
+
+@pytest.fixture(scope="module")
+def small_image_model(models_dir: Path) -> Path:
+    """64 visual tokens an image: decoding makes up a good part of a request's blocks."""
+    return tiny_models.build("llava", models_dir / "llava-112", image_size=112)
+
+
+def pool_of(num_blocks: int) -> dict[str, Any]:
+    """Engine arguments for a pool of that many blocks (one of them is the null block)."""
+    return {"num_gpu_blocks_override": num_blocks}
+
+
+def held(llm: LLM, request_id: str) -> list[int]:
+    """Ids of the real blocks of a request."""
+    blocks = harness.manager(llm).req_to_blocks.get(request_id, [])
+    return [block.block_id for block in blocks if not block.is_null]
+
+
+def assert_pool_is_whole(llm: LLM) -> None:
+    pool = harness.scheduler(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert not harness.manager(llm).req_to_blocks
+    assert pool.get_usage() == 0
+
+
+@pytest.mark.both_runners
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
+def test_blocks_of_one_request(model: Path, caching: bool) -> None:
+    settings = {"policy": "vlcache", "budget": 0.25}
+    with harness.engine(model, settings, enable_prefix_caching=caching) as llm:
+        engine = llm.llm_engine
+        pool = harness.scheduler(llm).kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1
+        request = harness.image_request("llava", LONG, [1])
+        engine.add_request("0", request, harness.greedy(3 * BLOCK))
+        engine.step()  # prefill
+        (request_id,) = harness.scheduler(llm).requests
+        prompt_tokens = harness.scheduler(llm).requests[request_id].num_prompt_tokens
+        prompt_blocks = -(-prompt_tokens // BLOCK)
+        kept_blocks = -(-prompt_blocks // 4)
+        assert prompt_blocks > 20
+        assert pool.get_num_free_blocks() == total - prompt_blocks - kept_blocks
+        for generated in range(1, 3 * BLOCK - 1):
+            engine.step()
+            decode_blocks = -(-generated // BLOCK)
+            assert len(held(llm, request_id)) == kept_blocks + decode_blocks
+            assert pool.get_num_free_blocks() == total - kept_blocks - decode_blocks
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert_pool_is_whole(llm)
+
+
+def run_alone(model: Path, settings: dict[str, Any], requests: list[Any], params: list[Any]):
+    """Outputs in an ample pool, a few at a time, with nothing aborted."""
+    with harness.engine(model, settings, enable_prefix_caching=False) as llm:
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        assert_pool_is_whole(llm)
+    return [harness.token_ids(output) for output in outputs]
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_200_random_requests(small_image_model: Path, async_scheduling: bool) -> None:
+    """A pool too small for the load, aborts, single tokens: nothing leaks, nobody is disturbed."""
+    rng = random.Random(7)
+    settings = {"policy": "vlcache", "budget": 0.4}
+    requests, params = [], []
+    for _ in range(200):
+        words = "a picture of " * rng.randrange(1, 12)
+        images = rng.choices([[], [rng.randrange(5)], [rng.randrange(5), 9]], [1, 4, 1])[0]
+        requests.append(
+            harness.image_request("llava", words, images)
+            if images
+            else {"prompt": f"USER: {words}\nASSISTANT:"}
+        )
+        params.append(harness.greedy(rng.choice([1, 2, 40, 90, 130]), logprobs=None))
+    expected = run_alone(small_image_model, settings, requests, params)
+
+    with harness.engine(
+        small_image_model,
+        settings,
+        async_scheduling=async_scheduling,
+        max_model_len=640,
+        max_num_batched_tokens=640,
+        **pool_of(24),
+    ) as llm:
+        engine, scheduler = llm.llm_engine, harness.scheduler(llm)
+        finished: dict[int, Any] = {}
+        preempted: set[int] = set()
+        aborted = set()
+        next_request = 0
+        while next_request < 200 or engine.has_unfinished_requests():
+            for _ in range(rng.randrange(4)):
+                if next_request < 200 and len(scheduler.requests) < 16:
+                    engine.add_request(
+                        str(next_request), requests[next_request], params[next_request]
+                    )
+                    next_request += 1
+            for output in engine.step():
+                if output.finished:
+                    finished[int(output.request_id)] = harness.token_ids(output)
+            preempted |= {
+                int(r.request_id.split("-")[0])
+                for r in scheduler.requests.values()
+                if r.num_preemptions
+            }
+            if rng.random() < 0.02 and scheduler.requests:
+                victim = rng.choice([r.split("-")[0] for r in scheduler.requests])
+                if int(victim) not in finished:
+                    engine.abort_request([victim])
+                    aborted.add(int(victim))
+        engine.step()
+        assert_pool_is_whole(llm)
+        manager = harness.manager(llm)
+        assert manager.num_evicted > 50 and len(preempted) > 5 and len(aborted) > 5
+        assert not manager._decided and not manager._prompt_freed
+    checked = [i for i in finished if i not in preempted | aborted]
+    assert len(checked) > 120
+    different = [i for i in checked if finished[i] != expected[i]]
+    assert not different
+
+
+def test_four_times_as_many_sequences(model: Path) -> None:
+    """The scheduler's own running count, same pool, same prompts."""
+
+    def most_running(settings: dict[str, Any] | None) -> int:
+        requests = [harness.image_request("llava", LONG, [seed]) for seed in range(24)]
+        with harness.engine(
+            model, settings, **pool_of(100), max_num_seqs=32, max_num_batched_tokens=2048
+        ) as llm:
+            for i, request in enumerate(requests):
+                llm.llm_engine.add_request(str(i), request, harness.greedy(BLOCK))
+            most = 0
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+                most = max(most, len(harness.scheduler(llm).running))
+        return most
+
+    stock = most_running(None)
+    ours = most_running({"policy": "vlcache", "budget": 0.1})
+    assert stock >= 2
+    assert ours >= 4 * stock
+
+
+def test_a_prompt_that_does_not_fit_beside_its_survivors_is_left_alone(model: Path) -> None:
+    """Rather than waiting for ever for N + M blocks."""
+    request = harness.image_request("llava", LONG, [1])
+    with harness.engine(
+        model, {"policy": "vlcache", "budget": 0.5}, **pool_of(32), max_model_len=960
+    ) as llm:
+        (output,) = llm.generate([request], harness.greedy(8), use_tqdm=False)
+        assert len(harness.token_ids(output)) == 8
+        assert [skip.value for skip in harness.manager(llm).num_skipped] == ["pool_too_small"]
+        assert_pool_is_whole(llm)

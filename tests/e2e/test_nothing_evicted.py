@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where nothing is evicted, outputs are vLLM's to the last bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tiny_models
+from tests.e2e import engine as harness
+from tests.e2e import stock_reference
+
+pytestmark = pytest.mark.both_runners
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build("llava", models_dir / "llava")
+
+
+@pytest.fixture(scope="module")
+def stock(model: Path) -> list[list[Any]]:
+    return stock_reference.run_without_plugin(model)
+
+
+@pytest.mark.parametrize(
+    "kv_compress",
+    [
+        pytest.param(None, id="plugin loaded, not asked for"),
+        pytest.param({"policy": "none"}, id="policy none"),
+        pytest.param({"policy": "vlcache", "budget": 1.0}, id="budget 1"),
+        pytest.param({"policy": "vlcache", "budget": 0.1, "min_prompt_tokens": 2000}, id="short"),
+    ],
+)
+def test_identical_to_stock(
+    model: Path, stock: list[list[Any]], kv_compress: dict[str, Any] | None
+) -> None:
+    assert stock_reference.run(model, kv_compress) == stock
+
+
+def test_text_only_requests_are_identical_among_evicted_ones(
+    model: Path, stock: list[list[Any]]
+) -> None:
+    outputs = stock_reference.run(model, {"policy": "vlcache", "budget": 0.2})
+    requests = stock_reference.mixed_requests()
+    text_only = [i for i, r in enumerate(requests) if "multi_modal_data" not in r]
+    assert len(text_only) == 3
+    for i in text_only:
+        assert outputs[i][0] == stock[i][0]
+        assert outputs[i][1] == pytest.approx(stock[i][1], abs=1e-5)
+    with_image = [i for i in range(len(requests)) if i not in text_only]
+    assert any(outputs[i][0] != stock[i][0] for i in with_image), "nothing was evicted"
+
+
+def test_max_tokens_1_is_left_alone(model: Path) -> None:
+    with harness.engine(model, {"policy": "vlcache", "budget": 0.1}) as llm:
+        request = harness.image_request("llava", "One token, please.", [1])
+        llm.generate([request], harness.greedy(1), use_tqdm=False)
+        manager = harness.manager(llm)
+        assert manager.num_evicted == 0
+        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_decode": 1}

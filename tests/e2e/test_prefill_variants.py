@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However a prompt's cache came to be, the same tokens are kept."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tiny_models
+from tests.e2e import engine as harness
+
+SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.25, "trace_positions": True}
+LONG = "Describe everything that you can see in the picture, from left to right. " * 4
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build("llava", models_dir / "llava")
+
+
+def kept(
+    model: Path, trace: Path, requests: list[dict[str, Any]], one_by_one: bool = False, **kwargs: Any
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The evictions in order of the requests, and the outputs."""
+    with harness.engine(model, {**SETTINGS, "trace_path": str(trace)}, **kwargs) as llm:
+        batches = [[r] for r in requests] if one_by_one else [requests]
+        outputs = [
+            output
+            for batch in batches
+            for output in llm.generate(batch, harness.greedy(24), use_tqdm=False)
+        ]
+    records = sorted(
+        harness.read_trace(trace).values(), key=lambda r: int(r["request_id"].split("-")[0])
+    )
+    return records, outputs
+
+
+def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        for key in ("prompt_tokens", "prompt_blocks", "kept_blocks", "kept_tokens"):
+            assert a[key] == b[key]
+        assert a["kept_positions"] == b["kept_positions"]
+        assert a["density"] == pytest.approx(b["density"], abs=1e-4)
+
+
+@pytest.mark.both_runners
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_chunked_prefill(model: Path, tmp_path: Path, async_scheduling: bool) -> None:
+    """64-token chunks: the observed queries are spread over several steps."""
+    requests = [harness.image_request("llava", LONG, [seed]) for seed in (1, 2, 3)]
+    whole, outputs = kept(model, tmp_path / "whole", requests, enable_prefix_caching=False)
+    chunked, chunked_outputs = kept(
+        model,
+        tmp_path / "chunked",
+        requests,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=64 * 3 + 8,
+        long_prefill_token_threshold=64,
+        async_scheduling=async_scheduling,
+    )
+    assert_same(chunked, whole)
+    for a, b in zip(chunked_outputs, outputs, strict=True):
+        assert harness.token_ids(a) == harness.token_ids(b)
+
+
+@pytest.mark.both_runners
+def test_second_question_on_a_cached_image(model: Path, tmp_path: Path) -> None:
+    """The prefix hit covers the image, yet every post-vision token is observed."""
+    first = harness.image_request("llava", LONG, [7])
+    second = harness.image_request("llava", "And what colour is it? " + LONG, [7])
+    fresh, fresh_outputs = kept(model, tmp_path / "fresh", [second])
+    cached, outputs = kept(model, tmp_path / "cached", [first, second, second], one_by_one=True)
+    assert_same(cached[1:2], fresh)
+    assert_same(cached[2:], fresh)  # the whole prompt is cached; the hit is trimmed
+    vision_end = fresh[0]["vision_end"]
+    for output in outputs[1:]:
+        assert output.num_cached_tokens == vision_end // 32 * 32
+        assert harness.token_ids(output) == harness.token_ids(fresh_outputs[0])
+
+
+def test_hit_of_a_request_that_is_not_evicted_is_whole(model: Path) -> None:
+    """Trimming costs only requests that will be evicted."""
+    request = harness.image_request("llava", LONG, [7])
+    with harness.engine(model, {**SETTINGS, "budget": 0.99}) as llm:
+        for _ in range(2):
+            (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
+        assert harness.manager(llm).num_evicted == 0
+        assert output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // 32 * 32
+
+
+def test_observation_window_is_capped(model: Path, tmp_path: Path) -> None:
+    """With max_observation_tokens, hits are trimmed to that window only."""
+    trace = tmp_path / "trace"
+    settings = {**SETTINGS, "trace_path": str(trace), "max_observation_tokens": 16}
+    request = harness.image_request("llava", LONG, [7])
+    with harness.engine(model, settings) as llm:
+        for _ in range(2):
+            (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
+    fresh, cached = harness.read_trace(trace).values()
+    assert cached["kept_positions"] == fresh["kept_positions"]
+    assert output.num_cached_tokens == (len(output.prompt_token_ids) - 16) // 32 * 32

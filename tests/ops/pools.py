@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small page pools in every page order and packing, and naive access to their cells."""
+
+import torch
+
+from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
+
+PAGE_ORDERS = ("layer-outermost", "block-outermost")
+PACKINGS = ("row-major", "transposed-k", "random")
+
+
+def strides(page_order: str, num_layers: int, num_blocks: int) -> tuple[int, int]:
+    """(layer_stride, block_stride) in pages, as KVCacheTensor gives them."""
+    if page_order == "layer-outermost":
+        return num_blocks, 1
+    return 1, num_layers
+
+
+def make_packing(kind: str, block_size: int, head_size: int) -> PagePacking:
+    """Element offsets of K and V; together a permutation of the page."""
+    cells = block_size * head_size
+    offsets = torch.arange(2 * cells)
+    if kind == "random":
+        offsets = offsets[torch.randperm(2 * cells, generator=torch.Generator().manual_seed(7))]
+    keys, values = offsets[:cells], offsets[cells:]
+    if kind == "transposed-k":
+        keys = keys.view(head_size, block_size).T.contiguous()
+    return PagePacking(keys.view(block_size, head_size), values.view(block_size, head_size))
+
+
+def make_pool(
+    page_order: str = "layer-outermost",
+    packing: str = "row-major",
+    *,
+    num_layers: int = 3,
+    num_blocks: int = 11,
+    num_kv_heads: int = 2,
+    block_size: int = 5,
+    head_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PagePool:
+    """A pool full of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_layers * num_blocks, num_kv_heads, block_size * 2 * head_size)
+    layer_stride, block_stride = strides(page_order, num_layers, num_blocks)
+    return PagePool(
+        torch.randn(shape, generator=generator).to(dtype),
+        make_packing(packing, block_size, head_size),
+        num_layers,
+        layer_stride,
+        block_stride,
+    )
+
+
+def page_number(pool: PagePool, layer: int, block: int) -> int:
+    return layer * pool.layer_stride + block * pool.block_stride
+
+
+def key_of(pool: PagePool, page: int, head: int, token: int) -> torch.Tensor:
+    """One token's key, ``[head_size]``, cell by cell."""
+    return torch.stack([pool.pages[page, head, i] for i in pool.packing.key_index[token].tolist()])
+
+
+def value_of(pool: PagePool, page: int, head: int, token: int) -> torch.Tensor:
+    """One token's value, ``[head_size]``, cell by cell."""
+    cells = pool.packing.value_index[token].tolist()
+    return torch.stack([pool.pages[page, head, i] for i in cells])

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observation against a query-by-query, head-by-head softmax."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from tests.ops.pools import PACKINGS, PAGE_ORDERS, make_pool
+from vl_cache_vllm.ops.observe import observe
+
+THRESHOLD = 0.01
+
+
+def naive_observe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first_position: int,
+    scale: float,
+    threshold: float,
+    softcap: float,
+) -> tuple[torch.Tensor, int]:
+    """Column sums ``[num_kv_heads, num_keys]`` and dense entries, in float64."""
+    num_queries, num_heads, _ = query.shape
+    num_kv_heads = key.shape[0]
+    group = num_heads // num_kv_heads
+    sums = torch.zeros(num_kv_heads, first_position + num_queries, dtype=torch.float64)
+    dense = 0
+    for q in range(num_queries):
+        position = first_position + q
+        for head in range(num_heads):
+            kv_head = head // group
+            logits = []
+            for j in range(position + 1):
+                logit = scale * float(query[q, head].double() @ key[kv_head, j].double())
+                logits.append(softcap * math.tanh(logit / softcap) if softcap else logit)
+            top = max(logits)
+            weights = [math.exp(logit - top) for logit in logits]
+            total = math.fsum(weights)
+            for j, weight in enumerate(weights):
+                sums[kv_head, j] += weight / total
+                dense += weight >= threshold  # the row maximum's weight is 1
+    return sums, dense
+
+
+def random_case(
+    num_queries: int,
+    num_keys: int,
+    num_kv_heads: int,
+    group: int,
+    head_size: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(num_queries, num_kv_heads * group, head_size, generator=generator)
+    key = torch.randn(num_kv_heads, num_keys, head_size, generator=generator)
+    return (2 * query).to(dtype), key.to(dtype)
+
+
+def run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first_position: int,
+    *,
+    scale: float = 0.2,
+    threshold: float = THRESHOLD,
+    softcap: float = 0.0,
+    columns: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    columns = first_position + query.shape[0] if columns is None else columns
+    sums = torch.zeros(key.shape[0], columns)
+    dense = torch.zeros((), dtype=torch.int64)
+    observe(query, key, first_position, scale, threshold, softcap, sums, dense)
+    return sums, int(dense)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4], ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("softcap", [0.0, 2.5], ids=["no-softcap", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("num_queries", "first_position"),
+    [(1, 0), (1, 62), (7, 56), (13, 0)],
+    ids=["only-token", "last-token", "post-vision", "whole-prompt"],
+)
+def test_equals_softmax_row_by_row(
+    group: int, softcap: float, dtype: torch.dtype, num_queries: int, first_position: int
+) -> None:
+    query, key = random_case(num_queries, 63, 2, group, 80, dtype)
+    sums, dense = run(query, key, first_position, softcap=softcap)
+    expected, expected_dense = naive_observe(query, key, first_position, 0.2, THRESHOLD, softcap)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
+    assert dense == expected_dense
+
+
+def test_density_is_neither_empty_nor_full() -> None:
+    """The cases above would hide a wrong row filter if all or no entries passed it."""
+    query, key = random_case(7, 63, 2, 3, 80)
+    _, dense = run(query, key, 56)
+    entries = 6 * sum(range(57, 64))
+    assert 0.05 < dense / entries < 0.95
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 0.01, 0.3, 1.0], ids=lambda p: f"p{p}")
+@pytest.mark.parametrize("softcap", [0.0, 2.5], ids=["no-softcap", "softcap"])
+def test_row_filter(threshold: float, softcap: float) -> None:
+    query, key = random_case(9, 63, 2, 3, 16, seed=3)
+    _, dense = run(query, key, 54, threshold=threshold, softcap=softcap)
+    _, expected = naive_observe(query, key, 54, 0.2, threshold, softcap)
+    assert dense == expected
+
+
+def test_equal_logits_are_all_dense_whatever_the_threshold() -> None:
+    query, key = torch.ones(4, 6, 80), torch.ones(2, 20, 80)
+    sums, dense = run(query, key, 10, threshold=1.0)
+    assert dense == 6 * (11 + 12 + 13 + 14)
+    per_query = [3 / (position + 1) for position in range(10, 14)]
+    assert sums[0, 0].item() == pytest.approx(sum(per_query))
+    assert sums[1, 13].item() == pytest.approx(per_query[-1])
+
+
+def test_threshold_one_keeps_the_maximum_of_each_row() -> None:
+    query, key = random_case(5, 30, 2, 3, 16)
+    _, dense = run(query, key, 25, threshold=1.0)
+    assert dense == 5 * 6
+
+
+def test_row_filter_is_relative_to_the_row_maximum() -> None:
+    """Weights 1, 0.02 and 0.005 of the maximum: two of three are dense at p = 0.01."""
+    query = torch.ones(1, 1, 1)
+    key = torch.tensor([[[math.log(0.02)], [0.0], [math.log(0.005)]]]) + 100
+    sums, dense = run(query, key, 2, scale=1.0)
+    assert dense == 2
+    torch.testing.assert_close(sums[0], torch.tensor([0.02, 1, 0.005]) / 1.025, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("chunks", [(13, 24), (1, 36), (36, 1), (5, 1, 20, 11)], ids=str)
+@pytest.mark.parametrize("group", [1, 3], ids=lambda g: f"group{g}")
+def test_chunks_add_up_to_one_observation(chunks: tuple[int, ...], group: int) -> None:
+    first, num_queries = 26, sum(chunks)
+    query, key = random_case(num_queries, 63, 2, group, 80)
+    whole, whole_dense = run(query, key, first)
+    sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
+    start = 0
+    for length in chunks:
+        end = start + length
+        # Only the keys of the prompt so far are in the cache when a chunk runs.
+        seen = key.clone()
+        seen[:, first + end :] = torch.nan
+        observe(query[start:end], seen, first + start, 0.2, THRESHOLD, 0.0, sums, dense)
+        start = end
+    torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-6)
+    assert int(dense) == whole_dense
+
+
+@pytest.mark.parametrize("max_logits", [1, 6 * 63, 6 * 63 * 5 + 1])
+def test_slices_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, max_logits: int) -> None:
+    query, key = random_case(37, 63, 2, 3, 16)
+    whole, whole_dense = run(query, key, 26)
+    module = importlib.import_module("vl_cache_vllm.ops.observe")
+    monkeypatch.setattr(module, "_MAX_LOGITS", max_logits)
+    sums, dense = run(query, key, 26)
+    torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-6)
+    assert dense == whole_dense
+
+
+def test_accumulates_into_what_is_there_and_nowhere_else() -> None:
+    query, key = random_case(4, 20, 2, 3, 16)
+    alone, alone_dense = run(query, key, 10)
+    sums, dense = torch.full((2, 63), 5.0), torch.tensor(1000)
+    observe(query, key, 10, 0.2, THRESHOLD, 0.0, sums, dense)
+    torch.testing.assert_close(sums[:, :14], alone + 5.0)
+    assert torch.equal(sums[:, 14:], torch.full((2, 49), 5.0))
+    assert int(dense) == 1000 + alone_dense
+
+
+def test_accumulates_through_views_of_a_request_state() -> None:
+    """The worker passes layer l of ``[L, K, tokens]`` and of ``[L]``."""
+    query, key = random_case(4, 14, 2, 3, 16)
+    sums, dense = torch.zeros(3, 2, 14), torch.zeros(3, dtype=torch.int64)
+    observe(query, key, 10, 0.2, THRESHOLD, 0.0, sums[1], dense[1])
+    alone, alone_dense = run(query, key, 10)
+    assert torch.equal(sums[1], alone)
+    assert dense.tolist() == [0, alone_dense, 0]
+    assert not sums[0].any()
+    assert not sums[2].any()
+
+
+@pytest.mark.parametrize("group", [1, 3, 4], ids=lambda g: f"group{g}")
+def test_every_row_sums_to_one(group: int) -> None:
+    query, key = random_case(9, 63, 3, group, 80)
+    sums, _ = run(query, key, 54)
+    torch.testing.assert_close(sums.sum(1), torch.full((3,), 9.0 * group))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    query, key = random_case(3, 20, 1, 2, 16)
+    sums, dense = run(query * 1e4, key * 1e4, 17)
+    assert torch.isfinite(sums).all()
+    assert dense == 6
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_reads_keys_from_pages(page_order: str, packing: str, dtype: torch.dtype) -> None:
+    """63 tokens in 9 blocks of 8: the last page is not full."""
+    pool = make_pool(page_order, packing, block_size=8, head_size=80, num_blocks=13, dtype=dtype)
+    row = torch.randperm(13, generator=torch.Generator().manual_seed(2))[:8]
+    query, _ = random_case(7, 63, 2, 3, 80, dtype)
+    for layer in range(3):
+        key = pool.read_keys(layer, row)
+        sums, dense = run(query, key, 56, columns=63)
+        expected, expected_dense = naive_observe(query, key, 56, 0.2, THRESHOLD, 0.0)
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
+        assert dense == expected_dense

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page pool against cell-by-cell access."""
+
+import pytest
+import torch
+
+from tests.ops.pools import PACKINGS, PAGE_ORDERS, key_of, make_pool, page_number, value_of
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+def test_page_ids_number_every_page_once(page_order: str) -> None:
+    pool = make_pool(page_order, num_layers=3, num_blocks=7)
+    blocks = torch.arange(7)
+    ids = [pool.page_ids(layer, blocks) for layer in range(3)]
+    assert sorted(torch.cat(ids).tolist()) == list(range(21))
+    layers = torch.arange(3)[:, None]
+    assert torch.equal(pool.page_ids(layers, blocks), torch.stack(ids))
+
+
+def test_page_ids_of_the_documented_orders() -> None:
+    layer_outermost = make_pool("layer-outermost", num_layers=3, num_blocks=7)
+    block_outermost = make_pool("block-outermost", num_layers=3, num_blocks=7)
+    block = torch.tensor(4)
+    assert layer_outermost.page_ids(2, block) == 2 * 7 + 4
+    assert block_outermost.page_ids(2, block) == 4 * 3 + 2
+
+
+def test_sizes_come_from_packing_and_pages() -> None:
+    pool = make_pool(num_kv_heads=3, block_size=7, head_size=80)
+    assert (pool.block_size, pool.num_kv_heads) == (7, 3)
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_read_equals_cell_by_cell(page_order: str, packing: str, dtype: torch.dtype) -> None:
+    pool = make_pool(page_order, packing, num_kv_heads=3, dtype=dtype)
+    row = [9, 0, 4, 4]  # any order; a shared block may even come twice
+    for layer in range(pool.num_layers):
+        keys = pool.read_keys(layer, torch.tensor(row, dtype=torch.int32))
+        values = pool.read_values(layer, torch.tensor(row))
+        assert keys.shape == values.shape == (3, len(row) * pool.block_size, 8)
+        assert keys.dtype == values.dtype == dtype
+        for head in range(3):
+            for position in range(len(row) * pool.block_size):
+                page = page_number(pool, layer, row[position // pool.block_size])
+                token = position % pool.block_size
+                assert torch.equal(keys[head, position], key_of(pool, page, head, token))
+                assert torch.equal(values[head, position], value_of(pool, page, head, token))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_copy_tokens_fills_destinations_and_nothing_else(packing: str, dtype: torch.dtype) -> None:
+    pool = make_pool(packing=packing, num_kv_heads=2, block_size=3, num_blocks=10, dtype=dtype)
+    before = make_pool(packing=packing, num_kv_heads=2, block_size=3, num_blocks=10, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    destination = torch.tensor([29, 3, 17])
+    sources = torch.tensor([p for p in range(30) if p not in destination.tolist()])
+    shape = (3, 2, 3)
+    source_page = sources[torch.randint(len(sources), shape, generator=generator)]
+    source_offset = torch.randint(3, shape, generator=generator)
+
+    pool.copy_tokens(source_page, source_offset, destination)
+
+    for f, page in enumerate(destination.tolist()):
+        for head in range(2):
+            for token in range(3):
+                source = int(source_page[f, head, token]), head, int(source_offset[f, head, token])
+                assert torch.equal(key_of(pool, page, head, token), key_of(before, *source))
+                assert torch.equal(value_of(pool, page, head, token), value_of(before, *source))
+    assert torch.equal(pool.pages[sources], before.pages[sources])
+
+
+def test_copy_tokens_writes_through_a_view_of_the_cache() -> None:
+    pool = make_pool(num_layers=2, num_blocks=3, num_kv_heads=1, block_size=2, head_size=4)
+    cache = pool.pages
+    source = torch.zeros(1, 1, 2, dtype=torch.int64)
+    pool.copy_tokens(source, torch.tensor([[[0, 1]]]), torch.tensor([5]))
+    assert cache.data_ptr() == pool.pages.data_ptr()
+    assert torch.equal(cache[5], cache[0])

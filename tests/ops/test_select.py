@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection against sorting in Python."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from vl_cache_vllm.ops.select import select
+
+
+def naive_select(scores: list[float], kept: int, recent_ratio: str) -> list[int]:
+    """The kept positions of one KV head, by the words of paper section 3."""
+    num_tokens = len(scores)
+    recent = math.ceil(Fraction(recent_ratio) * kept)
+    window = list(range(num_tokens - recent, num_tokens))
+    rest = sorted(range(num_tokens - recent), key=lambda position: (-scores[position], position))
+    return sorted([*rest[: kept - recent], *window])
+
+
+def check(scores: torch.Tensor, kept_tokens: list[int], recent_ratio: str, max_kept: int) -> None:
+    result = select(scores, torch.tensor(kept_tokens), float(recent_ratio), max_kept)
+    assert result.dtype == torch.int64
+    assert result.shape == (*scores.shape[:2], max_kept)
+    for layer, kept in enumerate(kept_tokens):
+        for head in range(scores.shape[1]):
+            expected = naive_select(scores[layer, head].tolist(), kept, recent_ratio)
+            assert result[layer, head, :kept].tolist() == expected, (layer, head)
+
+
+@pytest.mark.parametrize("recent_ratio", ["0", "0.1", "0.3", "0.99", "1"])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+@pytest.mark.parametrize(
+    "kept_tokens",
+    [[1, 1, 1], [7, 30, 63], [63, 63, 63], [10, 20, 30]],
+    ids=lambda kept: "-".join(map(str, kept)),
+)
+def test_equals_sorting(recent_ratio: str, num_kv_heads: int, kept_tokens: list[int]) -> None:
+    scores = torch.rand(3, num_kv_heads, 63, generator=torch.Generator().manual_seed(0))
+    check(scores, kept_tokens, recent_ratio, max_kept=63)
+
+
+@pytest.mark.parametrize("recent_ratio", ["0", "0.1", "0.5"])
+@pytest.mark.parametrize("distinct", [1, 2, 5], ids=lambda n: f"{n}-distinct-scores")
+def test_ties_go_to_the_lower_position(recent_ratio: str, distinct: int) -> None:
+    generator = torch.Generator().manual_seed(distinct)
+    scores = torch.randint(distinct, (3, 2, 63), generator=generator).float()
+    check(scores, [5, 31, 60], recent_ratio, max_kept=60)
+
+
+def test_zero_and_negative_scores() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(-2, 3, (2, 2, 17), generator=generator).float()
+    scores[0, 0, ::2] = -0.0  # equals 0.0: a tie, not a lower score
+    check(scores, [6, 9], "0.1", max_kept=9)
+
+
+def test_more_tokens_than_are_sorted_stably_by_chance() -> None:
+    scores = torch.zeros(2, 1, 5003)
+    scores[1, 0, 4000] = 1.0
+    check(scores, [512, 513], "0.1", max_kept=513)
+
+
+@pytest.mark.parametrize(
+    ("recent_ratio", "kept", "recent"),
+    [(0.1, 10, 1), (0.1, 30, 3), (0.1, 1000, 100), (0.14, 50, 7), (0.28, 25, 7), (0.56, 50, 28)],
+)
+def test_a_whole_recent_window_is_not_rounded_up(
+    recent_ratio: float, kept: int, recent: int
+) -> None:
+    """0.14 * 50 is 7.000000000000001 in binary, but the window has 7 tokens."""
+    scores = torch.linspace(1, 0, 2 * kept)[None, None]
+    result = select(scores, torch.tensor([kept]), recent_ratio, kept)[0, 0].tolist()
+    assert result == [*range(kept - recent), *range(2 * kept - recent, 2 * kept)]
+
+
+@pytest.mark.parametrize("kept", [1, 9, 11, 29, 31])
+def test_a_fractional_recent_window_is_rounded_up(kept: int) -> None:
+    scores = torch.linspace(1, 0, 63)[None, None]
+    result = select(scores, torch.tensor([kept]), 0.1, kept)[0, 0].tolist()
+    recent = -(-kept // 10)
+    assert result == [*range(kept - recent), *range(63 - recent, 63)]
+
+
+def test_recent_tokens_are_part_of_the_budget() -> None:
+    scores = torch.tensor([[[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])
+    result = select(scores, torch.tensor([4]), 0.5, 4)[0, 0].tolist()
+    assert result == [0, 1, 8, 9]
+
+
+def test_max_kept_below_the_number_of_tokens_only_shortens_the_result() -> None:
+    scores = torch.rand(3, 2, 63, generator=torch.Generator().manual_seed(4))
+    kept = torch.tensor([3, 20, 11])
+    wide, narrow = select(scores, kept, 0.1, 63), select(scores, kept, 0.1, 20)
+    for layer, count in enumerate(kept.tolist()):
+        assert torch.equal(wide[layer, :, :count], narrow[layer, :, :count])
+
+
+def test_every_entry_is_a_position_even_where_meaningless() -> None:
+    """`compact` indexes with whole rows, so entries beyond a layer's share must be in range."""
+    scores = torch.rand(2, 2, 13, generator=torch.Generator().manual_seed(5))
+    result = select(scores, torch.tensor([1, 12]), 0.1, 12)
+    assert result.min() >= 0
+    assert result.max() < 13
