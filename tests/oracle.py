@@ -41,20 +41,13 @@ class Settings:
     block_size: int
     pooling: int = 1
     uniform_mix: float = 0.0
+    max_observation_tokens: int | None = None
+    """Only this many of the post-vision tokens, the last ones, make up P. None: all."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Greedy tokens with their logprobs, and how far ahead of the second best each was."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    gaps: list[float]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the engine must do with one request."""
+class Eviction:
+    """One prompt read, and what is kept of it."""
 
     prompt_token_ids: list[int]
     density: list[float]  # [L]
@@ -62,15 +55,20 @@ class Expected:
     pages: list[int]  # [L]
     kept_tokens: list[int]  # [L]
     kept_positions: list[list[list[int]]]  # [L][KV heads], sorted
-    token_ids: list[int]
-    logprobs: list[float]
-    full: Decoded
-    """What the request would generate with its whole cache."""
     score_gap: float
     """Smallest relative distance between the scores of the last token kept and the first one not
     kept, over layers and KV heads. Below float32 rounding either choice is right."""
-    token_gap: float
-    """Smallest distance in logprob between a generated token and the second best."""
+    logits: torch.Tensor  # [vocabulary], of the first generated token
+    cache: DynamicCache  # of the whole prompt
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Greedy tokens with their logprobs, and how far ahead of the second best each was."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    gaps: list[float]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,14 +190,14 @@ class Oracle:
         return self.processor(text=prompt, images=list(images), return_tensors="pt")
 
     @torch.inference_mode()
-    def run(
-        self, prompt: str, images: Sequence[Image.Image], settings: Settings, num_tokens: int
-    ) -> Expected:
-        """Prefill, evict, decode ``num_tokens`` greedily."""
+    def evict(self, prompt: str, images: Sequence[Image.Image], settings: Settings) -> Eviction:
+        """Read the prompt and decide what to keep."""
         inputs = self.inputs(prompt, images)
         ids: list[int] = inputs["input_ids"][0].tolist()
         prompt_tokens = len(ids)
         first = 1 + max(i for i, token in enumerate(ids) if token == self.image_token)
+        if settings.max_observation_tokens is not None:
+            first = max(first, prompt_tokens - settings.max_observation_tokens)
 
         cache = DynamicCache(config=self.model.config.get_text_config())
         with self._recorded_attention(first) as attention:  # per layer [H, P, E]
@@ -220,37 +218,31 @@ class Oracle:
             chosen = [kept_of_head(of_head, count) for of_head in scores]
             kept.append([positions for positions, _ in chosen])
             gaps += [gap for _, gap in chosen]
-
-        # Decoding extends the cache, so the comparison without eviction takes a copy.
-        full = self._decode(logits, copy.deepcopy(cache), num_tokens)
-        with self._evicted(kept, prompt_tokens):
-            evicted = self._decode(logits, cache, num_tokens)
-
-        return Expected(
-            prompt_token_ids=ids,
-            density=density,
-            weights=weights,
-            pages=pages,
-            kept_tokens=kept_tokens,
-            kept_positions=kept,
-            token_ids=evicted.token_ids,
-            logprobs=evicted.logprobs,
-            full=full,
-            score_gap=min(gaps),
-            token_gap=min(evicted.gaps),
+        return Eviction(
+            ids, density, weights, pages, kept_tokens, kept, min(gaps), logits=logits, cache=cache
         )
 
-    def _decode(self, logits: torch.Tensor, cache: DynamicCache, num_tokens: int) -> Decoded:
-        """Greedy decoding from the logits [vocabulary] of the first token on."""
-        decoded = Decoded([], [], [])
+    def decode(self, eviction: Eviction, num_tokens: int) -> Continuation:
+        """Generate greedily from what was kept of the prompt."""
+        with self._hidden_evicted(eviction.kept_positions, len(eviction.prompt_token_ids)):
+            return self.decode_full(eviction, num_tokens)
+
+    @torch.inference_mode()
+    def decode_full(self, eviction: Eviction, num_tokens: int) -> Continuation:
+        """Generate greedily from the whole prompt, as if nothing had been evicted."""
+        cache = copy.deepcopy(eviction.cache)
+        logits = eviction.logits
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        gaps: list[float] = []
         while True:
             best, second = logits.log_softmax(dim=-1).topk(2).values.tolist()
-            decoded.token_ids.append(int(logits.argmax()))
-            decoded.logprobs.append(best)
-            decoded.gaps.append(best - second)
-            if len(decoded.token_ids) == num_tokens:
-                return decoded
-            last = torch.tensor([decoded.token_ids[-1:]])
+            token_ids.append(int(logits.argmax()))
+            logprobs.append(best)
+            gaps.append(best - second)
+            if len(token_ids) == num_tokens:
+                return Continuation(token_ids, logprobs, gaps)
+            last = torch.tensor([token_ids[-1:]])
             logits = self.model(input_ids=last, past_key_values=cache).logits[0, -1]
 
     @contextmanager
@@ -270,7 +262,7 @@ class Oracle:
                 handle.remove()
 
     @contextmanager
-    def _evicted(self, kept: list[list[list[int]]], prompt_tokens: int) -> Iterator[None]:
+    def _hidden_evicted(self, kept: list[list[list[int]]], prompt_tokens: int) -> Iterator[None]:
         """Hide evicted prompt tokens from decoding, by a mask for each layer and head.
 
         The cache keeps everything, so its length, and with it every position, stays what it is

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.config import VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks import tiny_models
@@ -30,14 +33,21 @@ DEFAULTS: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def engine(model: Path, kv_compress: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[LLM]:
+def engine(
+    model: Path,
+    kv_compress: dict[str, Any] | None = None,
+    async_scheduling: bool = False,
+    **kwargs: Any,
+) -> Iterator[LLM]:
     """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
     # Forget what an earlier engine with eviction registered, so that stock is stock.
     AttentionBackendEnum.CPU_ATTN.clear_override()
     selector._cached_get_attn_backend.cache_clear()
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
-    llm = LLM(model=str(model), **{**DEFAULTS, **kwargs})
+    with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
+        llm = LLM(model=str(model), **{**DEFAULTS, **kwargs})
+    assert isinstance(scheduler(llm), AsyncScheduler) == async_scheduling
     try:
         yield llm
     finally:
@@ -45,6 +55,22 @@ def engine(model: Path, kv_compress: dict[str, Any] | None = None, **kwargs: Any
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def _allow_async_scheduling() -> Iterator[None]:
+    """vLLM's CPU platform turns async scheduling off, although its runners can do it."""
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: VllmConfig) -> None:
+        original.__func__(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
 
 
 def scheduler(llm: LLM) -> Scheduler:

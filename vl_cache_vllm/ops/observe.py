@@ -38,21 +38,22 @@ def observe(
     num_queries, num_heads, head_size = query.shape
     num_kv_heads = key.shape[0]
     num_keys = first_position + num_queries
-    keys = key[:, :num_keys].float()  # [K, S, D]
-    position = torch.arange(num_keys, device=query.device)
+    keys = key[:, :num_keys].float().transpose(1, 2)  # [K, D, S]
     step = max(1, _MAX_LOGITS // (num_heads * num_keys))
     for start in range(0, num_queries, step):
-        part = query[start : start + step].float()  # [Q, H, D]
+        part = query[start : start + step].float() * scale  # [Q, H, D]
         rows = part.shape[0]
         grouped = part.view(rows, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)  # [K, G, Q, D]
-        logits = torch.matmul(grouped.flatten(1, 2), keys.transpose(1, 2)) * scale
+        logits = torch.matmul(grouped.flatten(1, 2), keys)
         logits = logits.view(num_kv_heads, -1, rows, num_keys)  # [K, G, Q, S]
         if softcap > 0:
-            logits = softcap * torch.tanh(logits / softcap)
-        query_position = first_position + start + torch.arange(rows, device=query.device)
-        logits.masked_fill_(position > query_position[:, None], -torch.inf)
+            logits.div_(softcap).tanh_().mul_(softcap)
+        # Only keys from this slice's first query on can lie after a query.
+        recent = first_position + start
+        future = torch.ones(rows, num_keys - recent, dtype=torch.bool, device=query.device).triu(1)
+        logits[..., recent:].masked_fill_(future, -torch.inf)
         row_max = logits.amax(-1, keepdim=True)
         dense_entries += (logits >= row_max + math.log(threshold)).sum()
-        attention = torch.exp(logits - row_max)
-        attention /= attention.sum(-1, keepdim=True)
+        attention = logits.sub_(row_max).exp_()
+        attention.div_(attention.sum(-1, keepdim=True))
         column_sums[:, :num_keys] += attention.sum((1, 2))

@@ -2,20 +2,72 @@
 """The KV cache of all layers as one pool of interchangeable pages."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 
 @dataclass(frozen=True)
-class PagePacking:
-    """Where a token's K and V lie inside one head's share of a page.
+class CellOrder:
+    """Where the elements of a page's tokens lie inside one head's share of the page."""
 
-    Attention kernels choose the order (CPU "vec": K transposed, AMX: tiles); these indices are
-    all that the rest of the code knows about it.
+    index: torch.Tensor  # int64 [block_size, head_size], element offsets
+
+    @cached_property
+    def _strides(self) -> tuple[int, int, int] | None:
+        """Offset, token stride and element stride, if the order is that regular."""
+        offset = int(self.index[0, 0])
+        token = int(self.index[1, 0]) - offset if self.index.shape[0] > 1 else 0
+        element = int(self.index[0, 1]) - offset if self.index.shape[1] > 1 else 0
+        tokens, elements = (torch.arange(n, device=self.index.device) for n in self.index.shape)
+        regular = offset + tokens[:, None] * token + elements * element
+        return (offset, token, element) if torch.equal(regular, self.index) else None
+
+    def unpack(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[n, K, page]`` to ``[n, K, block_size, head_size]``: a view where the order is regular."""
+        if self._strides is None:
+            return pages.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
+        offset, token, element = self._strides
+        return pages.as_strided(
+            (*pages.shape[:2], *self.index.shape),
+            (*pages.stride()[:2], token, element),
+            pages.storage_offset() + offset,
+        )
+
+    def gather(
+        self, pages: torch.Tensor, page: torch.Tensor, head: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens picked from ``[n, K, page]`` by broadcast indices, ``[*index, head_size]``."""
+        if self._strides is None:
+            return pages[page[..., None], head[..., None], self.index[token]]
+        return self.unpack(pages)[page, head, token]
+
+    def pack(self, pages: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write ``[n, K, block_size, head_size]`` into ``[n, K, page]``."""
+        if self._strides is None:
+            pages[..., self.index.flatten()] = tokens.flatten(-2)
+        else:
+            self.unpack(pages).copy_(tokens)
+
+
+@dataclass(frozen=True)
+class PagePacking:
+    """The orders of K and V in a page.
+
+    Attention kernels choose them (CPU "vec": K transposed, AMX: tiles); nothing else in the
+    code knows more about it than these indices.
     """
 
     key_index: torch.Tensor  # int64 [block_size, head_size], element offsets
     value_index: torch.Tensor  # int64 [block_size, head_size]
+
+    @cached_property
+    def key(self) -> CellOrder:
+        return CellOrder(self.key_index)
+
+    @cached_property
+    def value(self) -> CellOrder:
+        return CellOrder(self.value_index)
 
 
 @dataclass(frozen=True)
@@ -47,17 +99,15 @@ class PagePool:
 
     def read_keys(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
         """The keys stored in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``."""
-        return self._read(layer, block_row, self.packing.key_index)
+        return self._read(layer, block_row, self.packing.key)
 
     def read_values(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
         """The values stored in a row of blocks, shaped as `read_keys`."""
-        return self._read(layer, block_row, self.packing.value_index)
+        return self._read(layer, block_row, self.packing.value)
 
-    def _read(self, layer: int, block_row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _read(self, layer: int, block_row: torch.Tensor, order: CellOrder) -> torch.Tensor:
         pages = self.pages[self.page_ids(layer, block_row.long())]  # [n, K, page]
-        tokens = pages.index_select(-1, index.flatten())
-        tokens = tokens.view(*pages.shape[:2], *index.shape)  # [n, K, N, D]
-        return tokens.transpose(0, 1).flatten(1, 2)
+        return order.unpack(pages).transpose(0, 1).flatten(1, 2)
 
     def copy_tokens(
         self, source_page: torch.Tensor, source_offset: torch.Tensor, destination: torch.Tensor
@@ -69,9 +119,8 @@ class PagePool:
             source_offset: token within that page, same shape.
             destination: pages to fill, int64 ``[F]``; none is a source.
         """
-        head = torch.arange(self.num_kv_heads, device=self.pages.device)[:, None, None]
+        head = torch.arange(self.num_kv_heads, device=self.pages.device)[:, None]
         filled = self.pages.new_empty((destination.shape[0], *self.pages.shape[1:]))
-        for index in (self.packing.key_index, self.packing.value_index):
-            tokens = self.pages[source_page[..., None], head, index[source_offset]]  # [F, K, N, D]
-            filled[..., index.flatten()] = tokens.flatten(-2)
+        for order in (self.packing.key, self.packing.value):
+            order.pack(filled, order.gather(self.pages, source_page, head, source_offset))
         self.pages[destination] = filled

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result was measured on."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores, memory and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
+    names = ("torch", "transformers", "vllm", "vl-cache-vllm")
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ``vllm serve`` process with eviction, for the demo, the tests and the benchmarks."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+START_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """Address of a running server."""
+
+    url: str
+    log: Path
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return response.read().decode()
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Open a POST request; the caller reads and closes the response.
+
+        Raises:
+            urllib.error.HTTPError: for a status of 400 and above.
+        """
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        return urllib.request.urlopen(request, timeout=300)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A whole chat completion."""
+        with self.post("/v1/chat/completions", body) as response:
+            return json.load(response)
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric's samples."""
+        pattern = rf"^{re.escape(name)}(?:{{.*}})? ([0-9.e+-]+)$"
+        return sum(float(v) for v in re.findall(pattern, self.get("/metrics"), re.MULTILINE))
+
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache pool."""
+        match = re.search(r'vllm:cache_config_info{.*num_gpu_blocks="(\d+)"', self.get("/metrics"))
+        assert match is not None
+        return int(match[1])
+
+
+def command(model: Path, *arguments: str) -> list[str]:
+    """The command line of a server, as a user would type it."""
+    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a server: no hub, engine core in its own process."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+
+
+@contextlib.contextmanager
+def running(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """Start ``vllm serve MODEL ARGUMENTS``, wait until it answers, stop it afterwards.
+
+    Raises:
+        RuntimeError: if it exits or does not answer in time, with the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (*arguments, "--host", "127.0.0.1", "--port", str(port))
+    server = Server(f"http://127.0.0.1:{port}", log)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command(model, *arguments), stdout=output, stderr=output, env=environment()
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not _answers(server):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{log.read_text()[-6000:]}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(server: Server) -> bool:
+    try:
+        server.get("/health")
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return True
+
+
+def image_url(image: Image.Image) -> str:
+    """An image as a data URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def chat_body(model: Path, question: str, *image_urls: str, **parameters: Any) -> dict[str, Any]:
+    """The body of a chat completion about images."""
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": url}} for url in image_urls
+    ]
+    content.append({"type": "text", "text": question})
+    return {
+        "model": str(model),
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        **parameters,
+    }
+
+
+def stream(server: Server, body: dict[str, Any]) -> Iterator[str]:
+    """The text deltas of a streamed chat completion."""
+    with server.post("/v1/chat/completions", {**body, "stream": True}) as response:
+        for line in response:
+            payload = line.decode().strip().removeprefix("data: ")
+            if not payload or payload == "[DONE]":
+                continue
+            chunk = json.loads(payload)
+            if chunk["choices"] and (text := chunk["choices"][0]["delta"].get("content")):
+                yield text

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve --kv-compress vlcache` as its users meet it: over HTTP."""
+
+import threading
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tiny_models
+from benchmarks.server import Server, chat_body, image_url, running, stream
+from tests.e2e.engine import read_trace
+
+pytestmark = pytest.mark.server
+
+QUESTION = "Describe everything that you can see in the picture. " * 8
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build("llava", models_dir / "llava")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "trace.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, trace: Path) -> Iterator[Server]:
+    arguments = (
+        "--kv-compress=vlcache",
+        "--kv-compress-budget=0.1",
+        f'--kv-compress-config={{"trace_path": "{trace}"}}',
+        "--dtype=float32",
+        "--enforce-eager",
+        "--max-model-len=2048",
+        f"--block-size={BLOCK}",
+        "--kv-cache-memory-bytes=16M",
+        "--max-num-batched-tokens=512",
+    )
+    with running(model, trace.with_suffix(".log"), *arguments) as server:
+        yield server
+
+
+def ask(model: Path, seed: int, **parameters: Any) -> dict[str, Any]:
+    url = image_url(tiny_models.random_image(seed))
+    return chat_body(model, QUESTION, url, **{"max_tokens": 32, **parameters})
+
+
+def wait_until_idle(server: Server) -> None:
+    """Aborts are asynchronous: poll the gauges, bounded by the test's own patience."""
+    for _ in range(2000):
+        if server.metric("vllm:num_requests_running") == server.metric(
+            "vllm:kv_cache_usage_perc"
+        ) == 0:
+            return
+    raise AssertionError("requests still hold blocks")
+
+
+def test_chat_completion(server: Server, model: Path, trace: Path) -> None:
+    before = len(read_trace(trace)) if trace.exists() else 0
+    answer = server.chat(ask(model, 1))
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 32
+    records = list(read_trace(trace).values())
+    assert len(records) == before + 1
+    assert records[-1]["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert records[-1]["kept_blocks"] < records[-1]["prompt_blocks"] // 4
+
+
+def test_streaming_gives_the_same_text(server: Server, model: Path) -> None:
+    body = ask(model, 2)
+    assert "".join(stream(server, body)) == server.chat(body)["choices"][0]["message"]["content"]
+
+
+def test_16_clients_at_once(server: Server, model: Path) -> None:
+    bodies = [ask(model, seed, max_tokens=48) for seed in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(server.chat, bodies))
+    assert all(a["usage"]["completion_tokens"] == 48 for a in answers)
+    assert len({a["choices"][0]["message"]["content"] for a in answers}) == 16
+    wait_until_idle(server)
+
+
+def test_client_that_hangs_up_mid_stream(server: Server, model: Path) -> None:
+    for seed in range(4):
+        deltas = stream(server, ask(model, seed, max_tokens=1500))
+        next(deltas)
+        deltas.close()  # closes the connection
+    wait_until_idle(server)
+    assert server.chat(ask(model, 1))["usage"]["completion_tokens"] == 32
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("data:image/png;base64,aGVsbG8=", id="not an image"),
+        pytest.param("data:image/png;base64,###", id="not base64"),
+    ],
+)
+def test_broken_image(server: Server, model: Path, url: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.chat(chat_body(model, "What is it?", url, max_tokens=4))
+    assert error.value.code == 400
+    assert server.chat(ask(model, 1))["usage"]["completion_tokens"] == 32
+
+
+def test_kv_usage_falls_after_prefill(server: Server, model: Path) -> None:
+    """A decoding request holds fewer blocks than its prompt fills; while it prefilled it held all.
+
+    The gauge is sampled as an operator's Prometheus would; a prefill is short, so the peak may
+    be missed and the request is repeated until it was seen.
+    """
+    wait_until_idle(server)
+    total = server.num_blocks() - 1
+    prompt_tokens = server.chat(ask(model, 1))["usage"]["prompt_tokens"]
+    prompt_blocks = -(-prompt_tokens // BLOCK)
+    samples: list[float] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            samples.append(server.metric("vllm:kv_cache_usage_perc") * total)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    decoding = []
+    try:
+        for seed in range(100, 200):
+            deltas = stream(server, ask(model, seed, max_tokens=24))
+            for index, _ in enumerate(deltas):
+                if index == 4:
+                    decoding.append(server.metric("vllm:kv_cache_usage_perc") * total)
+            if max(samples) >= prompt_blocks:
+                break
+    finally:
+        done.set()
+        sampler.join()
+    assert max(samples) >= prompt_blocks
+    kept_blocks = -(-prompt_blocks // 10)
+    assert min(decoding) == pytest.approx(kept_blocks + 1, abs=0.01)
+    assert kept_blocks + 1 < prompt_blocks / 3

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V1 adapter's bookkeeping of requests, over a stand-in for the runner."""
+
+from typing import Any
+
+import pytest
+from vllm.v1.request import Request
+
+from tests.engine.blocks import image_prompt, make_request
+from tests.worker.fakes import FakeV1Runner, RecordingWorker
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.worker.step import BatchRow, StepNumbers
+from vl_cache_vllm.worker.v1 import V1Adapter
+
+BLOCK_SIZE = 4
+
+
+class Worker:
+    """A runner with the adapter; steps are (request, computed, scheduled, block ids)."""
+
+    def __init__(self, **policy: Any) -> None:
+        config = KVCompressConfig(policy=VLCachePolicy(**policy), budget=0.25)
+        self.recording = RecordingWorker(config, BLOCK_SIZE)
+        self.runner = FakeV1Runner()
+        self.adapter = V1Adapter(self.runner, self.recording, {})  # type: ignore[arg-type]
+
+    def step(
+        self, *rows: tuple[Request, int, int, list[int]]
+    ) -> tuple[list[BatchRow], StepNumbers]:
+        self.runner.schedule([(request, computed, ids) for request, computed, _, ids in rows])
+        self.adapter.build_attention_metadata(
+            num_scheduled_tokens={request.request_id: n for request, _, n, _ in rows}
+        )
+        assert self.recording.planned is not None
+        return self.recording.planned
+
+
+def request(name: str = "a", before: int = 2, image: int = 14, after: int = 10) -> Request:
+    """By default 26 tokens, the image in 2..15."""
+    return make_request(
+        name,
+        image_prompt(before, image, after),
+        [(before, image, "image-0")],
+        block_size=BLOCK_SIZE,
+    )
+
+
+def blocks(count: int, first: int = 1) -> list[int]:
+    return list(range(first, first + count))
+
+
+def test_a_dummy_run_is_left_alone() -> None:
+    worker = Worker()
+    worker.adapter.build_attention_metadata(num_tokens=3)
+    worker.adapter.build_attention_metadata(num_scheduled_tokens=None)
+    assert worker.recording.planned is None
+
+
+def test_rows_carry_the_batch_in_its_order() -> None:
+    worker = Worker()
+    a, b = request("a"), request("b", before=1)
+    rows, _ = worker.step((a, 0, 20, blocks(5)), (b, 0, 7, blocks(2, first=9)))
+    assert [row.state.request_id for row in rows] == ["a", "b"]
+    assert [(row.num_computed, row.num_scheduled, row.num_blocks) for row in rows] == [
+        (0, 20, 5),
+        (0, 7, 2),
+    ]
+    assert [row.state.vision_end for row in rows] == [16, 15]
+    assert [row.state.prefill_tokens for row in rows] == [26, 25]
+    first_states = [row.state for row in rows]
+    # V1 moves requests between rows.
+    rows, _ = worker.step((b, 7, 9, blocks(4, first=9)), (a, 20, 1, blocks(6)))
+    assert [row.state for row in rows] == first_states[::-1]
+
+
+def test_a_finished_request_is_forgotten_and_its_id_may_come_again() -> None:
+    worker = Worker()
+    a = request()
+    (row,), numbers = worker.step((a, 0, 26, blocks(9)))
+    assert numbers.finishes
+    old = row.state
+    worker.runner.requests.clear()
+    (row,), _ = worker.step((request("b"), 0, 26, blocks(9)))
+    assert worker.recording.requests.get("a") is None
+    worker.runner.requests.clear()
+    (row,), numbers = worker.step((request("a"), 0, 26, blocks(9)))
+    assert row.state is not old
+    assert numbers.finishes
+
+
+def test_an_id_that_comes_again_at_once() -> None:
+    """Aborted and resubmitted between two steps, with a longer prefix hit than was computed."""
+    worker = Worker()
+    (row,), _ = worker.step((request(), 0, 8, blocks(2)))
+    old = row.state
+    worker.runner.requests.clear()
+    (row,), _ = worker.step((request(), 16, 4, blocks(5)))
+    assert row.state is not old
+
+
+@pytest.mark.parametrize("hit", [0, 16], ids=["no-hit", "prefix-hit"])
+def test_a_request_that_starts_over(hit: int) -> None:
+    worker = Worker()
+    a = request()
+    worker.step((a, 0, 26, blocks(9)))
+    a.append_output_token_ids(7)
+    worker.step((a, 26, 1, blocks(10)))
+    a.append_output_token_ids(7)
+    (row,), numbers = worker.step((a, hit, 28 - hit, blocks(9, first=20)))
+    assert row.state.prefill_tokens == 28
+    (finish,) = numbers.finishes
+    assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (28, 7, 2)
+
+
+V1_RESTART = pytest.mark.xfail(
+    reason="product bug: a restart is only recognised by fewer computed tokens than before",
+    raises=AssertionError,
+    strict=True,
+)
+
+
+@V1_RESTART
+def test_restart_where_it_left_off_after_a_refusal() -> None:
+    """The image ends the prompt and a block: not evicted, every block cached. Preempted right
+    after its prefill, it comes back with one post-vision token and a hit of the whole prompt."""
+    worker = Worker()
+    a = request(before=6, image=14, after=0)
+    _, numbers = worker.step((a, 0, 20, blocks(5)))
+    assert not numbers.finishes
+    a.append_output_token_ids(7)
+    (row,), numbers = worker.step((a, 20, 1, [*blocks(5), 30, 31, 32]))
+    (finish,) = numbers.finishes
+    assert row.state.prefill_tokens == 21 == finish.prompt_tokens
+    assert numbers.observations
+
+
+@V1_RESTART
+def test_restart_where_it_left_off_after_an_eviction() -> None:
+    """Only the last query is observed, so that the hit may cover the whole old prompt."""
+    worker = Worker(max_observation_tokens=1)
+    a = request(after=12)
+    _, numbers = worker.step((a, 0, 28, blocks(7 + 2)))
+    assert numbers.finishes
+    a.append_output_token_ids(7)
+    (row,), numbers = worker.step((a, 28, 1, [*blocks(7), 30, 31, 32]))
+    (finish,) = numbers.finishes  # instead the row is read as [7 prompt][2 kept][1 decode]
+    assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (29, 8, 2)
+    assert row.state.prefill_tokens == 29
