@@ -6,6 +6,7 @@ serving path is the real one.
 """
 
 import json
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main() -> None:
             "--kv-cache-memory-bytes=64M",
         )
         shown = ["vllm", *command(Path("tiny-llava"), *arguments)[1:]]
-        print("$", " ".join(shown).replace(folder + "/", ""))
+        print("$", shlex.join(shown).replace(folder + "/", ""))
         with running(model, Path(folder) / "server.log", *arguments) as server:
             total = server.num_blocks() - 1
             url = image_url(tiny_models.random_image(3))
@@ -53,9 +54,11 @@ def main() -> None:
     print(f"question     {QUESTION[:70]}... ({tokens} prompt tokens with the image)")
     print(f"answer       {answer!r}")
     print("             (random weights: noise, but noise that went through the whole server)")
-    print(f"blocks       {record['prompt_blocks']} after prefill -> {record['kept_blocks']} kept, of {total}")
+    before, after = record["prompt_blocks"], record["kept_blocks"]
+    print(f"blocks       {before} after prefill -> {after} kept, of {total}")
     print(f"             {held} held while decoding, by the server's own vllm:kv_cache_usage_perc")
-    print(f"budget       {BUDGET:.0%} asked for, {sum(kept) / len(kept) / tokens:.1%} of the prompt retained")
+    retained = sum(kept) / len(kept) / tokens
+    print(f"budget       {BUDGET:.0%} asked for, {retained:.1%} of the prompt retained")
     print("layer        density   tokens kept of each KV head")
     for layer, (density, count) in enumerate(zip(record["density"], kept, strict=True)):
         bar = "#" * max(1, round(40 * count / max(kept)))

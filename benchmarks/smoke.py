@@ -57,7 +57,6 @@ def measure(
     model: Path, kv_compress: dict[str, Any] | None, num_requests: int, trace: Path
 ) -> dict[str, Any]:
     """One engine over all requests; a warm-up request comes first."""
-    from benchmarks import tiny_models
     from tests.e2e import engine as harness
     from vl_cache_vllm.attention.cpu import CompressedCPUAttentionImpl
     from vl_cache_vllm.worker.eviction import EvictionWorker
@@ -159,7 +158,8 @@ def main() -> None:
         print(f"{key:38} {stock[key]:>10} {ours[key]:>10}")
     print(
         f"a prompt of {ours['prompt_tokens']} tokens: {ours['blocks_before']} blocks before, "
-        f"{ours['blocks_after']} after eviction; tokens kept per layer {ours['kept_tokens_per_layer']}"
+        f"{ours['blocks_after']} after eviction; tokens kept per layer: "
+        f"{ours['kept_tokens_per_layer']}"
     )
 
 

@@ -27,9 +27,7 @@ from benchmarks import tiny_models
 Floats = NDArray[np.float64]
 
 ROW_FILTER = 0.01  # p: an attention entry counts from this share of its row's maximum on
-RECENT_SHARE = (
-    0.1  # of a layer's kept tokens: the last ones of the prompt, kept whatever their score
-)
+RECENT_SHARE = 0.1  # of a layer's kept tokens: the prompt's last ones, kept whatever their score
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 1.0  # the clip of Algorithm 1
 
 

@@ -65,9 +65,10 @@ def test_flags_and_python_agree(model: Path) -> None:
 
 
 def test_the_compile_cache_tells_settings_apart(model: Path) -> None:
+    on = "--kv-compress=vlcache"
     hashes = {
         config(model, *flags).compute_hash()
-        for flags in ([], ["--kv-compress=vlcache"], ["--kv-compress=vlcache", "--kv-compress-budget=0.3"])
+        for flags in ([], [on], [on, "--kv-compress-budget=0.3"])
     }
     assert len(hashes) == 3
 
@@ -115,15 +116,15 @@ def test_bad_flag(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kv-compress-config={\"treshold\": 0.1}", "--kv-compress=vlcache"], "known for policy"),
-        (["--kv-compress-config={\"pooling\": 2}", "--kv-compress=vlcache"], "odd"),
-        (["--kv-compress-config={\"budget\": 0.2}", "--kv-compress=vlcache"], "--kv-compress-budget"),
+        (['--kv-compress-config={"treshold": 0.1}', "--kv-compress=vlcache"], "known for policy"),
+        (['--kv-compress-config={"pooling": 2}', "--kv-compress=vlcache"], "odd"),
+        (['--kv-compress-config={"budget": 0.2}', "--kv-compress=vlcache"], "--kv-compress-budget"),
         (["--kv-compress-budget=0.2"], "off"),
         (
             ["--kv-compress=vlcache", '--additional-config={"kv_compress": {"policy": "vlcache"}}'],
             "use one of them",
         ),
-        (['--additional-config={"kv_compress": {"policy": "h3o"}}'], "unknown KV compression policy"),
+        (['--additional-config={"kv_compress": {"policy": "h3o"}}'], "unknown KV compression pol"),
         (['--additional-config={"kv_compress": 3}'], "must be a JSON object"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -241,7 +242,7 @@ def _with_settings(vllm_config: VllmConfig) -> VllmConfig:
     ("flags", "message"),
     [
         (["--kv-compress-budget=7"], "'7' is not a budget"),
-        (["--kv-compress-config={\"x\": 1}"], "unknown KV compression setting(s) 'x'"),
+        (['--kv-compress-config={"x": 1}'], "unknown KV compression setting(s) 'x'"),
         (["--kv-cache-dtype=fp8"], "quantised KV cache fp8"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -36,8 +36,8 @@ def add_cli_args(parser: Any) -> Any:
         type=_budget,
         default=None,
         metavar="FLOAT",
-        help="Share of a prompt's KV cache blocks that is kept after prefill, greater than 0 and at "
-        f"most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
+        help="Share of a prompt's KV cache blocks that is kept after prefill, greater than 0 and "
+        f"at most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
     )
     group.add_argument(
         "--kv-compress-config",

@@ -49,7 +49,7 @@ class KVCompressConfig:
                 "(it is the retained share of a prompt's KV cache: 0.1 keeps a tenth)"
             )
         if self.min_prompt_tokens < 0:
-            raise ValueError(f"min_prompt_tokens must not be negative, got {self.min_prompt_tokens}")
+            raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
     def kept_blocks(self, prompt_blocks: int) -> int:
         """M = ceil(budget * N) blocks; rounding noise of the product does not add one."""
@@ -87,15 +87,16 @@ class KVCompressConfig:
             return None
         if name not in POLICIES:
             raise ValueError(
-                f"unknown KV compression policy {name!r}; known: {OFF}, {', '.join(sorted(POLICIES))}"
+                f"unknown KV compression policy {name!r}; "
+                f"known: {OFF}, {', '.join(sorted(POLICIES))}"
             )
         policy_cls = POLICIES[name]
         own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)
         unknown = [key for key in values if key not in own and key not in parameters]
         if unknown:
             raise ValueError(
-                f"unknown KV compression setting(s) {', '.join(map(repr, unknown))}; known for policy "
-                f"{name!r}: {', '.join(sorted({*own, *parameters}))}"
+                f"unknown KV compression setting(s) {', '.join(map(repr, unknown))}; "
+                f"known for policy {name!r}: {', '.join(sorted({*own, *parameters}))}"
             )
         checked = {k: _coerce(k, v, own.get(k) or parameters[k]) for k, v in values.items()}
         policy = policy_cls(**{k: v for k, v in checked.items() if k in parameters})

@@ -81,7 +81,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.attention.selector._cached_get_attn_backend.cache_clear",
         "wrap",
         "CPU workers with eviction",
-        "another engine of the same process may have cached vLLM's class before ours was registered",
+        "another engine of the process may have cached vLLM's class before ours was registered",
     ),
     Hook(
         "GPUModelRunner._build_attention_metadata (V1, this instance)",

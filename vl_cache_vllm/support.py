@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 _OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention", "mamba"}
 
 
-def unsupported_reasons(
-    vllm_config: VllmConfig, supported_workers: tuple[str, ...]
-) -> list[str]:
+def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, ...]) -> list[str]:
     """All reasons why this engine cannot evict, each with what to change; empty if it can."""
     import vllm
     from vllm.utils.torch_utils import is_quantized_kv_cache

@@ -19,7 +19,11 @@ def model(models_dir: Path) -> Path:
 
 
 def kept(
-    model: Path, trace: Path, requests: list[dict[str, Any]], one_by_one: bool = False, **kwargs: Any
+    model: Path,
+    trace: Path,
+    requests: list[dict[str, Any]],
+    one_by_one: bool = False,
+    **kwargs: Any,
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The evictions in order of the requests, and the outputs."""
     with harness.engine(model, {**SETTINGS, "trace_path": str(trace)}, **kwargs) as llm:

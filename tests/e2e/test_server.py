@@ -55,9 +55,11 @@ def ask(model: Path, seed: int, **parameters: Any) -> dict[str, Any]:
 def wait_until_idle(server: Server) -> None:
     """Aborts are asynchronous: poll the gauges, bounded by the test's own patience."""
     for _ in range(2000):
-        if server.metric("vllm:num_requests_running") == server.metric(
-            "vllm:kv_cache_usage_perc"
-        ) == 0:
+        if (
+            server.metric("vllm:num_requests_running")
+            == server.metric("vllm:kv_cache_usage_perc")
+            == 0
+        ):
             return
     raise AssertionError("requests still hold blocks")
 

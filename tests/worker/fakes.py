@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins for the worker's surroundings: no device, no model, no engine."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -57,18 +58,25 @@ class FakeV1Runner:
     def _build_attention_metadata(self, **kwargs: Any) -> tuple[dict[str, Any], None]:
         return {}, None
 
-    def schedule(self, rows: list[tuple[Request, int, list[int]]]) -> None:
-        """(request, computed tokens, block ids) of a step, as `_update_states` applies them."""
+    def schedule(
+        self, rows: list[tuple[Request, int, list[int]]], resumed: Container[str] = ()
+    ) -> None:
+        """Apply a step as `_update_states` does.
+
+        Args:
+            rows: request, computed tokens and whole block row of each request.
+            resumed: ids of those that start over after a preemption.
+        """
         self.input_batch.req_ids = [request.request_id for request, _, _ in rows]
         self.input_batch.num_reqs = len(rows)
         self.input_batch.num_computed_tokens_cpu = [computed for _, computed, _ in rows]
-        for request, computed, block_ids in rows:
+        for request, _, block_ids in rows:
             record = self.requests.get(request.request_id)
             if record is None:
                 record = Record(request.mm_features, request.num_prompt_tokens, [], ([],))
                 self.requests[request.request_id] = record
             record.output_token_ids = list(request.output_token_ids)
-            if computed == 0 or block_ids[: len(record.block_ids[0])] != record.block_ids[0]:
-                record.block_ids = (list(block_ids),)  # resumed: replaced
+            if request.request_id in resumed:
+                record.block_ids = (list(block_ids),)
             else:
                 record.block_ids[0].extend(block_ids[len(record.block_ids[0]) :])

@@ -120,6 +120,7 @@ class V1Agreement(WorkerAgreement):
 
     def start_runner(self) -> None:
         self.runner = FakeV1Runner()
+        self.last_known: dict[str, object] = {}
         self.adapter = V1Adapter(self.runner, self.worker, {})  # type: ignore[arg-type]
 
     def run_step(self, step: list[tuple[Request, int]]) -> tuple[list[BatchRow], StepNumbers]:
@@ -127,7 +128,16 @@ class V1Agreement(WorkerAgreement):
         self.runner.requests = {
             i: record for i, record in self.runner.requests.items() if i in self.harness.requests
         }
-        self.runner.schedule([(r, r.num_computed_tokens, self.harness.row(r)) for r, _ in step])
+        resumed = {
+            request.request_id
+            for request, _ in step
+            if self.last_known.get(request.request_id, self.expected[request.request_id])
+            is not self.expected[request.request_id]
+        }
+        self.last_known.update((r.request_id, self.expected[r.request_id]) for r, _ in step)
+        rows = [(r, r.num_computed_tokens, self.harness.row(r)) for r, _ in step]
+        self.runner.schedule(rows, resumed)
+        self.seen["resumed"] += len(resumed)
         num_scheduled = {request.request_id: num_new for request, num_new in step}
         self.adapter.build_attention_metadata(num_scheduled_tokens=num_scheduled)
         assert self.worker.planned is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from vllm import _custom_ops as ops
@@ -35,7 +35,7 @@ class CompressedCPUAttentionBackend(CPUAttentionBackend):
     """Replaces CPU_ATTN, the only backend name that vLLM's CPU platform selects."""
 
     # The impl writes K and V itself, because the slots of evicted requests differ by layer.
-    forward_includes_kv_cache_update: ClassVar[bool] = True
+    forward_includes_kv_cache_update: bool = True
 
     @staticmethod
     def get_impl_cls() -> type[CompressedCPUAttentionImpl]:
@@ -75,7 +75,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             seq_lens=seq_lens,
-            dtype=self.dtype,
+            dtype=self.dtype,  # type: ignore[arg-type]
             query_start_loc=metadata.query_start_loc,
             causal=metadata.causal,
             sliding_window_size=self.window_size,
@@ -159,9 +159,7 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         return pool.view(pool.shape[0], *kv_cache.shape[1:]), layer_metadata
 
 
-def derive_packing(
-    isa: str, block_size: int, head_size: int, dtype: torch.dtype
-) -> PagePacking:
+def derive_packing(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> PagePacking:
     """Find out how vLLM's CPU kernels order a page, by writing numbered tokens and reading back.
 
     Raises:
@@ -186,7 +184,7 @@ def derive_packing(
         if not torch.equal(cell.sort().values, everything):
             raise ValueError(
                 f"KV compression cannot read the {name} cache packing of vLLM's CPU attention "
-                f"(instruction set {isa!r}, block size {block_size}, head size {head_size}, {dtype})"
+                f"(instruction set {isa}, block size {block_size}, head size {head_size}, {dtype})"
             )
     shape = (block_size, head_size)
     # cell[offset] is the number stored there; invert it.

@@ -7,9 +7,8 @@ Blocks of a request, N = 3 prompt blocks evicted to M = 1:
     step processed    [-, -, -] [4]            prompt blocks freed, hashes intact, null in place
     decode            [-, -, -] [4] [5] ...    positions >= E start in a fresh block
 
-| owns | does not own |
-| --- | --- |
-| the decision (once per prefill), N, M, when prompt blocks are freed | which tokens survive, how the M x L pages are dealt to layers (worker) |
+Owns: the decision (once per prefill), N, M, when prompt blocks are freed.
+Does not own: which tokens survive, how the M x L pages are dealt to the layers (worker).
 """
 
 from collections import Counter
@@ -81,9 +80,7 @@ class CompressedAttentionManager(FullAttentionManager):
         decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
         return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
 
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args, **kwargs
-    ) -> int:
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         return super().get_num_blocks_to_allocate(
             request_id, self._token_slots(request_id, num_tokens), *args, **kwargs
         )

@@ -19,9 +19,7 @@ class _EvictionMixin:
         manager.bind_requests(self.requests.get)  # type: ignore[attr-defined]
         self._eviction_manager = manager
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Trim the hit so that the observed queries are computed, not taken from the cache."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
         limit = self._eviction_manager.max_hit_tokens(request) if num_tokens else None

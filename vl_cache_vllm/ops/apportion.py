@@ -5,7 +5,7 @@ import torch
 
 
 def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
-    """Deal ``total_pages`` out in proportion to ``weights``, at least 1 and at most ``max_pages`` each.
+    """Deal ``total_pages`` out in proportion to ``weights``, 1 to ``max_pages`` to each layer.
 
     Where the floor or the cap binds, the remaining layers share what is left in proportion to
     their weights; fractions are settled by largest remainder, ties to the lower layer. Host

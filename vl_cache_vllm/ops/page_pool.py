@@ -24,7 +24,7 @@ class CellOrder:
         return (offset, token, element) if torch.equal(regular, self.index) else None
 
     def unpack(self, pages: torch.Tensor) -> torch.Tensor:
-        """``[n, K, page]`` to ``[n, K, block_size, head_size]``: a view where the order is regular."""
+        """``[n, K, page]`` as ``[n, K, block_size, head_size]``; a view if regular."""
         if self._strides is None:
             return pages.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
         offset, token, element = self._strides
@@ -91,14 +91,12 @@ class PagePool:
     def num_kv_heads(self) -> int:
         return self.pages.shape[1]
 
-    def page_ids(
-        self, layer: torch.Tensor | int, block: torch.Tensor
-    ) -> torch.Tensor:
+    def page_ids(self, layer: torch.Tensor | int, block: torch.Tensor) -> torch.Tensor:
         """Numbers of the pages of ``block`` at ``layer`` (broadcast)."""
         return layer * self.layer_stride + block * self.block_stride
 
     def read_keys(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
-        """The keys stored in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``."""
+        """The keys in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``."""
         return self._read(layer, block_row, self.packing.key)
 
     def read_values(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:

@@ -196,9 +196,8 @@ class EvictionWorker:
         )
         row = step.block_table[finish.row].long()
         end = finish.prompt_blocks + finish.kept_blocks
-        compact(
-            pool, row[: finish.prompt_blocks], row[finish.prompt_blocks : end], kept_pages, positions
-        )
+        prompt_row, kept_row = row[: finish.prompt_blocks], row[finish.prompt_blocks : end]
+        compact(pool, prompt_row, kept_row, kept_pages, positions)
         if state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
             self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[state.slot] = kept_pages
@@ -207,7 +206,11 @@ class EvictionWorker:
             self._trace(finish, density, kept_pages, positions)
 
     def _trace(
-        self, finish: Finish, density: torch.Tensor, kept_pages: torch.Tensor, positions: torch.Tensor
+        self,
+        finish: Finish,
+        density: torch.Tensor,
+        kept_pages: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         kept_tokens = (kept_pages * self.pool.block_size).tolist()
         record = {

@@ -147,9 +147,7 @@ def _observe_row(
         return None
     if not plan_eviction(config, block_size, state.prefill_tokens, vision_end).kept_blocks:
         return None  # the scheduler's rule is at least as strict
-    first = max(
-        row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens)
-    )
+    first = max(row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens))
     if first >= end:
         return None
     skipped = first - row.num_computed

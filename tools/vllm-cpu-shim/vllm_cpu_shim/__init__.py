@@ -17,9 +17,7 @@ def _declare_torchvision_ops() -> None:
         return
     fragment = torch.library.Library("torchvision", "FRAGMENT")
     fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    fragment.define(
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    )
+    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     # A library's definitions live as long as the object.
     _KEEP_ALIVE.append(fragment)
 
