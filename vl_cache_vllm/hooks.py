@@ -161,10 +161,7 @@ def enable(vllm_config: VllmConfig) -> None:
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )
     init_logger("vllm.vl_cache").info(
-        "KV compression: policy=%s budget=%s (%s)",
-        config.policy.name,
-        config.budget,
-        config.policy,
+        "KV compression: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items())
     )
 
 

@@ -46,6 +46,7 @@ def engine(
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
     with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
+        gc.freeze()  # an engine's start collects repeatedly; spare it what exists already
         llm = LLM(model=str(model), **{**DEFAULTS, **kwargs})
     assert isinstance(scheduler(llm), AsyncScheduler) == async_scheduling
     try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks: what a request holds, what returns to the pool, and how many requests fit."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,23 @@ def run_alone(model: Path, settings: dict[str, Any], requests: list[Any], params
     return [harness.token_ids(output) for output in outputs]
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+# V2 runs through Triton's interpreter: a shorter run of the same.
+NUM_RANDOM = 200 if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0" else 60
+
+
+@pytest.mark.parametrize(
+    "async_scheduling",
+    [
+        pytest.param(False, id="sync"),
+        pytest.param(True, id="async", marks=pytest.mark.both_runners),
+    ],
+)
 def test_200_random_requests(small_image_model: Path, async_scheduling: bool) -> None:
     """A pool too small for the load, aborts, single tokens: nothing leaks, nobody is disturbed."""
     rng = random.Random(7)
     settings = {"policy": "vlcache", "budget": 0.4}
     requests, params = [], []
-    for _ in range(200):
+    for _ in range(NUM_RANDOM):
         words = "a picture of " * rng.randrange(1, 12)
         images = rng.choices([[], [rng.randrange(5)], [rng.randrange(5), 9]], [1, 4, 1])[0]
         requests.append(
@@ -109,9 +120,9 @@ def test_200_random_requests(small_image_model: Path, async_scheduling: bool) ->
         preempted: set[int] = set()
         aborted = set()
         next_request = 0
-        while next_request < 200 or engine.has_unfinished_requests():
+        while next_request < NUM_RANDOM or engine.has_unfinished_requests():
             for _ in range(rng.randrange(4)):
-                if next_request < 200 and len(scheduler.requests) < 16:
+                if next_request < NUM_RANDOM and len(scheduler.requests) < 16:
                     engine.add_request(
                         str(next_request), requests[next_request], params[next_request]
                     )
@@ -132,10 +143,11 @@ def test_200_random_requests(small_image_model: Path, async_scheduling: bool) ->
         engine.step()
         assert_pool_is_whole(llm)
         manager = harness.manager(llm)
-        assert manager.num_evicted > 50 and len(preempted) > 5 and len(aborted) > 5
+        assert manager.num_evicted > NUM_RANDOM // 4
+        assert len(preempted) > NUM_RANDOM // 40 and len(aborted) > NUM_RANDOM // 40
         assert not manager._decided and not manager._prompt_freed
     checked = [i for i in finished if i not in preempted | aborted]
-    assert len(checked) > 120
+    assert len(checked) > NUM_RANDOM // 2
     different = [i for i in checked if finished[i] != expected[i]]
     assert not different
 

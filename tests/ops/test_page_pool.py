@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page pool against cell-by-cell access."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +72,51 @@ def test_copy_tokens_fills_destinations_and_nothing_else(packing: str, dtype: to
                 assert torch.equal(key_of(pool, page, head, token), key_of(before, *source))
                 assert torch.equal(value_of(pool, page, head, token), value_of(before, *source))
     assert torch.equal(pool.pages[sources], before.pages[sources])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    ("block_size", "head_size"), [(1, 8), (5, 1), (1, 1), (2, 2)], ids=lambda n: str(n)
+)
+def test_degenerate_sizes(packing: str, block_size: int, head_size: int) -> None:
+    sizes = {"block_size": block_size, "head_size": head_size}
+    pool, before = (make_pool(packing=packing, **sizes) for _ in range(2))
+    row = torch.tensor([3, 1])
+    tokens = [
+        (page_number(pool, 2, block), token) for block in (3, 1) for token in range(block_size)
+    ]
+    keys, values = pool.read_keys(2, row), pool.read_values(2, row)
+    for head in range(2):
+        for position, (page, token) in enumerate(tokens):
+            assert torch.equal(keys[head, position], key_of(pool, page, head, token))
+            assert torch.equal(values[head, position], value_of(pool, page, head, token))
+    last = torch.full((1, 2, block_size), block_size - 1)
+    pool.copy_tokens(torch.full_like(last, 7), last, torch.tensor([9]))
+    for head in range(2):
+        for token in range(block_size):
+            source = 7, head, block_size - 1
+            assert torch.equal(key_of(pool, 9, head, token), key_of(before, *source))
+            assert torch.equal(value_of(pool, 9, head, token), value_of(before, *source))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_pages_may_lie_inside_a_larger_buffer(packing: str) -> None:
+    """vLLM's allocation may hold something else before and behind our pages."""
+    alone = make_pool(packing=packing)
+    buffer = torch.full((alone.pages.numel() + 30,), 99.0)
+    inside = buffer[13 : 13 + alone.pages.numel()].view(alone.pages.shape)
+    inside.copy_(alone.pages)
+    pool = replace(alone, pages=inside)
+    row = torch.tensor([9, 0, 4])
+    assert torch.equal(pool.read_keys(1, row), alone.read_keys(1, row))
+    assert torch.equal(pool.read_values(1, row), alone.read_values(1, row))
+    source_page = torch.tensor([[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]])
+    source_offset = torch.tensor([[[4, 3, 2, 1, 0], [0, 0, 2, 2, 1]]])
+    for each in (pool, alone):
+        each.copy_tokens(source_page, source_offset, torch.tensor([20]))
+    assert torch.equal(pool.pages, alone.pages)
+    assert (buffer[:13] == 99).all()
+    assert (buffer[13 + alone.pages.numel() :] == 99).all()
 
 
 def test_copy_tokens_writes_through_a_view_of_the_cache() -> None:

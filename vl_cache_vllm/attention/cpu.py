@@ -119,8 +119,9 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             layer_index = attn_metadata.layer_index[layer.layer_name]  # type: ignore[attr-defined]
             if step.tables is not None:
                 kv_cache, attn_metadata = self._layer_view(layer_index, kv_cache, attn_metadata)
-        if key is not None and value is not None:
-            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)  # type: ignore[arg-type]
+        slots = attn_metadata.slot_mapping
+        num_slots = slots.shape[0]  # the model may run on more tokens: padding
+        self.do_kv_cache_update(layer, key[:num_slots], value[:num_slots], kv_cache, slots)  # type: ignore[arg-type]
         super().forward(
             layer,
             query,
