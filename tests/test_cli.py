@@ -18,7 +18,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from benchmarks import tiny_models
 from benchmarks.server import command, environment
 from vl_cache_vllm import hooks
-from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.config import KVCompressConfig, settings_of
+from vl_cache_vllm.policy import VLCachePolicy
 from vl_cache_vllm.support import unsupported_reasons
 
 
@@ -265,3 +266,14 @@ def test_every_hook_of_the_table_exists() -> None:
         assert all(dataclasses.astuple(hook))
         assert hook.kind in ("extension point", "wrap")
     assert json.dumps([dataclasses.asdict(hook) for hook in hooks.HOOKS])
+
+
+def test_the_readme_lists_every_setting() -> None:
+    """With its default, in the same words as --help."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    fields = (*dataclasses.fields(VLCachePolicy), *dataclasses.fields(KVCompressConfig))
+    for field in fields:
+        if field.name in ("policy", "budget"):
+            continue
+        row = f"| `{field.name}` | {json.dumps(field.default)} | {field.metadata['help']} |"
+        assert row in text, row

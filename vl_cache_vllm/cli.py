@@ -34,7 +34,7 @@ def add_cli_args(parser: Any) -> Any:
     group.add_argument(
         "--kv-compress-budget",
         type=_budget,
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="FLOAT",
         help="Share of a prompt's KV cache blocks that is kept after prefill, greater than 0 and "
         f"at most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
@@ -42,7 +42,7 @@ def add_cli_args(parser: Any) -> Any:
     group.add_argument(
         "--kv-compress-config",
         type=_json_object,
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="JSON",
         help="Parameters of the policy, a JSON object. Keys:\n"
         + "\n".join(f"{name}:\n{describe_settings(cls)}" for name, cls in POLICIES.items()),

@@ -8,6 +8,7 @@ every process of an engine sees the same settings and the compile cache tells th
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy, VLCachePolicy
+from vl_cache_vllm.policy.base import parameter
 
 ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
@@ -27,20 +29,18 @@ class KVCompressConfig:
     """Validated settings of KV compression; hashable, picklable, comparable."""
 
     policy: EvictionPolicy = field(default_factory=VLCachePolicy)
-    """Scores and layer budgets, with their parameters."""
-
-    budget: float = DEFAULT_BUDGET
-    """Retained share of a prompt's KV cache blocks, 0 < budget <= 1; 1 evicts nothing."""
-
-    min_prompt_tokens: int = 0
-    """Prompts with fewer tokens keep their whole cache."""
-
-    trace_path: str | None = None
-    """Append one JSON line per eviction to this file, for debugging and research. Reads results
-    back from the device at every eviction: not for production."""
-
-    trace_positions: bool = False
-    """Also write the kept token positions of every layer and KV head to the trace."""
+    budget: float = parameter(
+        DEFAULT_BUDGET, "share of a prompt's KV cache blocks that is kept; 1 evicts nothing"
+    )
+    min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
+    trace_path: str | None = parameter(
+        None,
+        "append one JSON line per eviction to this file (debugging and research: reads the "
+        "device back at every eviction)",
+    )
+    trace_positions: bool = parameter(
+        False, "also trace the kept positions of every layer and KV head"
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 < self.budget <= 1.0:
@@ -122,7 +122,8 @@ def describe_settings(policy_cls: type[EvictionPolicy]) -> str:
     """One line per setting that ``--kv-compress-config`` accepts, with its default."""
     fields = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
     return "\n".join(
-        f"- {f.name} (default {f.default!r})" for f in (*dataclasses.fields(policy_cls), *fields)
+        f"- {f.name} (default {json.dumps(f.default)}): {f.metadata['help']}"
+        for f in (*dataclasses.fields(policy_cls), *fields)
     )
 
 

@@ -8,10 +8,15 @@ mechanism's work (`vl_cache_vllm.ops`), the same for every policy.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+
+
+def parameter(default: Any, text: str) -> Any:
+    """A dataclass field that is a setting of the user's, with its line of help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,15 @@ class EvictionPolicy(ABC):
     name: ClassVar[str]
     """The value of ``--kv-compress``."""
 
-    threshold: float = 0.01
-    """p: an attention entry counts as dense iff it reaches p times its row's maximum."""
-
-    recent_ratio: float = 0.1
-    """Share of a layer's budget that always keeps the prompt's last tokens."""
-
-    max_observation_tokens: int | None = None
-    """Observe at most this many of the last post-vision queries (None: all of them)."""
+    threshold: float = parameter(
+        0.01, "p: an attention entry counts as dense iff it reaches p times its row's maximum"
+    )
+    recent_ratio: float = parameter(
+        0.1, "share of a layer's budget that always keeps the prompt's last tokens"
+    )
+    max_observation_tokens: int | None = parameter(
+        None, "observe at most so many of the last post-vision queries; null: all of them"
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold <= 1.0:

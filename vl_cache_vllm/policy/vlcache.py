@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from vl_cache_vllm.policy.base import EvictionPolicy
+from vl_cache_vllm.policy.base import EvictionPolicy, parameter
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class VLCachePolicy(EvictionPolicy):
 
     name: ClassVar[str] = "vlcache"
 
-    pooling: int = 1
-    """Odd width of an average over neighbouring positions, applied to the scores (1: paper).
-    Positions beyond the ends count as zero, as in SnapKV."""
-
-    uniform_mix: float = 0.0
-    """Share of the budget divided equally among layers (0: paper, 1: uniform budgets)."""
-
-    min_layer_budget: float = 0.01
-    """Least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)."""
+    pooling: int = parameter(
+        1,
+        "odd width of an average over neighbouring positions, applied to the scores; 1: the paper",
+    )
+    uniform_mix: float = parameter(
+        0.0, "share of the budget divided equally among layers; 0: the paper, 1: uniform budgets"
+    )
+    min_layer_budget: float = parameter(
+        0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +41,10 @@ class VLCachePolicy(EvictionPolicy):
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
     def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
-        """Accumulated post-vision attention (paper section 3), smoothed when asked."""
+        """Accumulated post-vision attention (paper section 3), smoothed when asked.
+
+        Positions beyond the ends count as zero, as in SnapKV.
+        """
         if self.pooling == 1:
             return attention
         return F.avg_pool1d(attention, self.pooling, stride=1, padding=self.pooling // 2)
