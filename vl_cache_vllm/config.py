@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -52,8 +53,8 @@ class KVCompressConfig:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
     def kept_blocks(self, prompt_blocks: int) -> int:
-        """M = ceil(budget * N) blocks; rounding noise of the product does not add one."""
-        return min(prompt_blocks, math.ceil(round(self.budget * prompt_blocks, 9)))
+        """M = ceil(budget * N) blocks, at least 1 of N; rounding noise does not add one."""
+        return min(prompt_blocks, max(1, math.ceil(round(self.budget * prompt_blocks, 9))))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:
@@ -85,7 +86,7 @@ class KVCompressConfig:
                     f"{', '.join(sorted(POLICIES))}"
                 )
             return None
-        if name not in POLICIES:
+        if not isinstance(name, str) or name not in POLICIES:
             raise ValueError(
                 f"unknown KV compression policy {name!r}; "
                 f"known: {OFF}, {', '.join(sorted(POLICIES))}"
@@ -137,7 +138,7 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
     union = isinstance(expected, types.UnionType)
     accepted = set(typing.get_args(expected)) if union else {expected}
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if float in accepted and is_number and math.isfinite(value):
+    if float in accepted and is_number and abs(value) < sys.float_info.max:
         return float(value)
     if type(value) in accepted and type(value) is not float:
         return value

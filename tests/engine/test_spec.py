@@ -87,11 +87,6 @@ def test_registry() -> None:
     assert wrapped().is_uniform_with_collection({"a": wrapped(), "b": wrapped()})
 
 
-@pytest.mark.xfail(
-    reason="product bug: registering ours first keeps vLLM from registering its own specs",
-    raises=ValueError,
-    strict=True,
-)
 def test_importing_ours_leaves_vllms_own_specs_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a worker process, where nobody calls register_all_kvcache_specs beforehand."""
     monkeypatch.setattr(kv_cache_spec_registry, "_REGISTRY_KVCACHESPEC_LIST", {})

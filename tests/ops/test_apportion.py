@@ -190,11 +190,6 @@ def test_at_a_cap_no_page_is_lost_to_rounding() -> None:
                 check(weights, total, cap)
 
 
-@pytest.mark.xfail(
-    reason="product bug: rounding noise decides exact ties between layers of different weight",
-    raises=AssertionError,
-    strict=True,
-)
 def test_exact_ties_go_to_the_lower_layer_whatever_its_weight() -> None:
     """Quotas 3/2, 9 and 15/2, all weights binary fractions: the tie is exact."""
     weights, total, cap = [0.125, 0.875, 0.625], 18, 9

@@ -138,16 +138,6 @@ class V1Agreement(WorkerAgreement):
         rows = [(r, r.num_computed_tokens, self.harness.row(r)) for r, _ in step]
         self.runner.schedule(rows, resumed)
         self.seen["resumed"] += len(resumed)
-        for request, _ in step:
-            state = self.worker.requests.get(request.request_id)
-            if (
-                state is not None
-                and request.request_id in resumed
-                and request.num_computed_tokens == state.num_computed
-            ):
-                # Known bug: test_v1.py, test_restart_where_it_left_off_*. Remove when fixed.
-                self.worker.requests.drop(request.request_id)
-                self.seen["restart where it left off"] += 1
         num_scheduled = {request.request_id: num_new for request, num_new in step}
         self.adapter.build_attention_metadata(num_scheduled_tokens=num_scheduled)
         assert self.worker.planned is not None

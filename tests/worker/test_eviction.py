@@ -253,11 +253,6 @@ def test_more_requests_than_rows() -> None:
     assert worker._kept_pages[state.slot].sum() == 4 * NUM_LAYERS
 
 
-@pytest.mark.xfail(
-    reason="product bug: the buffer of kept pages is doubled once, whatever the slot",
-    raises=IndexError,
-    strict=True,
-)
 def test_many_more_requests_than_rows() -> None:
     """Under the priority policy any number of preempted requests may wait."""
     worker = make_worker(pool_of(), max_num_reqs=1)

@@ -34,7 +34,7 @@ def fresh(prefill_tokens: int, vision_end: int | None = 40, slot: int = 1) -> Re
 
 def evicted(evicted_tokens: int, kept_blocks: int, slot: int = 1) -> RequestState:
     state = fresh(evicted_tokens, slot=slot)
-    state.evicted_tokens = state.num_computed = evicted_tokens
+    state.evicted_tokens = evicted_tokens
     state.prompt_blocks, state.kept_blocks = cdiv(evicted_tokens, BLOCK_SIZE), kept_blocks
     return state
 
@@ -75,7 +75,6 @@ def test_finishing_shows_in_the_next_step() -> None:
     state = fresh(63)
     plan([chunk(state, 0, 63, reserved=2)])
     assert (state.evicted_tokens, state.prompt_blocks, state.kept_blocks) == (63, 8, 2)
-    assert state.num_computed == 63
     numbers = plan([decode(state, 63)])
     assert numbers.any_evicted
     assert numbers.observations == numbers.finishes == []
@@ -272,7 +271,6 @@ def test_table_start_get_drop() -> None:
     assert table.get("a") is state
     assert (state.request_id, state.vision_end, state.prefill_tokens) == ("request-a", 40, 63)
     assert (state.evicted_tokens, state.prompt_blocks, state.kept_blocks) == (0, 0, 0)
-    assert state.num_computed == 0
     table.drop("a")
     assert table.get("a") is None
     table.drop("a")  # unknown keys are fine
@@ -288,7 +286,7 @@ def test_table_restart_clears_everything() -> None:
     again = table.start("a", "a", 40, 70)
     assert again is not state
     assert again.column_sums is again.dense_entries is None
-    assert (again.evicted_tokens, again.num_computed, again.prefill_tokens) == (0, 0, 70)
+    assert (again.evicted_tokens, again.prefill_tokens) == (0, 70)
     assert len(table) == 1
     assert table.get("a") is again
 

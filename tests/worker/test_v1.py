@@ -118,14 +118,6 @@ def test_a_request_that_starts_over(hit: int) -> None:
     assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (28, 7, 2)
 
 
-V1_RESTART = pytest.mark.xfail(
-    reason="product bug: a restart is only recognised by fewer computed tokens than before",
-    raises=AssertionError,
-    strict=True,
-)
-
-
-@V1_RESTART
 def test_restart_where_it_left_off_after_a_refusal() -> None:
     """The image ends the prompt and a block: not evicted, every block cached. Preempted right
     after its prefill, it comes back with one post-vision token and a hit of the whole prompt."""
@@ -140,7 +132,6 @@ def test_restart_where_it_left_off_after_a_refusal() -> None:
     assert numbers.observations
 
 
-@V1_RESTART
 def test_restart_where_it_left_off_after_an_eviction() -> None:
     """Only the last query is observed, so that the hit may cover the whole old prompt."""
     worker = Worker(max_observation_tokens=1)

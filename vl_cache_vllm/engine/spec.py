@@ -9,10 +9,13 @@ from typing import Self
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
+
+# vLLM registers its own specs when it finds the registry empty: before ours, or never.
+KVCacheSpecRegistry._ensure_registered()
 
 
 @register_kv_cache_spec(

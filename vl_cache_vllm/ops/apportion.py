@@ -29,7 +29,8 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
         raise ValueError(
             f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
         )
-    quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
+    # Rounding noise must not decide between equal remainders.
+    quota = _scale_to_sum(weights, float(total_pages), float(max_pages)).round(decimals=9)
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
     # A layer at its cap has no claim to a rounded-up page, whatever its rounding noise.

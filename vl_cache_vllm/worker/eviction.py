@@ -198,7 +198,7 @@ class EvictionWorker:
         end = finish.prompt_blocks + finish.kept_blocks
         prompt_row, kept_row = row[: finish.prompt_blocks], row[finish.prompt_blocks : end]
         compact(pool, prompt_row, kept_row, kept_pages, positions)
-        if state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
+        while state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
             self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[state.slot] = kept_pages
         state.column_sums = state.dense_entries = None

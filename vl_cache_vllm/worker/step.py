@@ -23,7 +23,6 @@ class RequestState:
     slot: int  # row of the device buffer of kept pages, at least 1
     vision_end: int | None  # position after the last visual token
     prefill_tokens: int  # tokens known when prefill (re)started
-    num_computed: int = 0  # tokens computed by the end of the last planned step
 
     # While observing: attention sums [L, K, prefill_tokens] and dense entries [L].
     column_sums: torch.Tensor | None = None
@@ -108,7 +107,6 @@ def plan_step(
     any_evicted, width, query_start = False, 1, 0
     for index, row in enumerate(rows):
         state, end = row.state, row.num_computed + row.num_scheduled
-        state.num_computed = end
         if state.evicted_tokens:
             any_evicted = True
             kept_bound = min(

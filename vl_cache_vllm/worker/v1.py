@@ -14,8 +14,8 @@ from vl_cache_vllm.worker.step import BatchRow, RequestState
 class V1Adapter:
     """Turns the runner's batch into `BatchRow`s and hands the step to the metadata.
 
-    V1 tells nobody about restarts after a preemption, so they are recognised by what they do:
-    a request that has computed fewer tokens than it had starts over.
+    V1 tells nobody about restarts after a preemption, but it replaces the request's block ids then
+    (`_update_states`), whereas it extends them in place while the request goes on.
     """
 
     def __init__(
@@ -25,8 +25,9 @@ class V1Adapter:
         self._worker = worker
         self._layer_index = layer_index
         self._build = runner._build_attention_metadata
-        # The runner's record of a request; a reused id comes with a new record.
-        self._records: dict[str, object] = {}
+        # The block ids that a request's state belongs to, compared by identity; a reused request
+        # id comes with new ones, too.
+        self._block_ids: dict[str, object] = {}
 
     def build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces the runner's method of the same name."""
@@ -41,11 +42,11 @@ class V1Adapter:
         requests = self._worker.requests
         if len(requests) > len(runner.requests):
             requests.drop_all_but(runner.requests)
-            self._records = {k: v for k, v in self._records.items() if k in runner.requests}
+            self._block_ids = {k: v for k, v in self._block_ids.items() if k in runner.requests}
         batch = runner.input_batch
         rows = [
             BatchRow(
-                state=self._state(req_id, int(num_computed)),
+                state=self._state(req_id),
                 num_computed=int(num_computed),
                 num_scheduled=num_scheduled_tokens[req_id],
                 num_blocks=len(runner.requests[req_id].block_ids[0]),
@@ -63,15 +64,11 @@ class V1Adapter:
         if step is not None:
             attach_step(metadata, self._worker, step, self._layer_index)
 
-    def _state(self, req_id: str, num_computed: int) -> RequestState:
+    def _state(self, req_id: str) -> RequestState:
         record = self._runner.requests[req_id]
         state = self._worker.requests.get(req_id)
-        if (
-            state is None
-            or self._records[req_id] is not record
-            or num_computed < state.num_computed
-        ):
-            self._records[req_id] = record
+        if state is None or self._block_ids[req_id] is not record.block_ids:
+            self._block_ids[req_id] = record.block_ids
             state = self._worker.requests.start(
                 req_id,
                 req_id,
