@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy, VLCachePolicy
@@ -53,8 +54,8 @@ class KVCompressConfig:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
     def kept_blocks(self, prompt_blocks: int) -> int:
-        """M = ceil(budget * N) blocks, at least 1 of N; rounding noise does not add one."""
-        return min(prompt_blocks, max(1, math.ceil(round(self.budget * prompt_blocks, 9))))
+        """M = ceil(budget * N) blocks, of the budget as written: 0.1 of 10 blocks is 1."""
+        return math.ceil(Fraction(str(self.budget)) * prompt_blocks)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:

@@ -26,7 +26,7 @@ class Hook:
     """One row of the table."""
 
     target: str
-    """What of vLLM's is touched."""
+    """What of vLLM's is touched, as ``module:qualified.name``."""
     kind: str
     """"extension point" (vLLM offers it) or "wrap" (we replace a method, calling the original)."""
     scope: str
@@ -36,64 +36,71 @@ class Hook:
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
-        "vllm.engine.arg_utils.EngineArgs.add_cli_args",
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         "wrap",
         "every process that loads plugins",
-        "adds the --kv-compress* flags; vLLM has no registry of plugin flags",
+        "adds the --kv-compress* flags; vLLM has no registry of plugins' flags",
     ),
     Hook(
-        "vllm.engine.arg_utils.EngineArgs.from_cli_args",
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
         "wrap",
         "every process that loads plugins",
         "folds the flags into additional_config; the original drops flags it has no field for",
     ),
     Hook(
-        "vllm.engine.arg_utils.EngineArgs.create_engine_config",
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "wrap",
         "every process that loads plugins; acts when kv_compress is set",
         "validates, refuses what is unsupported, chooses our worker and scheduler classes",
     ),
     Hook(
-        "ParallelConfig.worker_cls",
+        "vllm.config:ParallelConfig.worker_cls",
         "extension point",
         "engines with eviction",
         "our worker installs the worker-side hooks below; nothing is patched in other engines",
     ),
     Hook(
-        "SchedulerConfig.scheduler_cls",
+        "vllm.config:SchedulerConfig.scheduler_cls",
         "extension point",
         "engines with eviction",
         "shows the requests to our block manager, trims prefix-cache hits",
     ),
     Hook(
-        "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec",
+        "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",
         "our block manager and wider block-table rows",
     ),
     Hook(
-        "vllm.v1.attention.backends.registry.register_backend(CPU_ATTN)",
+        "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_ATTN",
         "extension point",
-        "CPU workers with eviction",
+        "CPU workers with eviction, through register_backend",
         "per-layer tables and observation; the CPU platform selects no other backend name",
     ),
     Hook(
-        "vllm.v1.attention.selector._cached_get_attn_backend.cache_clear",
+        "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",
         "wrap",
         "CPU workers with eviction",
         "another engine of the process may have cached vLLM's class before ours was registered",
     ),
     Hook(
-        "GPUModelRunner._build_attention_metadata (V1, this instance)",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
         "wrap",
-        "workers with eviction on the V1 runner",
+        "the model runner of workers with eviction, V1, that instance only",
         "the only place that sees the batch and the metadata together",
     ),
-    Hook(
-        "ModelState.add_request, remove_request, prepare_attn (V2, this instance)",
-        "wrap",
-        "workers with eviction on the V2 runner",
-        "the same, where V2 keeps it",
+    *(
+        Hook(
+            f"vllm.v1.worker.gpu.model_states.interface:ModelState.{method}",
+            "wrap",
+            "the model state of workers with eviction, V2, that instance only",
+            reason,
+        )
+        for method, reason in (
+            ("add_request", "a request starts, or starts over after a preemption"),
+            ("remove_request", "a request's slot becomes free"),
+            ("prepare_attn", "the only place that sees the batch and the metadata together"),
+        )
     ),
 )
 

@@ -189,3 +189,13 @@ def test_the_scheduler_is_at_least_as_strict_as_the_worker(
 def test_a_tiny_budget_is_evicted_or_skipped() -> None:
     result = plan(budget=1e-12)
     assert (result.kept_blocks == 0) == (result.skip is not None)
+
+
+def test_a_preemption_does_not_change_who_is_left_alone() -> None:
+    """E then includes generated tokens; the rules about the prompt look at the prompt."""
+    settings = KVCompressConfig(budget=0.1, min_prompt_tokens=100)
+    sizes = {"block_size": 4, "prompt_tokens": 130, "num_prompt_tokens": 90}
+    assert plan_eviction(settings, vision_end=60, **sizes).skip is Skip.SHORT_PROMPT
+    anyone = KVCompressConfig(budget=0.1)
+    assert plan_eviction(anyone, vision_end=90, **sizes).skip is Skip.NO_POST_VISION_TOKENS
+    assert plan_eviction(anyone, vision_end=60, **sizes).kept_blocks == 4

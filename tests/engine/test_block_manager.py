@@ -689,9 +689,9 @@ class BlockAccounting(RuleBasedStateMachine):
         skip = None
         if vision_end is None:
             skip = Skip.TEXT_ONLY
-        elif vision_end >= tokens:
+        elif vision_end >= request.num_prompt_tokens:
             skip = Skip.NO_POST_VISION_TOKENS
-        elif tokens < self.min_prompt_tokens:
+        elif request.num_prompt_tokens < self.min_prompt_tokens:
             skip = Skip.SHORT_PROMPT
         elif num_kept >= tokens // BLOCK_SIZE:
             skip = Skip.NO_SAVING

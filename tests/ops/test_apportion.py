@@ -190,8 +190,17 @@ def test_at_a_cap_no_page_is_lost_to_rounding() -> None:
                 check(weights, total, cap)
 
 
-def test_exact_ties_go_to_the_lower_layer_whatever_its_weight() -> None:
-    """Quotas 3/2, 9 and 15/2, all weights binary fractions: the tie is exact."""
-    weights, total, cap = [0.125, 0.875, 0.625], 18, 9
-    assert exact_apportion(weights, total, cap).pages == [2, 9, 7]
-    assert dealt(weights, total, cap) == [2, 9, 7]
+@pytest.mark.parametrize(
+    ("weights", "total", "cap", "expected"),
+    [
+        pytest.param([0.125, 0.875, 0.625], 18, 9, [2, 9, 7], id="halves"),  # 3/2, 9, 15/2
+        pytest.param([0.125, 0.5, 0.125], 10, 9, [2, 7, 1], id="thirds"),  # 5/3, 20/3, 5/3
+        pytest.param([0.125, 0.25, 0.875], 12, 9, [1, 3, 8], id="fifths"),  # 6/5, 12/5, 42/5
+    ],
+)
+def test_exact_ties_go_to_the_lower_layer_whatever_its_weight(
+    weights: list[float], total: int, cap: int, expected: list[int]
+) -> None:
+    """All weights are binary fractions, so the ties are exact."""
+    assert exact_apportion(weights, total, cap).pages == expected
+    assert dealt(weights, total, cap) == expected

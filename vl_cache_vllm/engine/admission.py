@@ -58,6 +58,7 @@ def plan_eviction(
     prompt_tokens: int,
     vision_end: int | None,
     usable_blocks: int | None = None,
+    num_prompt_tokens: int | None = None,
 ) -> EvictionPlan:
     """Decide whether a prompt is evicted and to how many blocks.
 
@@ -68,6 +69,8 @@ def plan_eviction(
         vision_end: result of `post_vision_start`.
         usable_blocks: blocks of the whole pool; the prompt and its kept blocks must fit together
             for one step. None: not checked (the worker does not know).
+        num_prompt_tokens: the request's prompt without generated tokens, so that a preemption does
+            not change who is left alone. None: ``prompt_tokens``.
 
     Returns:
         A plan whose ``kept_blocks`` is 0, with the reason, where eviction would not save at least
@@ -75,12 +78,13 @@ def plan_eviction(
     """
     num_blocks = cdiv(prompt_tokens, block_size)
     kept = config.kept_blocks(num_blocks)
+    own_tokens = prompt_tokens if num_prompt_tokens is None else num_prompt_tokens
     skip = None
     if vision_end is None:
         skip = Skip.TEXT_ONLY
-    elif vision_end >= prompt_tokens:
+    elif vision_end >= own_tokens:
         skip = Skip.NO_POST_VISION_TOKENS
-    elif prompt_tokens < config.min_prompt_tokens:
+    elif own_tokens < config.min_prompt_tokens:
         skip = Skip.SHORT_PROMPT
     elif kept >= prompt_tokens // block_size:
         # Decoding starts in a fresh block, whereas a whole prompt would first fill its last one.

@@ -51,6 +51,7 @@ class CompressedAttentionManager(FullAttentionManager):
             request.num_tokens,
             post_vision_start(request.mm_features),
             usable_blocks=self.block_pool.num_gpu_blocks - 1,  # one is the null block
+            num_prompt_tokens=request.num_prompt_tokens,
         )
         if plan.kept_blocks and request.resumable:
             return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)  # its prompt still grows

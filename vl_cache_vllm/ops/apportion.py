@@ -29,12 +29,12 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
         raise ValueError(
             f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
         )
-    # Rounding noise must not decide between equal remainders.
-    quota = _scale_to_sum(weights, float(total_pages), float(max_pages)).round(decimals=9)
+    quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
     # A layer at its cap has no claim to a rounded-up page, whatever its rounding noise.
-    remainder = torch.where(pages < max_pages, quota - pages, -1.0)
+    # Rounded, so that noise does not decide between equal remainders either.
+    remainder = torch.where(pages < max_pages, (quota - pages).round(decimals=9), -1.0)
     order = torch.argsort(remainder, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(num_layers, device=order.device))
     return pages + (rank < missing)

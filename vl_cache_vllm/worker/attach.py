@@ -41,6 +41,11 @@ def build_eviction_worker(
             f"shape; this model's KV cache groups are: {kinds}"
         )
     spec = groups[0].kv_cache_spec
+    if spec.head_size_v != spec.head_size:
+        raise ValueError(
+            "KV compression needs K and V of one head size, not "
+            f"{spec.head_size} and {spec.head_size_v}"
+        )
     if len(tensors) != 1 or set(tensors[0].layers) != set(groups[0].layer_names):
         raise ValueError("KV compression needs the pages of all layers in one allocation")
     (placement,) = tensors

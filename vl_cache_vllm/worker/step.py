@@ -115,6 +115,8 @@ def plan_step(
             )
             width = max(width, kept_bound + cdiv(end - state.evicted_tokens, block_size))
         else:
+            if row.num_computed >= state.prefill_tokens:  # observed, but the scheduler declined
+                state.column_sums = state.dense_entries = None
             num_blocks = cdiv(end, block_size)
             width = max(width, num_blocks)
             observation = _observe_row(index, row, query_start, num_blocks, config, block_size)
