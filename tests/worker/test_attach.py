@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the allocated cache can show is refused when the worker is built."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.engine.spec import CompressedAttentionSpec
+from vl_cache_vllm.worker.attach import build_eviction_worker
+
+NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 5, 32, 2, 32
+LAYERS = ["layers.0", "layers.1", "layers.2"]
+PAGE_BYTES = NUM_HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
+
+
+def spec(**fields: Any) -> CompressedAttentionSpec:
+    plain = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_HEADS, head_size=HEAD_SIZE, dtype=torch.float32
+    )
+    return replace(CompressedAttentionSpec.wrap(plain, KVCompressConfig()), **fields)
+
+
+def cache_config(*groups: KVCacheGroupSpec, **placement: Any) -> KVCacheConfig:
+    """One allocation in layer-outermost order, unless told otherwise."""
+    values = {
+        "size": len(LAYERS) * NUM_BLOCKS * PAGE_BYTES,
+        "layers": LAYERS,
+        "layer_stride": NUM_BLOCKS * PAGE_BYTES,
+        "block_stride": PAGE_BYTES,
+    }
+    tensor = KVCacheTensor(**{**values, **placement})
+    return KVCacheConfig(
+        num_blocks=NUM_BLOCKS,
+        kv_cache_tensors=[tensor],
+        kv_cache_groups=list(groups) or [KVCacheGroupSpec(LAYERS, spec())],
+        kv_cache_layout="LBHNC",
+    )
+
+
+def vllm_config(cache: KVCacheConfig, permute: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Any:
+    """As much of a config as is read, with layers bound to views of one buffer."""
+    placement = cache.kv_cache_tensors[0]
+    buffer = torch.zeros(placement.size // 4)
+    cells = BLOCK_SIZE * 2 * HEAD_SIZE
+    strides = (placement.layer_stride // 4, placement.block_stride // 4)
+    views = buffer.as_strided(
+        (len(LAYERS), NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE),
+        (*strides, cells, 2 * HEAD_SIZE, 1),
+    ).permute(permute)
+    layers = {
+        name: SimpleNamespace(kv_cache=views[i], isa="vec", num_heads=4)
+        for i, name in enumerate(LAYERS)
+    }
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
+        model_config=SimpleNamespace(max_model_len=256),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+
+
+@pytest.mark.parametrize("order", ["layer-outermost", "block-outermost"])
+def test_pages_are_the_layers_own_memory(order: str) -> None:
+    strides = (
+        {}
+        if order == "layer-outermost"
+        else {"layer_stride": PAGE_BYTES, "block_stride": len(LAYERS) * PAGE_BYTES}
+    )
+    cache = cache_config(**strides)
+    config = vllm_config(cache)
+    worker, layer_index = build_eviction_worker(config, cache)
+    assert layer_index == {name: i for i, name in enumerate(LAYERS)}
+    for name, layer in config.compilation_config.static_forward_context.items():
+        for block in range(NUM_BLOCKS):
+            layer.kv_cache[block] = 1.0
+            page = worker.pool.page_ids(layer_index[name], torch.tensor(block))
+            assert worker.pool.pages[page].eq(1.0).all()
+            assert worker.pool.pages.sum() == PAGE_BYTES // 4
+            layer.kv_cache[block] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        pytest.param(
+            cache_config(
+                KVCacheGroupSpec(LAYERS[:1], spec()), KVCacheGroupSpec(LAYERS[1:], spec())
+            ),
+            "plain full attention",
+            id="two groups",
+        ),
+        pytest.param(
+            cache_config(
+                KVCacheGroupSpec(
+                    LAYERS,
+                    FullAttentionSpec(
+                        block_size=BLOCK_SIZE,
+                        num_kv_heads=NUM_HEADS,
+                        head_size=HEAD_SIZE,
+                        dtype=torch.float32,
+                    ),
+                )
+            ),
+            "plain full attention",
+            id="a spec that is not ours",
+        ),
+        pytest.param(cache_config(layers=LAYERS[:2]), "one allocation", id="layers elsewhere"),
+        pytest.param(
+            cache_config(block_stride=PAGE_BYTES + 64, size=8 * len(LAYERS) * PAGE_BYTES),
+            "contiguous pages",
+            id="pages not contiguous",
+        ),
+        pytest.param(
+            cache_config(KVCacheGroupSpec(LAYERS, spec(page_size_padded=2 * PAGE_BYTES))),
+            "contiguous pages",
+            id="padded pages",
+        ),
+        pytest.param(
+            cache_config(KVCacheGroupSpec(LAYERS, spec(head_size_v=64))),
+            "one head size",
+            id="another head size of V",
+        ),
+    ],
+)
+def test_refused(cache: KVCacheConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_eviction_worker(vllm_config(cache), cache)
+
+
+def test_token_major_pages_are_refused() -> None:
+    cache = cache_config()
+    with pytest.raises(ValueError, match="head-major"):
+        build_eviction_worker(vllm_config(cache, permute=(0, 1, 3, 2, 4)), cache)
