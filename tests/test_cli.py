@@ -201,6 +201,19 @@ def test_all_reasons_come_in_one_message(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--language-model-only", "text-only serving"),
+        ("--mm-encoder-only", "encoder-only serving"),
+        ("--kv-offloading-size=1", "KV connectors and offloading"),
+    ],
+)
+def test_refused_flag(model: Path, flag: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        config(model, "--kv-compress=vlcache", flag)
+
+
+@pytest.mark.parametrize(
     ("attribute", "reason"),
     [
         ("use_mla", "MLA"),
@@ -219,7 +232,8 @@ def test_refused_model(model: Path, attribute: str, reason: str) -> None:
         hf_text_config=real.hf_text_config,
         get_sliding_window=real.get_sliding_window,
         runner_type=real.runner_type,
-        is_multimodal_model=True,
+        supports_multimodal_inputs=True,
+        multimodal_config=None,
         uses_alibi=False,
         **dict.fromkeys(names, False),
     )

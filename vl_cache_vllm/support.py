@@ -73,6 +73,7 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         vllm_config.attention_config.hisparse_config is not None,
         "HiSparse: remove the attention config's hisparse_config",
     )
+    refuse(vllm_config.is_mm_encoder_only, "encoder-only serving: remove --mm-encoder-only")
     return reasons + _model_reasons(vllm_config.model_config)
 
 
@@ -89,8 +90,9 @@ def _model_reasons(model: ModelConfig) -> list[str]:
             f"{model.runner_type} models: there is no decoding to save cache for",
         ),
         (
-            not model.is_multimodal_model,
-            "text-only models: the policy scores tokens by the text that follows an image",
+            not model.supports_multimodal_inputs,
+            "text-only serving: the policy scores tokens by the text that follows an image; use a "
+            "vision-language model, without --language-model-only",
         ),
         (model.use_mla, "multi-head latent attention (MLA)"),
         (model.is_encoder_decoder, "encoder-decoder models (cross attention)"),
