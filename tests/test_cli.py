@@ -129,6 +129,10 @@ def test_bad_flag(
         ),
         (['--additional-config={"kv_compress": {"policy": "h3o"}}'], "unknown KV compression pol"),
         (['--additional-config={"kv_compress": 3}'], "must be a JSON object"),
+        (
+            ["--kv-compress=none", '--additional-config={"kv_compress": {"policy": "vlcache"}}'],
+            "use one of them",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

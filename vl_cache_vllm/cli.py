@@ -28,8 +28,8 @@ def add_cli_args(parser: Any) -> Any:
     group.add_argument(
         "--kv-compress",
         choices=[OFF, *sorted(POLICIES)],
-        default=OFF,
-        help="Eviction policy, or none to leave vLLM as it is.",
+        default=argparse.SUPPRESS,
+        help=f"Eviction policy, or none to leave vLLM as it is. (default: {OFF})",
     )
     group.add_argument(
         "--kv-compress-budget",
@@ -56,7 +56,7 @@ def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
     Raises:
         ValueError: for flags that contradict each other or name unknown parameters.
     """
-    policy = getattr(args, "kv_compress", OFF)
+    policy = getattr(args, "kv_compress", None)
     given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
     if "policy" in given or "budget" in given:
         raise ValueError(
@@ -66,15 +66,17 @@ def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
     budget = getattr(args, "kv_compress_budget", None)
     if budget is not None:
         given["budget"] = budget
-    if policy == OFF and not given:
+    if policy is None and not given:
         return
-    settings = {"policy": policy, **given}
-    KVCompressConfig.from_dict(settings)  # fail here, before the model config is read
+    settings = {"policy": policy or OFF, **given}
+    config = KVCompressConfig.from_dict(settings)  # fail here, before the model config is read
     if ADDITIONAL_CONFIG_KEY in engine_args.additional_config:
         raise ValueError(
             f"KV compression is set both by --kv-compress flags and by "
             f"--additional-config's {ADDITIONAL_CONFIG_KEY!r}; use one of them"
         )
+    if config is None:
+        return
     engine_args.additional_config = {
         **engine_args.additional_config,
         ADDITIONAL_CONFIG_KEY: settings,

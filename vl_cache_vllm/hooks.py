@@ -7,6 +7,8 @@ look at one key of ``additional_config``.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +76,14 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_ATTN",
         "extension point",
-        "CPU workers with eviction, through register_backend",
+        "CPU workers with eviction, through register_backend, while the model is built",
         "per-layer tables and observation; the CPU platform selects no other backend name",
     ),
     Hook(
         "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",
         "wrap",
-        "CPU workers with eviction",
-        "another engine of the process may have cached vLLM's class before ours was registered",
+        "CPU workers with eviction, before and after the model is built",
+        "engines of one process share this cache of chosen classes",
     ),
     Hook(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
@@ -172,16 +174,26 @@ def enable(vllm_config: VllmConfig) -> None:
     )
 
 
-def use_cpu_backend() -> None:
-    """Put our backend in CPU_ATTN's place in this process."""
+@contextlib.contextmanager
+def cpu_backend() -> Iterator[None]:
+    """Put our backend in CPU_ATTN's place while a model is built.
+
+    Layers keep the class they were built with; other engines of the process never see ours.
+    """
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN,
-        "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend",
-    )
+    name = AttentionBackendEnum.CPU_ATTN
+    before = name.get_path() if name.is_overridden() else None
+    register_backend(name, "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend")
     selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        name.clear_override()
+        if before is not None:
+            register_backend(name, before)
+        selector._cached_get_attn_backend.cache_clear()
 
 
 def attach_v1(runner: Any, worker: EvictionWorker, layer_index: dict[str, int]) -> None:

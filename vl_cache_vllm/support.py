@@ -20,7 +20,7 @@ _OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention"
 
 
 def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, ...]) -> list[str]:
-    """All reasons why this engine cannot evict, each with what to change; empty if it can."""
+    """All reasons why this engine cannot evict, with what to change where that helps; or none."""
     import vllm
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
@@ -48,8 +48,7 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
     )
     refuse(
         parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
-        "tensor or pipeline parallelism: use --tensor-parallel-size 1 --pipeline-parallel-size 1 "
-        "(data parallelism works)",
+        "tensor or pipeline parallelism: use --tensor-parallel-size 1 --pipeline-parallel-size 1",
     )
     refuse(
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -83,7 +82,7 @@ def _model_reasons(model: ModelConfig) -> list[str]:
     other = sorted(layer_types & _OTHER_ATTENTION)
     window = model.get_sliding_window()
     if window is not None and not other:
-        other = [f"sliding window of {window} tokens"]
+        other = [f"sliding window of {window} tokens (--disable-sliding-window may help)"]
     checks = (
         (
             model.runner_type != "generate",

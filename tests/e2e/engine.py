@@ -12,8 +12,6 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention import selector
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -40,9 +38,6 @@ def engine(
     **kwargs: Any,
 ) -> Iterator[LLM]:
     """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
-    # Forget what an earlier engine with eviction registered, so that stock is stock.
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-    selector._cached_get_attn_backend.cache_clear()
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
     with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():

@@ -174,6 +174,35 @@ def test_four_times_as_many_sequences(model: Path) -> None:
     assert ours >= 4 * stock
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_a_small_pool_does_not_thrash(small_image_model: Path, async_scheduling: bool) -> None:
+    """The first decode block is scheduled while prompt blocks are held: it must be there."""
+    settings = {"policy": "vlcache", "budget": 0.25}
+    requests = [
+        harness.image_request("llava", "b" * (60 + (i * 37) % 90), [i % 5]) for i in range(30)
+    ]
+    with harness.engine(
+        small_image_model,
+        settings,
+        async_scheduling=async_scheduling,
+        enable_prefix_caching=False,
+        max_model_len=384,
+        max_num_batched_tokens=512,
+        max_num_seqs=16,
+        **pool_of(20),
+    ) as llm:
+        for i, request in enumerate(requests):
+            llm.llm_engine.add_request(str(i), request, harness.greedy(64, logprobs=None))
+        preemptions: dict[str, int] = {}
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            for request in harness.scheduler(llm).requests.values():
+                preemptions[request.request_id] = request.num_preemptions
+        assert harness.manager(llm).num_evicted >= len(requests)
+        assert sum(preemptions.values()) <= 5
+        assert_pool_is_whole(llm)
+
+
 def test_a_prompt_that_does_not_fit_beside_its_survivors_is_left_alone(model: Path) -> None:
     """Rather than waiting for ever for N + M blocks."""
     request = harness.image_request("llava", LONG, [1])

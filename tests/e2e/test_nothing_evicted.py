@@ -52,6 +52,52 @@ def test_text_only_requests_are_identical_among_evicted_ones(
     assert any(outputs[i][0] != stock[i][0] for i in with_image), "nothing was evicted"
 
 
+def test_a_stock_engine_after_one_with_eviction_is_stock(model: Path) -> None:
+    """In the same process: nothing of ours is left behind."""
+
+    def classes(settings: dict[str, Any] | None) -> list[type]:
+        with harness.engine(model, settings) as llm:
+            worker = harness.scheduler(llm), llm.llm_engine.engine_core.engine_core.model_executor
+            layers = worker[1].driver_worker.worker.compilation_config.static_forward_context
+            layer = next(v for v in layers.values() if hasattr(v, "attn_backend"))
+            return [type(worker[0]), type(layer.impl), layer.attn_backend]
+
+    before, during, after = classes(None), classes({"policy": "vlcache"}), classes(None)
+    assert all(cls.__module__.startswith("vl_cache_vllm.") for cls in during)
+    assert all(cls.__module__.startswith("vllm.") for cls in before)
+    assert after == before
+
+
+def test_dummy_batches_disturb_nobody(model: Path) -> None:
+    """As a data-parallel engine runs them while its peers work."""
+    requests = stock_reference.mixed_requests()[:2]
+
+    def outputs(dummies: bool) -> dict[str, list[int]]:
+        done = {}
+        with harness.engine(model, {"policy": "vlcache", "budget": 0.2}) as llm:
+            engine = llm.llm_engine
+            for i, request in enumerate(requests):
+                engine.add_request(str(i), request, harness.greedy(12))
+            executor = engine.engine_core.engine_core.model_executor
+            while engine.has_unfinished_requests():
+                done |= {o.request_id: harness.token_ids(o) for o in engine.step() if o.finished}
+                if dummies:
+                    executor.driver_worker.worker.execute_dummy_batch()
+            assert harness.manager(llm).num_evicted == 1
+        return done
+
+    assert outputs(dummies=True) == outputs(dummies=False)
+
+
+def test_a_bad_trace_path_fails_at_start(model: Path) -> None:
+    settings = {"policy": "vlcache", "trace_path": "/nonexistent/folder/trace"}
+    with (
+        pytest.raises(ValueError, match="cannot write its trace_path"),
+        harness.engine(model, settings),
+    ):
+        pass
+
+
 def test_max_tokens_1_is_left_alone(model: Path) -> None:
     with harness.engine(model, {"policy": "vlcache", "budget": 0.1}) as llm:
         request = harness.image_request("llava", "One token, please.", [1])

@@ -76,8 +76,9 @@ def test_evicted() -> None:
         ),
         pytest.param({"prompt_tokens": 16, "vision_end": 4}, None, id="two-blocks"),
         pytest.param({"prompt_tokens": 3, "vision_end": 1}, Skip.NO_SAVING, id="part-of-a-block"),
-        pytest.param({"usable_blocks": 14}, Skip.POOL_TOO_SMALL, id="pool-too-small"),
-        pytest.param({"usable_blocks": 15}, None, id="pool-just-fits"),
+        # 13 prompt blocks, 2 kept ones, and the block that decoding starts in.
+        pytest.param({"usable_blocks": 15}, Skip.POOL_TOO_SMALL, id="pool-too-small"),
+        pytest.param({"usable_blocks": 16}, None, id="pool-just-fits"),
         pytest.param({"usable_blocks": None}, None, id="pool-unknown"),
     ],
 )
@@ -139,7 +140,7 @@ def test_eviction_always_saves_a_block(
         assert result.kept_blocks == kept >= 1
         # Every layer can have a page, and none needs more than the prompt's full ones.
         assert kept < prompt_tokens // block_size
-        assert usable_blocks is None or num_blocks + kept <= usable_blocks
+        assert usable_blocks is None or num_blocks + kept + 1 <= usable_blocks
         for generated in [*range(1, 2 * block_size + 2), 10_000, 10_001]:
             evicted = kept + -(-generated // block_size)
             whole = -(-(prompt_tokens + generated) // block_size)

@@ -695,7 +695,7 @@ class BlockAccounting(RuleBasedStateMachine):
             skip = Skip.SHORT_PROMPT
         elif num_kept >= tokens // BLOCK_SIZE:
             skip = Skip.NO_SAVING
-        elif num_prompt + num_kept > self.usable:
+        elif num_prompt + num_kept + 1 > self.usable:
             skip = Skip.POOL_TOO_SMALL
         elif request.resumable:
             skip = Skip.STREAMING_INPUT
@@ -780,10 +780,12 @@ class BlockAccounting(RuleBasedStateMachine):
         revived = sum(not self.refs[block] for block in hit_ids)
         held = len(expected.row) + len(hit_ids)
         num_fresh = max(0, self.row_length(expected, end) - held)
-        fits = num_fresh + revived <= self.num_free
+        # The end of an evicted prefill leaves room for the first decode block.
+        reserve = not expected.is_decided and expected.num_kept > 0
+        fits = num_fresh + revived + (reserve and end >= expected.prompt_tokens) <= self.num_free
         if is_admission and self.must_fit:
             whole = self.row_length(expected, request.num_tokens) - held
-            fits = fits and whole + revived <= self.num_free
+            fits = fits and whole + revived + reserve <= self.num_free
         assert (allocated is not None) == fits
         if allocated is None:
             self.seen["allocation failed"] += 1

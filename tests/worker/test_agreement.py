@@ -102,7 +102,6 @@ class V2Agreement(WorkerAgreement):
             if self.states.get(request.request_id, (None,))[0] is not expected:
                 state = table.start(
                     request.request_id,
-                    request.request_id,
                     post_vision_start(request.mm_features),
                     request.num_tokens,
                 )

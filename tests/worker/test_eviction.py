@@ -84,7 +84,7 @@ def run_step(
 
 
 def start(worker: EvictionWorker, key: str, tokens: int = PROMPT) -> RequestState:
-    return worker.requests.start(key, key, VISION_END, tokens)
+    return worker.requests.start(key, VISION_END, tokens)
 
 
 def expected_eviction(
@@ -129,7 +129,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     """Beside a request that decodes after an eviction and one that is never evicted."""
     pool = pool_of(page_order, packing)
     worker = make_worker(pool, policy=policy)
-    other, plain = start(worker, "other"), worker.requests.start("plain", "plain", None, 9)
+    other, plain = start(worker, "other"), worker.requests.start("plain", None, 9)
     other_row, plain_row = list(range(60, 80)), [59, 58, 57]
     run_step(worker, [(other, 0, PROMPT, other_row)], queries(PROMPT, seed=1))
     assert other.evicted_tokens == PROMPT
@@ -200,7 +200,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
 
 def test_plain_steps_are_left_to_vllm() -> None:
     worker = make_worker(pool_of())
-    state = worker.requests.start("a", "a", None, 9)
+    state = worker.requests.start("a", None, 9)
     assert run_step(worker, [(state, 0, 9, [1, 2, 3])], queries(9, seed=0)) is None
     assert run_step(worker, [(state, 9, 1, [1, 2, 3])], queries(1, seed=0)) is None
 

@@ -67,8 +67,8 @@ def plan_eviction(
         block_size: tokens per block.
         prompt_tokens: E, tokens to compute before decoding; generated ones too after a preemption.
         vision_end: result of `post_vision_start`.
-        usable_blocks: blocks of the whole pool; the prompt and its kept blocks must fit together
-            for one step. None: not checked (the worker does not know).
+        usable_blocks: blocks of the whole pool; the prompt, its kept blocks and the first decode
+            block must fit together. None: not checked (the worker does not know).
         num_prompt_tokens: the request's prompt without generated tokens, so that a preemption does
             not change who is left alone. None: ``prompt_tokens``.
 
@@ -89,6 +89,6 @@ def plan_eviction(
     elif kept >= prompt_tokens // block_size:
         # Decoding starts in a fresh block, whereas a whole prompt would first fill its last one.
         skip = Skip.NO_SAVING
-    elif usable_blocks is not None and num_blocks + kept > usable_blocks:
+    elif usable_blocks is not None and num_blocks + kept + 1 > usable_blocks:
         skip = Skip.POOL_TOO_SMALL
     return EvictionPlan(prompt_tokens, num_blocks, 0 if skip else kept, skip)

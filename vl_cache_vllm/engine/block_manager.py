@@ -82,9 +82,22 @@ class CompressedAttentionManager(FullAttentionManager):
         return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        return super().get_num_blocks_to_allocate(
+        num_blocks = super().get_num_blocks_to_allocate(
             request_id, self._token_slots(request_id, num_tokens), *args, **kwargs
         )
+        return num_blocks + self._ends_evicted_prefill(request_id, num_tokens)
+
+    def _ends_evicted_prefill(self, request_id: str, num_tokens: int) -> bool:
+        """Whether this step ends a prefill that will be evicted.
+
+        Such a step asks for one free block more than it takes. Decoding starts in a fresh block,
+        and under async scheduling it is scheduled while the prompt's blocks are still held: without
+        the reserve a request that just fitted would preempt itself, over and over.
+        """
+        if request_id in self._decided or (request := self._lookup(request_id)) is None:
+            return False
+        plan = self.plan(request)
+        return plan.kept_blocks > 0 and num_tokens >= plan.prompt_tokens
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

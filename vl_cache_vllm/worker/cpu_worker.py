@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU worker with eviction; chosen through ``ParallelConfig.worker_cls``."""
 
-from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -14,9 +13,9 @@ from vl_cache_vllm.worker.attach import build_eviction_worker
 class EvictionCPUWorker(CPUWorker):
     """`CPUWorker` over our attention backend and model-runner adapter."""
 
-    def __init__(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
-        hooks.use_cpu_backend()
-        super().__init__(vllm_config, *args, **kwargs)
+    def load_model(self, *args, **kwargs) -> None:
+        with hooks.cpu_backend():
+            super().load_model(*args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The model's specs, those of full attention with eviction."""

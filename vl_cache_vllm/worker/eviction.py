@@ -2,6 +2,7 @@
 """Runs eviction on one worker: owns the device state, called by runner adapters and backends."""
 
 import json
+import os
 from collections.abc import Sequence
 
 import torch
@@ -50,12 +51,13 @@ class EvictionWorker:
         self.pool = pool
         self.num_heads = num_heads
         self.requests = RequestTable()
+        self._trace_file = _open_trace(config.trace_path)
         device, num_layers = pool.pages.device, pool.num_layers
         # Row 0 stays zero: it serves requests that are not evicted.
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # Persistent, so that CUDA graphs can be captured over them.
+        # Reused by every step.
         self._block_table = torch.zeros(
             num_layers * max_num_reqs * max_table_width, dtype=torch.int32, device=device
         )
@@ -202,7 +204,7 @@ class EvictionWorker:
             self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[state.slot] = kept_pages
         state.column_sums = state.dense_entries = None
-        if self.config.trace_path is not None:
+        if self._trace_file is not None:
             self._trace(finish, density, kept_pages, positions)
 
     def _trace(
@@ -227,13 +229,23 @@ class EvictionWorker:
             record["kept_positions"] = [
                 layer[:, :kept].tolist() for layer, kept in zip(positions, kept_tokens, strict=True)
             ]
-        assert self.config.trace_path is not None
-        with open(self.config.trace_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        assert self._trace_file is not None
+        # One write: workers of several engines may share the file.
+        os.write(self._trace_file, (json.dumps(record) + "\n").encode())
+
+
+def _open_trace(path: str | None) -> int | None:
+    """A descriptor to append to, opened at start-up so that a bad path fails there."""
+    if path is None:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"KV compression cannot write its trace_path: {error}") from error
 
 
 def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """The first elements of a flat persistent buffer, densely shaped."""
+    """The first elements of a flat buffer, densely shaped."""
     size = 1
     for extent in shape:
         size *= extent

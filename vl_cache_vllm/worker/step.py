@@ -4,7 +4,7 @@
 Runner-neutral: the V1 and V2 adapters translate their batches into `BatchRow`s.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,37 +157,35 @@ def _observe_row(
 
 
 class RequestTable:
-    """The states of the requests on this worker, keyed as the runner likes."""
+    """The states of the requests on this worker, by request id."""
 
     def __init__(self) -> None:
-        self._states: dict[Hashable, RequestState] = {}
+        self._states: dict[str, RequestState] = {}
         self._free_slots: list[int] = []
         self._num_slots = 1  # slot 0 is nobody's
 
-    def start(
-        self, key: Hashable, request_id: str, vision_end: int | None, prefill_tokens: int
-    ) -> RequestState:
+    def start(self, request_id: str, vision_end: int | None, prefill_tokens: int) -> RequestState:
         """A fresh state for a request that starts or restarts its prefill."""
-        self.drop(key)
+        self.drop(request_id)
         if not self._free_slots:
             self._free_slots.append(self._num_slots)
             self._num_slots += 1
         state = RequestState(request_id, self._free_slots.pop(), vision_end, prefill_tokens)
-        self._states[key] = state
+        self._states[request_id] = state
         return state
 
-    def get(self, key: Hashable) -> RequestState | None:
-        return self._states.get(key)
+    def get(self, request_id: str) -> RequestState | None:
+        return self._states.get(request_id)
 
-    def drop(self, key: Hashable) -> None:
-        """Forget a request; unknown keys are fine."""
-        if (state := self._states.pop(key, None)) is not None:
+    def drop(self, request_id: str) -> None:
+        """Forget a request; unknown ids are fine."""
+        if (state := self._states.pop(request_id, None)) is not None:
             self._free_slots.append(state.slot)
 
-    def drop_all_but(self, keys) -> None:
-        """Forget requests whose key is not among ``keys``."""
-        for key in [key for key in self._states if key not in keys]:
-            self.drop(key)
+    def drop_all_but(self, request_ids: Container[str]) -> None:
+        """Forget requests whose id is not among ``request_ids``."""
+        for request_id in [i for i in self._states if i not in request_ids]:
+            self.drop(request_id)
 
     def __len__(self) -> int:
         return len(self._states)

@@ -71,7 +71,6 @@ class V1Adapter:
             self._block_ids[req_id] = record.block_ids
             state = self._worker.requests.start(
                 req_id,
-                req_id,
                 post_vision_start(record.mm_features or ()),
                 record.num_prompt_tokens + len(record.output_token_ids),
             )

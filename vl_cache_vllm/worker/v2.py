@@ -14,7 +14,10 @@ from vl_cache_vllm.worker.step import BatchRow
 
 
 class V2Adapter:
-    """Keyed by the runner's request slots, which V2 announces when they start and end."""
+    """V2 announces when requests start and end.
+
+    Dummy batches borrow the slots of live requests, but not their ids: hence keyed by id.
+    """
 
     def __init__(
         self, runner: GPUModelRunner, worker: EvictionWorker, layer_index: dict[str, int]
@@ -35,7 +38,6 @@ class V2Adapter:
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
         self._worker.requests.start(
-            req_index,
             new_req_data.req_id,
             post_vision_start(new_req_data.mm_features or ()),
             len(tokens),
@@ -43,15 +45,15 @@ class V2Adapter:
 
     def remove_request(self, req_id: str) -> None:
         self._remove(req_id)
-        self._worker.requests.drop(self._runner.req_states.req_id_to_index.get(req_id))
+        self._worker.requests.drop(req_id)
 
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         metadata = self._prepare(input_batch, *args, **kwargs)
-        index = input_batch.idx_mapping_np[: input_batch.num_reqs].tolist()
-        states = [self._worker.requests.get(i) for i in index]
+        states = [self._worker.requests.get(req_id) for req_id in input_batch.req_ids]
         if kwargs.get("for_capture") or None in states:
             return metadata  # a dummy batch: warm-up or graph capture
-        num_blocks = self._runner.block_tables.num_blocks.np[0, index]
+        slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        num_blocks = self._runner.block_tables.num_blocks.np[0, slots]
         rows = [
             BatchRow(state, int(computed), int(scheduled), int(blocks))  # type: ignore[arg-type]
             for state, computed, scheduled, blocks in zip(
