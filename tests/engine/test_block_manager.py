@@ -435,7 +435,7 @@ class BlockAccounting(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(6, 50),
         budget=st.sampled_from(["0.25", "0.1", "0.34", "0.5", "0.75", "1"]),
-        min_prompt_tokens=st.sampled_from([0, 12, 0]),
+        min_prompt_tokens=st.sampled_from([0, 24, 0]),
         max_observation_tokens=st.sampled_from([None, None, 1, 3]),
         max_steps_in_flight=st.sampled_from([2, 1]),
         must_fit=st.booleans(),
@@ -900,7 +900,7 @@ def test_random_histories() -> None:
     run_state_machine_as_test(
         BlockAccounting,
         settings=settings(
-            max_examples=150,
+            max_examples=250,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,
