@@ -72,42 +72,40 @@ class CompressedAttentionManager(FullAttentionManager):
         start = self._config.policy.observation_start(vision_end, plan.prompt_tokens)
         return start // self.block_size * self.block_size
 
-    def _token_slots(self, request_id: str, num_tokens: int) -> int:
-        """Tokens that a whole cache of the size needed for ``num_tokens`` would hold."""
+    def _plan_of(self, request_id: str) -> EvictionPlan | None:
+        """`plan` by id; None for requests that the scheduler does not know."""
         request = self._lookup(request_id)
-        plan = self._decided.get(request_id) or (self.plan(request) if request else None)
+        return self._decided.get(request_id) or (self.plan(request) if request else None)
+
+    def _token_slots(self, plan: EvictionPlan | None, num_tokens: int) -> int:
+        """Tokens that a whole cache of the size needed for ``num_tokens`` would hold."""
         if plan is None or not plan.kept_blocks or num_tokens < plan.prompt_tokens:
             return num_tokens
         decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
         return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        num_blocks = super().get_num_blocks_to_allocate(
-            request_id, self._token_slots(request_id, num_tokens), *args, **kwargs
-        )
-        return num_blocks + self._ends_evicted_prefill(request_id, num_tokens)
-
-    def _ends_evicted_prefill(self, request_id: str, num_tokens: int) -> bool:
-        """Whether this step ends a prefill that will be evicted.
-
-        Such a step asks for one free block more than it takes. Decoding starts in a fresh block,
-        and under async scheduling it is scheduled while the prompt's blocks are still held: without
-        the reserve a request that just fitted would preempt itself, over and over.
-        """
-        if request_id in self._decided or (request := self._lookup(request_id)) is None:
-            return False
-        plan = self.plan(request)
-        return plan.kept_blocks > 0 and num_tokens >= plan.prompt_tokens
+        plan = self._plan_of(request_id)
+        slots = self._token_slots(plan, num_tokens)
+        num_blocks = super().get_num_blocks_to_allocate(request_id, slots, *args, **kwargs)
+        # The step that ends an evicted prefill asks for one free block more than it takes. Decoding
+        # starts in a fresh block, and under async scheduling it is scheduled while the prompt's
+        # blocks are still held: without the reserve a request that just fitted would preempt
+        # itself, over and over. (Slots exceed tokens from that step on, and never before.)
+        ends_prefill = slots > num_tokens and request_id not in self._decided
+        return num_blocks + ends_prefill
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        slots = self._token_slots(request_id, num_tokens)
-        request = self._lookup(request_id)
-        if request is not None and request_id not in self._decided:
-            plan = self.plan(request)
-            if num_tokens_main_model >= plan.prompt_tokens:
-                self._decide(request_id, plan)
+        plan = self._plan_of(request_id)
+        if (
+            plan is not None
+            and request_id not in self._decided
+            and num_tokens_main_model >= plan.prompt_tokens
+        ):
+            self._decide(request_id, plan)
+        slots = self._token_slots(plan, num_tokens)
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
     def _decide(self, request_id: str, plan: EvictionPlan) -> None:
