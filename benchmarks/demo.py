@@ -1,68 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a real server with eviction, one image question, and what became of its cache.
+"""`make demo`: the embedded page reader behind a real server, whole cache against a tenth of it.
 
-The model is a tiny LLaVA with random weights, generated on the spot: its answer is noise, the
-serving path is the real one.
+Four pages, one question of each task; every answer is right or wrong, and what became of the cache
+is read from the server itself.
 """
 
+import argparse
 import json
+import random
 import shlex
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import tiny_models
-from benchmarks.server import chat_body, command, image_url, running, stream
+from PIL import Image
+
+from benchmarks.accuracy import MODEL
+from benchmarks.cases import LAYOUT, MAX_ANSWER_TOKENS
+from benchmarks.server import Server, chat_body, command, image_url, running, stream
+from training.pages import TASKS, Document, Layout, Page, Question, generate
+from training.render import render
 
 BLOCK_SIZE = 32
 BUDGET = 0.1
-QUESTION = (
-    "Here is a photograph of a busy place. Describe what you can see from left to right, name "
-    "the colours and the shapes, say how many of each there are and which of them touch. " * 6
-)
+POLICY = "vlcache-plus"
+COMMON = ("--max-model-len=2048", f"--block-size={BLOCK_SIZE}", "--kv-cache-memory-bytes=64M")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    blocks: int  # held while the answer was written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--document", type=int, default=3, help="index of the held-out document")
+    parser.add_argument("--pages", type=Path, default=Path("build/demo"), help="folder of pictures")
+    options = parser.parse_args(arguments)
+
+    layout = Layout(**{**LAYOUT.__dict__, "num_pages": (4, 4)})
+    document = generate("demo", options.document, layout)
+    pictures = [Image.fromarray(render(p, i)) for i, p in enumerate(document.pages)]
+    questions = ask(document)
+    show(document, pictures, options.pages)
+
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_models.build("llava", Path(folder) / "tiny-llava", num_layers=6)
         trace = Path(folder) / "trace.jsonl"
-        arguments = (
-            "--kv-compress=vlcache",
+        evicting = (
+            f"--kv-compress={POLICY}",
             f"--kv-compress-budget={BUDGET}",
             "--kv-compress-config=" + json.dumps({"trace_path": str(trace)}),
-            "--dtype=float32",
-            "--enforce-eager",
-            "--max-model-len=4096",
-            f"--block-size={BLOCK_SIZE}",
-            "--kv-cache-memory-bytes=64M",
         )
-        shown = ["vllm", *command(Path("tiny-llava"), *arguments)[1:]]
-        print("$", shlex.join(shown).replace(folder + "/", ""))
-        with running(model, Path(folder) / "server.log", *arguments) as server:
-            total = server.num_blocks() - 1
-            url = image_url(tiny_models.random_image(3))
-            body = chat_body(model, QUESTION, url, max_tokens=48)
-            answer = ""
-            for delta in stream(server, body):
-                answer += delta
-                if len(answer) == 40:
-                    held = round(server.metric("vllm:kv_cache_usage_perc") * total)
-            (record,) = [json.loads(line) for line in trace.read_text().splitlines()]
-        print("server stopped\n")
+        log = Path(folder) / "server.log"
+        full = answers(log, (), questions, pictures)
+        tenth = answers(log, evicting, questions, pictures)
+        record = json.loads(trace.read_text().splitlines()[0])
 
-    kept = record["kept_tokens"]
-    tokens = record["prompt_tokens"]
-    print(f"question     {QUESTION[:70]}... ({tokens} prompt tokens with the image)")
-    print(f"answer       {answer!r}")
-    print("             (random weights: noise, but noise that went through the whole server)")
-    before, after = record["prompt_blocks"], record["kept_blocks"]
-    print(f"blocks       {before} after prefill -> {after} kept, of {total}")
-    print(f"             {held} held while decoding, by the server's own vllm:kv_cache_usage_perc")
-    retained = sum(kept) / len(kept) / tokens
-    print(f"budget       {BUDGET:.0%} asked for, {retained:.1%} of the prompt retained")
+    for question, whole, kept in zip(questions, full, tenth, strict=True):
+        print(f"\n{question.task:<12} {question.text}")
+        print(f"  right      {question.answer}")
+        for name, answer in (("full cache", whole), (f"{BUDGET:.0%} cache", kept)):
+            mark = "right" if answer.text == question.answer else "WRONG"
+            print(f"  {name:<10} {answer.text}  [{mark}, {answer.blocks} blocks held]")
+    print(f"\n{POLICY} at {BUDGET:.0%}: {record['prompt_tokens']} prompt tokens,", end=" ")
+    print(f"{record['prompt_blocks']} blocks after prefill -> {record['kept_blocks']} kept")
     print("layer        density   tokens kept of each KV head")
-    for layer, (density, count) in enumerate(zip(record["density"], kept, strict=True)):
-        bar = "#" * max(1, round(40 * count / max(kept)))
-        print(f"  {layer:2d}         {density:7.3f}   {count:5d} of {tokens}  {bar}")
+    most = max(record["kept_tokens"])
+    for layer, (density, count) in enumerate(
+        zip(record["density"], record["kept_tokens"], strict=True)
+    ):
+        bar = "#" * max(1, round(40 * count / most))
+        print(
+            f"  {layer:2d}         {density:7.3f}   {count:5d} of {record['prompt_tokens']}  {bar}"
+        )
+
+
+def ask(document: Document) -> list[Question]:
+    """One question of each task that the document allows."""
+    rng = random.Random(0)
+    return [q for task in TASKS for q in document.questions(task, rng, 1)]
+
+
+def show(document: Document, pictures: list[Image.Image], folder: Path) -> None:
+    """Print the pages as text, side by side, and save them as pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.resize((560, 560)).save(folder / f"page{i + 1}.png")
+    print(f"The pages, as text (pictures: {folder}/page*.png):\n")
+    for line in zip(*(lines_of(page) for page in document.pages), strict=True):
+        print("  " + " | ".join(line))
+    print()
+
+
+def lines_of(page: Page) -> list[str]:
+    """The page's text; of a large glyph only the top left quarter's cell has its letter."""
+    text = "".join(c if part < 2 else " " for c, part in zip(page.text, page.part, strict=True))
+    return [text[i : i + page.grid] for i in range(0, len(text), page.grid)]
+
+
+def answers(
+    log: Path, arguments: tuple[str, ...], questions: list[Question], pictures: list[Image.Image]
+) -> list[Answer]:
+    """Start a server, ask it everything, stop it."""
+    shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[1:]]
+    print("$", shlex.join(part for part in shown if "trace_path" not in part))
+    urls = [image_url(picture) for picture in pictures]
+    with running(MODEL, log, *arguments, *COMMON) as server:
+        return [answer(server, question, urls) for question in questions]
+
+
+def answer(server: Server, question: Question, urls: list[str]) -> Answer:
+    body = chat_body(MODEL, question.text, *urls, max_tokens=MAX_ANSWER_TOKENS[question.task])
+    text, blocks = "", 0
+    for delta in stream(server, body):
+        if not text:
+            usage = server.metric("vllm:kv_cache_usage_perc")
+            blocks = round(usage * (server.num_blocks() - 1))
+        text += delta
+    return Answer(text, blocks)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ class EvictionPolicy(ABC):
         None, "observe at most so many of the last post-vision queries; null: all of them"
     )
 
+    observation_window: int | None = parameter(
+        None,
+        "observe exactly so many of the prompt's last queries, visual ones too, as SnapKV does; "
+        "null: the post-vision queries",
+    )
+
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
@@ -50,9 +56,21 @@ class EvictionPolicy(ABC):
                 "max_observation_tokens must be at least 1 or null, "
                 f"got {self.max_observation_tokens}"
             )
+        if self.observation_window is not None:
+            if self.observation_window < 1:
+                raise ValueError(
+                    f"observation_window must be at least 1 or null, got {self.observation_window}"
+                )
+            if self.max_observation_tokens is not None:
+                raise ValueError(
+                    "observation_window and max_observation_tokens exclude each other: the window "
+                    "is observed whole, whatever stands in it"
+                )
 
     def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
         """Position of the first observed query; the last is ``prefill_tokens - 1``."""
+        if self.observation_window is not None:
+            return max(0, prefill_tokens - self.observation_window)
         if self.max_observation_tokens is None:
             return post_vision_start
         return max(post_vision_start, prefill_tokens - self.max_observation_tokens)

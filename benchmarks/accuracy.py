@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy against the budget of the KV cache, for each policy, through vLLM.
+
+    python -m benchmarks.accuracy --json benchmarks/results/accuracy.json
+    python -m benchmarks.accuracy --policies vlcache random vlcache:pooling=31,uniform_mix=0.8 \\
+        --budgets 0.05 0.1 1.0 --tasks lookup row
+    python -m benchmarks.accuracy --model MODEL --data questions.jsonl --score anls
+
+Without --model and --data it is the embedded page reader on its held-out pages. Of each cell: the
+mean score with its 95 % interval, the share of the prompt's KV cache that was kept (`retained`),
+and, where the generator knows them, the share of the answer's visual tokens that was kept
+(`kept_answer`: mean over layers and KV heads; `reached_answer`: by any KV head of any layer).
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import SPLITS, Case, answer_positions, jsonl_cases, page_reader_cases
+from benchmarks.machine import describe
+from benchmarks.scoring import SCORES, interval
+from training.pages import TASKS
+from vl_cache_vllm.config import KVCompressConfig
+
+MODEL = Path(__file__).parent.parent / "models" / "page-reader"
+DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
+DEFAULT_POLICIES = ("vlcache", "vlcache-plus", "random")
+WINDOW = 32
+ABLATION = {
+    "post-vision scores, sparsity budgets": "vlcache",
+    "post-vision scores, uniform budgets": "vlcache:uniform_mix=1.0",
+    "last-window scores, sparsity budgets": f"vlcache:observation_window={WINDOW}",
+    "last-window scores, uniform budgets": (f"vlcache:observation_window={WINDOW},uniform_mix=1.0"),
+}
+
+
+@dataclass
+class Cell:
+    """Results of one policy at one budget on one task."""
+
+    scores: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    retained: list[float] = field(default_factory=list)
+    kept_answer: list[float] = field(default_factory=list)
+    reached_answer: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        score, low, high = interval(self.scores, self.groups)
+        result = {"score": score, "low": low, "high": high, "samples": len(self.scores)}
+        for name in ("retained", "kept_answer", "reached_answer"):
+            values = getattr(self, name)
+            if values:
+                result[name] = sum(values) / len(values)
+        return {k: round(v, 4) for k, v in result.items()}
+
+
+def parse_policy(text: str) -> dict[str, Any]:
+    """``name`` or ``name:parameter=value,...`` as the settings of ``KVCompressConfig``.
+
+    Raises ValueError for what the product would refuse.
+    """
+    name, _, parameters = text.partition(":")
+    settings: dict[str, Any] = {"policy": name}
+    for item in filter(None, parameters.split(",")):
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(f"{text!r}: expected parameter=value, got {item!r}")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    if name == "none":
+        raise ValueError("the full cache is measured as budget 1.0, not as a policy")
+    KVCompressConfig.from_dict(settings)
+    return settings
+
+
+@contextlib.contextmanager
+def _engine(
+    model: str, settings: dict[str, Any] | None, options: argparse.Namespace
+) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    arguments: dict[str, Any] = dict(
+        model=model,
+        dtype=options.dtype,
+        enforce_eager=True,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        limit_mm_per_prompt={"image": options.max_images},
+        kv_cache_memory_bytes=options.kv_cache_mib << 20,
+        additional_config={"kv_compress": settings} if settings else {},
+    )
+    if options.max_model_len:
+        arguments["max_model_len"] = options.max_model_len
+    llm = LLM(**arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def run(
+    model: str, cases: Sequence[Case], settings: dict[str, Any] | None, options: argparse.Namespace
+) -> dict[str, Cell]:
+    """Answer all cases with one engine; ``settings`` None is stock vLLM. Cells by task."""
+    from vllm import SamplingParams
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trace = folder / "trace.jsonl"
+        if settings is not None:
+            settings = settings | {"trace_path": str(trace), "trace_positions": True}
+        llm = stack.enter_context(_engine(model, settings, options))
+        conversations = [_conversation(case) for case in cases]
+        parameters = [SamplingParams(temperature=0, max_tokens=c.max_tokens) for c in cases]
+        outputs = llm.chat(
+            conversations,
+            parameters,
+            use_tqdm=not options.quiet,
+            chat_template_content_format="openai",
+        )
+        traces: dict[str, dict[str, Any]] = {}
+        if settings is not None and trace.exists():
+            for line in trace.read_text().splitlines():
+                record = json.loads(line)
+                traces[record["request_id"].split("-")[0]] = record
+        image_token = getattr(llm.model_config.hf_config, "image_token_index", None)
+    cells: dict[str, Cell] = defaultdict(Cell)
+    for case, output in zip(cases, outputs, strict=True):
+        cell = cells[case.task]
+        name = options.score or ("characters" if case.task == "dump" else "exact")
+        cell.scores.append(SCORES[name](output.outputs[0].text, case.answers))
+        cell.groups.append(case.group)
+        record = traces.get(output.request_id)
+        cell.retained.append(_retained(record))
+        if record is not None and case.answer_cells and image_token is not None:
+            positions = answer_positions(
+                case.answer_cells, output.prompt_token_ids, image_token, len(case.load_images())
+            )
+            kept, reached = _kept_share(record, positions)
+            cell.kept_answer.append(kept)
+            cell.reached_answer.append(reached)
+    return cells
+
+
+def _conversation(case: Case) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [
+        {"type": "image_pil", "image_pil": image} for image in case.load_images()
+    ]
+    content.append({"type": "text", "text": case.question})
+    return [{"role": "user", "content": content}]
+
+
+def _retained(record: dict[str, Any] | None) -> float:
+    """Share of a prompt's blocks that stayed; 1 for a request that was not evicted."""
+    return 1.0 if record is None else record["kept_blocks"] / record["prompt_blocks"]
+
+
+def _kept_share(record: dict[str, Any], positions: Sequence[int]) -> tuple[float, float]:
+    """Of these positions: kept share over layers and heads; share that any head kept."""
+    wanted = set(positions)
+    found: set[int] = set()
+    shares = []
+    for layer in record["kept_positions"]:
+        for head in layer:
+            here = wanted.intersection(head)
+            found |= here
+            shares.append(len(here) / len(wanted))
+    return sum(shares) / len(shares), len(found) / len(wanted)
+
+
+def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
+    """All policies at all budgets: ``{policy: {budget: {task: summary}}}``, full cache first."""
+    results: dict[str, Any] = {}
+    budgets = sorted({b for b in options.budgets if b < 1.0})
+    jobs: list[tuple[str, float | None]] = [("full cache", None)] * (1.0 in options.budgets)
+    jobs += [(policy, budget) for policy in options.policies for budget in budgets]
+    for number, (policy, budget) in enumerate(jobs, 1):
+        settings = None if budget is None else parse_policy(policy) | {"budget": budget}
+        key = "1.0" if budget is None else str(budget)
+        began = time.perf_counter()
+        cells = run(str(options.model), cases, settings, options)
+        results.setdefault(policy, {})[key] = {t: c.summary() for t, c in cells.items()}
+        print(
+            f"[{number}/{len(jobs)}] {policy} {key}: "
+            + "  ".join(f"{t} {c['score']:.3f}" for t, c in results[policy][key].items())
+            + f"  ({time.perf_counter() - began:.0f} s)",
+            flush=True,
+        )
+        if options.json:  # a run of hours keeps what it has
+            write(options, results)
+    return results
+
+
+def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    report = {
+        "command": "python -m benchmarks.accuracy " + " ".join(options.arguments),
+        "machine": describe(),
+        "split": options.split if options.data is None else str(options.data.name),
+        "results": results,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(results: dict[str, Any]) -> str:
+    """One table for each task: policies by budgets, in per cent with half the interval's width."""
+    tasks = list(next(iter(next(iter(results.values())).values())))
+    budgets = sorted({float(b) for cells in results.values() for b in cells})
+    lines = []
+    for task in tasks:
+        lines += [f"\n{task}", f"{'policy':<44}" + "".join(f"{b:>16.0%}" for b in budgets)]
+        for policy, cells in results.items():
+            row = f"{policy:<44}"
+            for budget in budgets:
+                cell = cells.get(str(budget), {}).get(task)
+                text = "-"
+                if cell:
+                    spread = 50 * (cell["high"] - cell["low"])
+                    text = f"{100 * cell['score']:.1f} ±{spread:.1f}"
+                row += f"{text:>16}"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """One panel for each task: score against budget, a line for each policy, intervals shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    tasks = list(next(iter(next(iter(results.values())).values())))
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(3.2 * len(tasks), 3.4), sharey=True, squeeze=False
+    )
+    full = results.get("full cache", {}).get("1.0", {})
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for policy, cells in results.items():
+            if policy == "full cache":
+                continue
+            points = sorted((float(b), c[task]) for b, c in cells.items() if task in c)
+            x = [b for b, _ in points]
+            (line,) = axis.plot(x, [c["score"] for _, c in points], marker="o", ms=3, label=policy)
+            low, high = ([c[side] for _, c in points] for side in ("low", "high"))
+            axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+        if task in full:
+            axis.axhline(full[task]["score"], color="black", ls="--", lw=1, label="full cache")
+        axis.set(title=task, xscale="log", xlabel="budget", ylim=(-0.02, 1.02))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("score")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(labels) - 1) // 4), 1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def _budget(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no budget: it is the kept share of the KV cache, above 0 and at most 1"
+        )
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--policies", nargs="+", default=list(DEFAULT_POLICIES), metavar="NAME[:KEY=VALUE,...]")
+    add("--ablation", action="store_true", help="also the 2x2: scores x layer budgets")
+    add("--budgets", nargs="+", type=_budget, default=list(DEFAULT_BUDGETS))
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the page reader")
+    add("--samples", type=int, default=500, help="cases of each task (page reader)")
+    add("--split", choices=SPLITS, default="test", help="tune: to choose settings; test: to report")
+    add("--model", type=Path, default=MODEL, help="path or name of any model that vLLM serves")
+    add("--data", type=Path, help='JSONL of {"images": [...], "question": ..., "answers": [...]}')
+    add("--max-tokens", type=int, default=64, help="of an answer to --data")
+    add("--score", choices=sorted(SCORES), help="default: exact, characters for dumps")
+    add("--json", type=Path, metavar="OUT", help="write the results here")
+    add("--plot", type=Path, metavar="OUT", help="default: beside --json, as .png")
+    add("--dtype", default="auto")
+    add("--block-size", type=int, default=32)
+    add("--max-num-seqs", type=int, default=16)
+    add("--max-model-len", type=int)
+    add("--max-images", type=int, default=4)
+    add("--kv-cache-mib", type=int, default=512)
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.arguments = arguments
+    if options.ablation:
+        options.policies += [p for p in ABLATION.values() if p not in options.policies]
+    try:
+        for policy in options.policies:
+            parse_policy(policy)
+        if options.data is not None:
+            cases = jsonl_cases(options.data, options.max_tokens)
+        elif options.model != MODEL:
+            raise ValueError("--model needs --data: the page reader's tasks are its own")
+        else:
+            cases = page_reader_cases(options.split, options.tasks, options.samples)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    results = measure(options, cases)
+    print(table(results))
+    if options.json or options.plot:
+        plot(results, options.plot or options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an accuracy benchmark asks: questions about images with their right answers."""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from training.pages import TASKS, Document, Layout, generate
+from training.render import render
+from training.tokenizer import IMAGE
+
+LAYOUT = Layout()
+MAX_ANSWER_TOKENS = {"lookup": 12, "hop": 12, "row": 40, "dump": 160, "which": 8}
+# A dump of about 100 characters cannot be kept in a tenth of a short prompt by any policy; "which
+# page" needs a choice.
+MIN_PAGES = {"lookup": 1, "hop": 1, "row": 1, "dump": 4, "which": 2}
+SPLITS = ("tune", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question about images.
+
+    ``group`` names what is shared with other cases (a document); confidence intervals resample
+    groups. ``answer_cells`` are the answer's visual tokens as (image, index within the image), or
+    empty where unknown.
+    """
+
+    task: str
+    group: str
+    question: str
+    answers: tuple[str, ...]
+    load_images: Callable[[], list[Image.Image]]
+    max_tokens: int
+    answer_cells: tuple[tuple[int, int], ...] = ()
+
+
+class _Pages:
+    """A document's pages as pictures, drawn when first asked for."""
+
+    def __init__(self, document: Document, seed: int) -> None:
+        self._document, self._seed = document, seed
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        return [
+            Image.fromarray(render(page, self._seed + i))
+            for i, page in enumerate(self._document.pages)
+        ]
+
+    def __call__(self) -> list[Image.Image]:
+        return self.images
+
+
+def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case]:
+    """``count`` cases of each task from held-out documents of one to four pages.
+
+    Documents are shared between the tasks; training never sees these splits. Document i has
+    1 + i % 4 pages. Raises ValueError for an unknown task.
+    """
+    tasks = list(tasks)
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    missing = dict.fromkeys(tasks, count)
+    cases = []
+    index = 0
+    while any(missing.values()):
+        num_pages = 1 + index % 4
+        layout = Layout(**{**LAYOUT.__dict__, "num_pages": (num_pages, num_pages)})
+        document = generate(split, index, layout)
+        pages = _Pages(document, 1000 * index)
+        rng = random.Random(f"{split}/questions/{index}")
+        for task in tasks:
+            if num_pages < MIN_PAGES[task]:
+                continue
+            # One page is dumped of each document, where the others are asked several times.
+            for question in document.questions(task, rng, min(2, missing[task])):
+                missing[task] -= 1
+                cases.append(
+                    Case(
+                        task,
+                        f"{split}/{index}",
+                        question.text,
+                        (question.answer,),
+                        pages,
+                        MAX_ANSWER_TOKENS[task],
+                        question.cells,
+                    )
+                )
+        index += 1
+    return cases
+
+
+def jsonl_cases(path: Path, max_tokens: int) -> list[Case]:
+    """Cases from lines of ``{"images": [...], "question": ..., "answers": [...], "task": ...}``.
+
+    Image paths are relative to the file; ``task`` and ``group`` are optional. Raises ValueError
+    with the number of the line that is wrong.
+    """
+    cases = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            files = [path.parent / name for name in _strings(record, "images")]
+            absent = [str(f) for f in files if not f.is_file()]
+            if absent:
+                raise ValueError(f"no such image: {', '.join(absent)}")
+            question = record["question"]
+            if not isinstance(question, str):
+                raise ValueError("question must be a string")
+            answers = tuple(_strings(record, "answers"))
+            if not answers:
+                raise ValueError("answers must not be empty")
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number}: no {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        group = str(record.get("group", ",".join(map(str, files)) or number))
+        cases.append(
+            Case(
+                str(record.get("task", path.stem)),
+                group,
+                question,
+                answers,
+                _Files(files),
+                int(record.get("max_tokens", max_tokens)),
+            )
+        )
+    if not cases:
+        raise ValueError(f"{path} holds no cases")
+    return cases
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: Sequence[Path]
+
+    def __call__(self) -> list[Image.Image]:
+        return [Image.open(path).convert("RGB") for path in self.paths]
+
+
+def _strings(record: dict, key: str) -> list[str]:
+    value = record[key]
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{key} must be a list of strings")
+    return value
+
+
+def answer_positions(
+    cells: Sequence[tuple[int, int]],
+    prompt_token_ids: Sequence[int],
+    image_token: int,
+    num_images: int,
+) -> list[int]:
+    """Positions in the prompt of an answer's visual tokens; images have equally many tokens."""
+    visual = [i for i, token in enumerate(prompt_token_ids) if token == image_token]
+    per_image, rest = divmod(len(visual), num_images)
+    assert rest == 0, "images of unequal length"
+    return [visual[image * per_image + index] for image, index in cells]
+
+
+__all__ = ["IMAGE", "SPLITS", "Case", "answer_positions", "jsonl_cases", "page_reader_cases"]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of documents with several questions each, as tensors."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from training.pages import BLANK, Document, Layout, Page, Question, generate
+from training.render import CELL, render
+from training.tokenizer import ASSISTANT, END, IMAGE, PAD, USER
+
+# Image normalisation, as the image processor of the checkpoint applies it: paper is near zero.
+MEAN, STD = 0.9, 0.22
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
+
+    ``labels`` [batch, tokens] holds the next token where it belongs to an answer, else -100;
+    ``task`` [batch, tokens] the index of the task there.
+    """
+
+    pages: Tensor
+    glyphs: Tensor
+    prefix_ids: Tensor
+    image_positions: Tensor
+    branch_ids: Tensor
+    labels: Tensor
+    task: Tensor
+    slots: tuple[int, ...]
+
+
+def patches(image: np.ndarray) -> np.ndarray:
+    """[n * 14, n * 14, 3] -> [n, n, 3 * 14 * 14], each patch in the order of a convolution."""
+    n = image.shape[0] // CELL
+    return image.reshape(n, CELL, n, CELL, 3).transpose(0, 2, 4, 1, 3).reshape(n, n, -1)
+
+
+def normalised(pages: Tensor) -> Tensor:
+    """uint8 patches [..., 3 * 14 * 14] -> float32 as the image processor gives them."""
+    return (pages.float() / 255 - MEAN) / STD
+
+
+class Encoder:
+    """Turns documents and questions into token ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        (self.pad, self.end, self.user, self.assistant, self.image) = (
+            tokenizer.convert_tokens_to_ids(t) for t in (PAD, END, USER, ASSISTANT, IMAGE)
+        )
+        self.newline = tokenizer("\n")["input_ids"][0]
+        self._glyph = {chr(c): tokenizer(chr(c))["input_ids"][0] for c in range(32, 127)}
+        self.blank = self._glyph[BLANK]
+
+    def prefix(self, num_pages: int, grid: int) -> tuple[Tensor, Tensor]:
+        ids = [self.user] + ([self.image] * grid**2 + [self.newline]) * num_pages
+        tensor = torch.tensor(ids)
+        return tensor, (tensor == self.image).nonzero().squeeze(1)
+
+    def glyphs(self, page: Page) -> list[int]:
+        """The token whose embedding each patch should look like; quarters count as blank."""
+        return [
+            self._glyph[c] if part == 0 else self.blank
+            for c, part in zip(page.text, page.part, strict=True)
+        ]
+
+    def question(self, question: Question) -> tuple[list[int], list[int]]:
+        asked = self._tokenizer(question.text)["input_ids"] + [self.assistant]
+        return asked, self._tokenizer(question.answer)["input_ids"] + [self.end]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which questions a document gets: (task, how many, tokens of each one's slot)."""
+
+    slots: tuple[tuple[str, int, int], ...]
+
+
+class Batches(IterableDataset):
+    """An endless, seeded stream of batches; all documents of a batch have as many pages."""
+
+    def __init__(
+        self,
+        split: str,
+        encoder: Encoder,
+        layout: Layout,
+        mixture: Mixture,
+        tokens_per_batch: int,
+        first: int = 0,
+        max_documents: int = 64,
+    ) -> None:
+        self.split, self.encoder, self.layout, self.mixture = split, encoder, layout, mixture
+        self.tokens_per_batch, self.first, self.max_documents = (
+            tokens_per_batch,
+            first,
+            max_documents,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        index = self.first
+        while True:
+            yield self.batch(index)
+            index += 1
+
+    def batch(self, index: int) -> Batch:
+        rng = random.Random(f"{self.split}/batch/{index}")
+        num_pages = rng.randint(*self.layout.num_pages)
+        layout = Layout(**{**self.layout.__dict__, "num_pages": (num_pages, num_pages)})
+        slots = tuple(n for _, count, n in self.mixture.slots for _ in range(count))
+        tokens = num_pages * (layout.grid**2 + 1) + sum(slots)
+        count = max(1, min(self.max_documents, self.tokens_per_batch // tokens))
+        documents = [generate(f"{self.split}/{index}", i, layout) for i in range(count)]
+        return collate(documents, self.encoder, self.mixture, slots, rng)
+
+
+def collate(
+    documents: Sequence[Document],
+    encoder: Encoder,
+    mixture: Mixture,
+    slots: tuple[int, ...],
+    rng: random.Random,
+) -> Batch:
+    num_pages, grid = len(documents[0].pages), documents[0].pages[0].grid
+    shape = (len(documents), sum(slots))
+    ids = torch.full(shape, encoder.pad)
+    labels = torch.full(shape, IGNORED)
+    task = torch.zeros(shape, dtype=torch.long)
+    pixels, glyphs = [], []
+    for row, document in enumerate(documents):
+        pixels.append(np.stack([patches(render(p, rng.getrandbits(32))) for p in document.pages]))
+        glyphs.append([encoder.glyphs(p) for p in document.pages])
+        start = 0
+        for kind, (name, count, length) in enumerate(mixture.slots):
+            questions = document.questions(name, rng, count)
+            for i in range(count):
+                if i < len(questions):
+                    asked, answer = encoder.question(questions[i])
+                    text = (asked + answer)[: length + 1]
+                    first, last = len(asked), len(text)
+                    ids[row, start : start + last - 1] = torch.tensor(text[:-1])
+                    labels[row, start + first - 1 : start + last - 1] = torch.tensor(text[first:])
+                    task[row, start : start + length] = kind
+                start += length
+    prefix_ids, image_positions = encoder.prefix(num_pages, grid)
+    return Batch(
+        torch.from_numpy(np.stack(pixels)),
+        torch.tensor(glyphs),
+        prefix_ids,
+        image_positions,
+        ids,
+        labels,
+        task,
+        slots,
+    )

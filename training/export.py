@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a training checkpoint as a Hugging Face checkpoint that stock vLLM serves.
+
+python -m training.export build/page-reader models/page-reader
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from training.data import MEAN, STD
+from training.model import Shape
+from training.tokenizer import CHAT_TEMPLATE, END, IMAGE, PAD, build_tokenizer
+
+MAX_POSITION = 2048
+
+
+def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_width,
+        intermediate_size=2 * shape.vision_width,
+        num_attention_heads=shape.vision_heads,
+        num_hidden_layers=shape.vision_layers,
+        projection_dim=shape.vision_width,
+        image_size=shape.grid * shape.patch,
+        patch_size=shape.patch,
+        layer_norm_eps=shape.norm_eps,
+    )
+    text = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=MAX_POSITION,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image,
+        image_seq_length=shape.grid**2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def processor(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    side = shape.grid * shape.patch
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
+        ),
+        tokenizer=tokenizer,
+        patch_size=shape.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def export(
+    state: dict[str, Tensor], shape: Shape, out: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write config, weights, tokenizer, processor and chat template to the folder ``out``."""
+    tokenizer = build_tokenizer()
+    config = configuration(shape, tokenizer)
+    config.dtype = dtype
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
+    processor(shape, tokenizer).save_pretrained(out)
+    GenerationConfig(
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        do_sample=False,
+    ).save_pretrained(out)
+    # LLaVA reads the last layer before this norm; loaders want its parameters all the same.
+    norm = "model.vision_tower.vision_model.post_layernorm."
+    width = shape.vision_width
+    unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
+    weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("training", type=Path, help="folder that training.train wrote")
+    parser.add_argument("out", type=Path, help="folder of the Hugging Face checkpoint")
+    options = parser.parse_args(arguments)
+    saved = torch.load(options.training / "checkpoint.pt", weights_only=True)
+    shape = Shape(vocab=len(build_tokenizer()))
+    export(saved["trainer"]["model"], shape, options.out)
+    print(f"step {saved['step']} -> {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reader: a LLaVA (CLIP tower, projector, Llama decoder), as fast as a CPU can train it.
+
+Parameters have the names of the published LLaVA checkpoints, so the state dict is the checkpoint.
+One training sample is a document and several questions about it: the pages are read once, and
+each question with its answer is a branch that sees the pages and itself, at the positions that it
+has when it is asked alone. Training on branches is training on single questions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 448  # queries of the pages that are attended at once
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the reader; ``grid`` is the number of patches a side."""
+
+    vocab: int = 384
+    grid: int = 20
+    patch: int = 14
+    vision_width: int = 128
+    vision_layers: int = 2
+    vision_heads: int = 4
+    width: int = 192
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 64
+    mlp: int = 384
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+def _linear(n_in: int, n_out: int, bias: bool = False, gain: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    nn.init.normal_(layer.weight, std=gain * n_in**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.heads = s.vision_heads
+        self.k_proj = _linear(s.vision_width, s.vision_width, bias=True)
+        self.v_proj = _linear(s.vision_width, s.vision_width, bias=True)
+        self.q_proj = _linear(s.vision_width, s.vision_width, bias=True)
+        self.out_proj = _linear(s.vision_width, s.vision_width, bias=True, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attend(q, k, v, None).transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.fc1 = _linear(s.vision_width, 2 * s.vision_width, bias=True)
+        self.fc2 = _linear(2 * s.vision_width, s.vision_width, bias=True, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(s)
+        self.layer_norm1 = nn.LayerNorm(s.vision_width, eps=s.norm_eps)
+        self.mlp = VisionMLP(s)
+        self.layer_norm2 = nn.LayerNorm(s.vision_width, eps=s.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.grid = s.grid
+        self.class_embedding = nn.Parameter(0.1 * torch.randn(s.vision_width))
+        self.patch_embedding = nn.Conv2d(3, s.vision_width, s.patch, stride=s.patch, bias=False)
+        nn.init.normal_(self.patch_embedding.weight, std=(3 * s.patch**2) ** -0.5)
+        self.position_embedding = nn.Embedding(s.grid**2 + 1, s.vision_width)
+        nn.init.normal_(self.position_embedding.weight, std=0.1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``patches``: [pages, n, n, 3 * 14 * 14]; a page smaller than the grid lies top left."""
+        n = patches.shape[1]
+        x = F.linear(patches, self.patch_embedding.weight.flatten(1))
+        where = self.position_embedding.weight
+        grid = where[1:].view(self.grid, self.grid, -1)[:n, :n]
+        first = (self.class_embedding + where[0]).expand(x.shape[0], 1, -1)
+        return torch.cat([first, (x + grid).flatten(1, 2)], dim=1)
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(s) for _ in range(s.vision_layers))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(s)
+        self.pre_layrnorm = nn.LayerNorm(s.vision_width, eps=s.norm_eps)
+        self.encoder = VisionEncoder(s)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        x = self.pre_layrnorm(self.embeddings(patches))
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x[:, 1:]
+
+
+class Projector(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.linear_1 = _linear(s.vision_width, s.width, bias=True)
+        self.linear_2 = _linear(s.width, s.width, bias=True, gain=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.head_size = s.head_size
+        self.group = s.heads // s.kv_heads
+        self.q_proj = _linear(s.width, s.heads * s.head_size)
+        self.k_proj = _linear(s.width, s.kv_heads * s.head_size)
+        self.v_proj = _linear(s.width, s.kv_heads * s.head_size)
+        self.o_proj = _linear(s.heads * s.head_size, s.width, gain=0.5)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[batch, tokens, heads * head_size] -> [batch, heads, tokens, head_size]"""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.gate_proj = _linear(s.width, s.mlp)
+        self.up_proj = _linear(s.width, s.mlp)
+        self.down_proj = _linear(s.mlp, s.width, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split convention; cos, sin: [tokens, head_size]."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+def causal_mask(n: int) -> Tensor:
+    """Added to the logits of the last ``n`` queries and keys: 0 or minus infinity, [n, n]."""
+    return torch.full((n, n), float("-inf")).triu(1)
+
+
+class _Attend(torch.autograd.Function):
+    """softmax(q k^T + mask) v, with the probabilities kept for the way back."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        logits = q @ k.transpose(-1, -2)
+        if mask is not None:
+            logits[..., logits.shape[-1] - mask.shape[-1] :] += mask.to(logits.dtype)
+        p = torch.softmax(logits, -1)
+        ctx.save_for_backward(q, k, v, p)
+        return p @ v
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        grad_logits = grad @ v.transpose(-1, -2)
+        grad_logits = torch._softmax_backward_data(grad_logits, p, -1, p.dtype)
+        grad_k = grad_logits.transpose(-1, -2) @ q
+        return grad_logits @ k, grad_k, p.transpose(-1, -2) @ grad, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention; ``mask`` [queries, n] is added to the logits of the last n keys.
+
+    Three matrix products and a softmax in bfloat16 are three times as fast on CPU as the fused
+    operator with its backward pass.
+    """
+    return _Attend.apply(q * k.shape[-1] ** -0.5, k, v, mask)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.self_attn = Attention(s)
+        self.mlp = MLP(s)
+        self.input_layernorm = RMSNorm(s.width, s.norm_eps)
+        self.post_attention_layernorm = RMSNorm(s.width, s.norm_eps)
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, first_query: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a = self.self_attn
+        y = self.input_layernorm(x)
+        q = rotate(a.split(a.q_proj(y[:, first_query:])), cos[first_query:], sin[first_query:])
+        k = rotate(a.split(a.k_proj(y)), cos, sin)
+        v = a.split(a.v_proj(y))
+        return q, k.repeat_interleave(a.group, 1), v.repeat_interleave(a.group, 1)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(
+        self, x: Tensor, prefix: int, mask: Tensor, cos: Tensor, sin: Tensor, last: bool
+    ) -> Tensor:
+        """``x``: [batch, prefix + branches, width]. ``last``: return the branches' tokens only."""
+        q, k, v = self.project(x, cos, sin, prefix if last else 0)
+        own = 0 if last else prefix
+        branches = attend(q[:, :, own:], k, v, mask)
+        if last:
+            return self.finish(x[:, prefix:], branches)
+        pages = []
+        for start in range(0, prefix, CHUNK):
+            end = min(start + CHUNK, prefix)
+            keys, values = k[:, :, :end], v[:, :, :end]
+            pages.append(attend(q[:, :, start:end], keys, values, causal_mask(end - start)))
+        return self.finish(x, torch.cat([*pages, branches], dim=2))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(s.vocab, s.width)
+        # A patch's feature that is like its glyph's embedding then also has the right logits.
+        nn.init.normal_(self.embed_tokens.weight, std=0.3)
+        self.layers = nn.ModuleList(DecoderLayer(s) for _ in range(s.layers))
+        self.norm = RMSNorm(s.width, s.norm_eps)
+
+
+class Body(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.vision_tower = nn.ModuleDict({"vision_model": VisionTransformer(s)})
+        self.multi_modal_projector = Projector(s)
+        self.language_model = LanguageModel(s)
+
+
+class Reader(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Body(shape)
+        self.lm_head = _linear(shape.width, shape.vocab)
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Projected patch features: [pages, n, n, 3 * 14 * 14] -> [pages, n * n, width]."""
+        tower = self.model.vision_tower["vision_model"]
+        return self.model.multi_modal_projector(tower(patches))
+
+    def forward(
+        self,
+        features: Tensor,
+        prefix_ids: Tensor,
+        image_positions: Tensor,
+        branch_ids: Tensor,
+        slots: Sequence[int],
+    ) -> Tensor:
+        """Final hidden states of the branches.
+
+        Args:
+            features: [batch, pages * n * n, width].
+            prefix_ids: [prefix], the text around the images, the same for the whole batch.
+            image_positions: [pages * n * n], where in the prefix the features go.
+            branch_ids: [batch, sum(slots)], questions and answers, padded to their slots.
+            slots: tokens of each branch.
+
+        Returns:
+            [batch, sum(slots), width]
+        """
+        s, language = self.shape, self.model.language_model
+        batch = features.shape[0]
+        prefix = prefix_ids.shape[0]
+        text = language.embed_tokens(prefix_ids).expand(batch, -1, -1).to(features.dtype)
+        x = text.index_copy(1, image_positions, features)
+        x = torch.cat([x, language.embed_tokens(branch_ids)], dim=1)
+        positions = torch.cat(
+            [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in slots)]
+        )
+        cos, sin = rotary(positions, s.head_size, s.rope_theta)
+        mask = branch_mask(slots)
+        for i, layer in enumerate(language.layers):
+            x = layer(x, prefix, mask, cos, sin, i == s.layers - 1)
+        return language.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+
+def rotary(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    frequency = theta ** (-torch.arange(0, head_size, 2) / head_size)
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def branch_mask(slots: Sequence[int]) -> Tensor:
+    """Added to the branches' logits among each other: 0 or minus infinity, [sum(slots)] * 2."""
+    owner = torch.cat([torch.full((n,), i) for i, n in enumerate(slots)])
+    same = (owner[:, None] == owner[None, :]).tril()
+    return torch.zeros(same.shape).masked_fill(~same, float("-inf"))

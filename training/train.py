@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the page reader: short pages first, then pages and prompts of the evaluation's length.
+
+    python -m training.train --out build/page-reader
+
+Interrupted, the same command goes on from the last checkpoint. Every batch is new, so the
+accuracies in the log are those on unseen documents (exact: the whole answer is the most likely one,
+token by token).
+"""
+
+import argparse
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from training.data import IGNORED, Batch, Batches, Encoder, Mixture, normalised
+from training.model import Reader, Shape
+from training.pages import TASKS, Layout
+from training.tokenizer import build_tokenizer
+
+ALIGNMENT_WEIGHT = 0.3
+BLANK_WEIGHT = 0.1  # most patches are blank
+WARM_UP = 50
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    tokens_per_batch: int
+    layout: Layout
+    mixture: Mixture
+    max_documents: int = 64
+
+
+STAGES = (
+    Stage(
+        "8x8",
+        600,
+        17_500,
+        Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
+        Mixture(
+            (("lookup", 3, 20), ("hop", 2, 24), ("row", 1, 24), ("dump", 1, 54), ("which", 1, 13))
+        ),
+    ),
+    Stage(
+        "12x12",
+        300,
+        20_000,
+        Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22)),
+        Mixture(
+            (("lookup", 3, 20), ("hop", 3, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
+        ),
+    ),
+    Stage(
+        "20x20",
+        950,
+        24_000,
+        Layout(),
+        Mixture(
+            (("lookup", 5, 20), ("hop", 6, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 3, 13))
+        ),
+    ),
+)
+
+
+def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
+    """Which stage a step belongs to, and its number there."""
+    for i, stage in enumerate(stages):
+        if step < stage.steps:
+            return i, step
+        step -= stage.steps
+    raise IndexError(step)
+
+
+def learning_rate(step: int, total: int, peak: float, decay_share: float = 0.25) -> float:
+    """Warm up, stay up until the circuits have formed, fall linearly at the end."""
+    left = (total - step) / (decay_share * total)
+    return peak * min(1.0, (step + 1) / WARM_UP, left)
+
+
+class Trainer:
+    def __init__(self, shape: Shape, encoder: Encoder, optimizer: str, lr: float) -> None:
+        self.encoder, self.lr = encoder, lr
+        self.model = Reader(shape)
+        matrices = [
+            p
+            for n, p in self.model.named_parameters()
+            if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+        ]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        adam = dict(betas=(0.9, 0.95), weight_decay=0.1)
+        if optimizer == "adamw":
+            self.optimizers = [torch.optim.AdamW([*matrices, *others], lr=lr, **adam)]
+        else:
+            self.optimizers = [
+                torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(others, lr=lr, **adam),
+            ]
+        self.weight = torch.ones(shape.vocab)
+        self.weight[encoder.blank] = BLANK_WEIGHT
+
+    def step(self, batch: Batch, lr: float) -> dict[str, float]:
+        model = self.model
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.features(normalised(batch.pages.flatten(0, 1)))
+            hidden = model(
+                features.view(batch.pages.shape[0], -1, features.shape[-1]),
+                batch.prefix_ids,
+                batch.image_positions,
+                batch.branch_ids,
+                batch.slots,
+            )
+            asked = batch.labels != IGNORED
+            logits = model.logits(hidden[asked]).float()
+            table = model.model.language_model.embed_tokens.weight
+            read = F.linear(features, table).float()
+        labels = batch.labels[asked]
+        answers = F.cross_entropy(logits, labels)
+        aligned = F.cross_entropy(read.flatten(0, -2), batch.glyphs.flatten(), self.weight)
+        (answers + ALIGNMENT_WEIGHT * aligned).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        metrics = {"loss": answers.item(), "alignment": aligned.item(), "norm": norm.item()}
+        glyphs = batch.glyphs.flatten()
+        right = (read.flatten(0, -2).argmax(-1) == glyphs)[glyphs != self.encoder.blank]
+        metrics["read"] = right.float().mean().item()
+        return metrics | self._accuracy(batch, asked, logits.argmax(-1) == labels)
+
+    def _accuracy(self, batch: Batch, asked: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+        correct = torch.ones_like(asked)
+        correct[asked] = right
+        found: dict[str, list[float]] = defaultdict(list)
+        for per_branch, mask, task in zip(
+            correct.split(batch.slots, 1),
+            asked.split(batch.slots, 1),
+            batch.task.split(batch.slots, 1),
+            strict=True,
+        ):
+            present = mask.any(1)
+            name = TASKS[int(task[:, 0].max())]
+            found[name + "/exact"] += per_branch.all(1)[present].tolist()
+            found[name + "/token"] += per_branch[mask].tolist()
+        return {k: sum(v) / len(v) for k, v in found.items() if v}
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+
+    def load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def batches(stage: Stage, encoder: Encoder, first: int) -> Iterator[Batch]:
+    data = Batches(
+        f"train-{stage.name}",
+        encoder,
+        stage.layout,
+        stage.mixture,
+        stage.tokens_per_batch,
+        first,
+        stage.max_documents,
+    )
+    return iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def save(path: Path, value: object) -> None:
+    temporary = path.with_suffix(".new")
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
+def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> None:
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    encoder = Encoder(tokenizer)
+    trainer = Trainer(Shape(vocab=len(tokenizer)), encoder, options.optimizer, options.lr)
+    total = sum(stage.steps for stage in stages)
+    step, seconds = 0, 0.0
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        trainer.load(saved["trainer"])
+        step, seconds = saved["step"], saved["seconds"]
+        print(f"going on from step {step}")
+    recent: dict[str, list[float]] = defaultdict(list)
+    stream, current = None, -1
+    clock = time.perf_counter()
+    with (out / "log.jsonl").open("a", buffering=1) as log:
+        while step < min(total, options.stop or total):
+            index, within = stage_of(step, stages)
+            if index != current:
+                stream, current = batches(stages[index], encoder, within), index
+            assert stream is not None
+            lr = learning_rate(step, total, options.lr)
+            for key, value in trainer.step(next(stream), lr).items():
+                recent[key].append(value)
+            step += 1
+            if step % options.log_every == 0 or step == total:
+                now = time.perf_counter()
+                seconds, clock = seconds + now - clock, now
+                line = {"step": step, "stage": stages[index].name, "lr": round(lr, 6)}
+                line |= {"seconds": round(seconds)}
+                line |= {k: round(sum(v) / len(v), 4) for k, v in recent.items()}
+                log.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+                recent.clear()
+            if step % options.save_every == 0 or step == total:
+                save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": seconds})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and log")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--stop", type=int, help="stop after this step")
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=100)
+    train(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

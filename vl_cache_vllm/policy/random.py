@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random tokens: the floor that every policy has to beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vl_cache_vllm.policy.base import EvictionPolicy, parameter
+
+
+@dataclass(frozen=True)
+class RandomPolicy(EvictionPolicy):
+    """Random token scores, uniform layer budgets.
+
+    The scores are a function of ``seed``, layer, KV head and position only, so that a prompt keeps
+    the same tokens however it was scheduled. The recent window is kept as by every policy.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = parameter(0, "seed of the scores")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}")
+
+    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+        """A hash of each entry's index, uniform in 0 to 1."""
+        layers, heads, tokens = attention.shape
+
+        def index(count: int, odd: int) -> torch.Tensor:
+            return torch.arange(1, count + 1, device=attention.device) * odd
+
+        # 32-bit arithmetic in int64; the constants are those of Murmur3's finaliser.
+        x = index(layers, 0x9E3779B1)[:, None, None] + index(heads, 0x85EBCA77)[None, :, None]
+        x = (x + index(tokens, 0xC2B2AE3D) + self.seed * 0x27D4EB2F) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return (x.double() / 2**32).to(attention.dtype)
+
+    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
+        """Every layer the same."""
+        return torch.ones_like(density)
