@@ -9,7 +9,10 @@ STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile $$(find tool
 # Intel's OpenMP, which comes with vLLM's CPU build, is markedly faster than the default one.
 RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD}" HF_HUB_OFFLINE=1
 
-.PHONY: env test lint demo bench-smoke clean
+# Training allocates the same large tensors in every step; the C library should keep them.
+KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+
+.PHONY: env test lint demo bench-smoke accuracy train clean
 
 env: $(STAMP)
 
@@ -38,6 +41,13 @@ demo: env
 
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
+
+accuracy: env
+	$(RUN) $(BIN)/python -m benchmarks.accuracy --ablation --json benchmarks/results/accuracy.json
+
+train: env
+	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader
+	$(RUN) $(BIN)/python -m training.export build/page-reader models/page-reader
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -35,12 +35,12 @@ from vl_cache_vllm.config import KVCompressConfig
 MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 DEFAULT_POLICIES = ("vlcache", "vlcache-plus", "random")
-WINDOW = 32
+WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
 ABLATION = {
     "post-vision scores, sparsity budgets": "vlcache",
     "post-vision scores, uniform budgets": "vlcache:uniform_mix=1.0",
-    "last-window scores, sparsity budgets": f"vlcache:observation_window={WINDOW}",
-    "last-window scores, uniform budgets": (f"vlcache:observation_window={WINDOW},uniform_mix=1.0"),
+    "last-window scores, sparsity budgets": WINDOW,
+    "last-window scores, uniform budgets": WINDOW + ",uniform_mix=1.0",
 }
 
 

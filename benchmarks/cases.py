@@ -75,11 +75,10 @@ def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case
         layout = Layout(**{**LAYOUT.__dict__, "num_pages": (num_pages, num_pages)})
         document = generate(split, index, layout)
         pages = _Pages(document, 1000 * index)
-        rng = random.Random(f"{split}/questions/{index}")
         for task in tasks:
             if num_pages < MIN_PAGES[task]:
                 continue
-            # One page is dumped of each document, where the others are asked several times.
+            rng = random.Random(f"{split}/{task}/{index}")
             for question in document.questions(task, rng, min(2, missing[task])):
                 missing[task] -= 1
                 cases.append(

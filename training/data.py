@@ -24,12 +24,16 @@ IGNORED = -100
 class Batch:
     """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
 
-    ``labels`` [batch, tokens] holds the next token where it belongs to an answer, else -100;
-    ``task`` [batch, tokens] the index of the task there.
+    ``numbers`` [batch, pages, 2] are the digits of each page's number; ``via`` [batch, tokens, 2]
+    the two characters of the key in the middle of a two-step question, at the token before its
+    answer, else -100. ``labels`` [batch, tokens] holds the next token where it belongs to an
+    answer, else -100; ``task`` [batch, tokens] the index of the task there.
     """
 
     pages: Tensor
     glyphs: Tensor
+    numbers: Tensor
+    via: Tensor
     prefix_ids: Tensor
     image_positions: Tensor
     branch_ids: Tensor
@@ -65,6 +69,9 @@ class Encoder:
         ids = [self.user] + ([self.image] * grid**2 + [self.newline]) * num_pages
         tensor = torch.tensor(ids)
         return tensor, (tensor == self.image).nonzero().squeeze(1)
+
+    def characters(self, text: str) -> list[int]:
+        return [self._glyph[c] for c in text]
 
     def glyphs(self, page: Page) -> list[int]:
         """The token whose embedding each patch should look like; quarters count as blank."""
@@ -134,10 +141,12 @@ def collate(
     ids = torch.full(shape, encoder.pad)
     labels = torch.full(shape, IGNORED)
     task = torch.zeros(shape, dtype=torch.long)
-    pixels, glyphs = [], []
+    via = torch.full((*shape, 2), IGNORED)
+    pixels, glyphs, numbers = [], [], []
     for row, document in enumerate(documents):
         pixels.append(np.stack([patches(render(p, rng.getrandbits(32))) for p in document.pages]))
         glyphs.append([encoder.glyphs(p) for p in document.pages])
+        numbers.append([encoder.characters(p.number) for p in document.pages])
         start = 0
         for kind, (name, count, length) in enumerate(mixture.slots):
             questions = document.questions(name, rng, count)
@@ -149,11 +158,16 @@ def collate(
                     ids[row, start : start + last - 1] = torch.tensor(text[:-1])
                     labels[row, start + first - 1 : start + last - 1] = torch.tensor(text[first:])
                     task[row, start : start + length] = kind
+                    if questions[i].via:
+                        key = torch.tensor(encoder.characters(questions[i].via))
+                        via[row, start + first - 1] = key
                 start += length
     prefix_ids, image_positions = encoder.prefix(num_pages, grid)
     return Batch(
         torch.from_numpy(np.stack(pixels)),
         torch.tensor(glyphs),
+        torch.tensor(numbers),
+        via,
         prefix_ids,
         image_positions,
         ids,

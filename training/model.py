@@ -289,8 +289,8 @@ class Reader(nn.Module):
         image_positions: Tensor,
         branch_ids: Tensor,
         slots: Sequence[int],
-    ) -> Tensor:
-        """Final hidden states of the branches.
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the branches, and of all tokens half way up.
 
         Args:
             features: [batch, pages * n * n, width].
@@ -300,7 +300,7 @@ class Reader(nn.Module):
             slots: tokens of each branch.
 
         Returns:
-            [batch, sum(slots), width]
+            [batch, sum(slots), width] and [batch, prefix + sum(slots), width]
         """
         s, language = self.shape, self.model.language_model
         batch = features.shape[0]
@@ -315,7 +315,9 @@ class Reader(nn.Module):
         mask = branch_mask(slots)
         for i, layer in enumerate(language.layers):
             x = layer(x, prefix, mask, cos, sin, i == s.layers - 1)
-        return language.norm(x)
+            if i == s.layers // 2 - 1:
+                middle = x
+        return language.norm(x), middle
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

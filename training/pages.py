@@ -122,14 +122,17 @@ class Page:
 
 @dataclass(frozen=True)
 class Question:
-    """``cells``: the (page, cell) pairs that bear the answer, in the answer's order."""
+    """``cells``: the (page, cell) pairs that bear the answer, in the answer's order.
+
+    ``via`` is the key that a two-step question passes through, empty for the others.
+    """
 
     task: str
     text: str
     answer: str
     cells: tuple[tuple[int, int], ...]
     subject: str
-    template: int
+    via: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Document:
         return [self._ask(task, subject, rng.randrange(3)) for subject in chosen]
 
     def _ask(self, task: str, subject: Record | int, template: int) -> Question:
+        via = ""
         if isinstance(subject, int):
             page = self.pages[subject]
             name, answer = page.number, " ".join(r.text for r in page.plain)
@@ -170,6 +174,7 @@ class Document:
             name = subject.key
             source = subject
             if task == "hop":
+                via = subject.value
                 source = next(r for p in self.pages for r in p.records if r.key == subject.value)
             if task == "which":
                 answer = self.pages[source.page].number
@@ -178,7 +183,7 @@ class Document:
                 answer = source.value
                 cells = [(source.page, i) for i in source.value_cells]
         text = TEMPLATES[task][template].format(name)
-        return Question(task, text, answer, tuple(cells), name, template)
+        return Question(task, text, answer, tuple(cells), name, via)
 
 
 def generate(split: str, index: int, layout: Layout) -> Document:

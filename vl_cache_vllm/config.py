@@ -84,13 +84,13 @@ class KVCompressConfig:
                 raise ValueError(
                     f"KV compression is off (policy {OFF!r}), but these settings were given: "
                     f"{', '.join(sorted(map(str, values)))}. Choose a policy: "
-                    f"{', '.join(sorted(POLICIES))}"
+                    f"{', '.join(POLICIES)}"
                 )
             return None
         if not isinstance(name, str) or name not in POLICIES:
             raise ValueError(
                 f"unknown KV compression policy {name!r}; "
-                f"known: {OFF}, {', '.join(sorted(POLICIES))}"
+                f"known: {OFF}, {', '.join(POLICIES)}"
             )
         policy_cls = POLICIES[name]
         own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)

@@ -93,6 +93,29 @@ def test_hit_of_a_request_that_is_not_evicted_is_whole(model: Path) -> None:
         assert output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // 32 * 32
 
 
+@pytest.mark.parametrize("window", [300, None], ids=["window-over-the-image", "all-queries"])
+def test_observation_of_visual_queries(model: Path, tmp_path: Path, window: int | None) -> None:
+    """Chunks and prefix hits see all queries of a window that reaches into the image."""
+    settings = {**SETTINGS, "post_vision_only": False, "max_observation_tokens": window}
+    request = harness.image_request("llava", LONG, [7])
+    kept = []
+    for tokens in (2048, 96):
+        trace = tmp_path / f"trace{tokens}"
+        with harness.engine(
+            model,
+            {**settings, "trace_path": str(trace)},
+            max_num_batched_tokens=tokens,
+            enable_chunked_prefill=True,
+        ) as llm:
+            for _ in range(2):
+                (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
+        kept += [record["kept_positions"] for record in harness.read_trace(trace).values()]
+        observed = len(output.prompt_token_ids) - window if window else 0
+        assert output.num_cached_tokens == observed // 32 * 32
+    assert len(kept) == 4
+    assert all(positions == kept[0] for positions in kept)
+
+
 def test_observation_window_is_capped(model: Path, tmp_path: Path) -> None:
     """With max_observation_tokens, hits are trimmed to that window only."""
     trace = tmp_path / "trace"

@@ -44,6 +44,7 @@ def test_defaults_are_the_paper() -> None:
     assert policy.threshold == 0.01
     assert policy.recent_ratio == 0.1
     assert policy.max_observation_tokens is None
+    assert policy.post_vision_only
     assert (policy.pooling, policy.uniform_mix, policy.min_layer_budget) == (1, 0.0, 0.01)
     assert POLICIES["vlcache"] is VLCachePolicy
 
@@ -149,6 +150,20 @@ def test_observation_start(
 ) -> None:
     policy = VLCachePolicy(max_observation_tokens=limit)
     assert policy.observation_start(vision_end, prefill_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        pytest.param(None, 0, id="all-queries"),
+        pytest.param(32, 31, id="window-over-visual-tokens"),
+        pytest.param(5, 58, id="window-within-the-text"),
+        pytest.param(100, 0, id="window-longer-than-the-prompt"),
+    ],
+)
+def test_observation_start_of_any_modality(limit: int | None, expected: int) -> None:
+    policy = VLCachePolicy(post_vision_only=False, max_observation_tokens=limit)
+    assert policy.observation_start(40, 63) == expected
 
 
 @pytest.mark.parametrize(

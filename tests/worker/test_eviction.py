@@ -120,8 +120,14 @@ def expected_eviction(
 @pytest.mark.parametrize("chunks", [(63,), (55, 8), (20, 33, 10)], ids=str)
 @pytest.mark.parametrize(
     "policy",
-    [{}, {"pooling": 3, "uniform_mix": 0.8}, {"max_observation_tokens": 5}],
-    ids=["paper", "pooled-and-mixed", "last-five-queries"],
+    [
+        {},
+        {"pooling": 3, "uniform_mix": 0.8},
+        {"max_observation_tokens": 5},
+        {"post_vision_only": False, "max_observation_tokens": 40},
+        {"post_vision_only": False},
+    ],
+    ids=["paper", "pooled-and-mixed", "last-five-queries", "last-forty-queries", "all-queries"],
 )
 def test_a_prompt_is_evicted_as_the_parts_say(
     page_order: str, packing: str, chunks: tuple[int, ...], policy: dict[str, Any]

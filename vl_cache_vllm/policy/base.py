@@ -37,13 +37,13 @@ class EvictionPolicy(ABC):
         0.1, "share of a layer's budget that always keeps the prompt's last tokens"
     )
     max_observation_tokens: int | None = parameter(
-        None, "observe at most so many of the last post-vision queries; null: all of them"
+        None, "observe at most so many of the prompt's last queries; null: all post-vision ones"
     )
 
-    observation_window: int | None = parameter(
-        None,
-        "observe exactly so many of the prompt's last queries, visual ones too, as SnapKV does; "
-        "null: the post-vision queries",
+    post_vision_only: bool = parameter(
+        True,
+        "observe only queries after the last visual token; false: the prompt's last "
+        "max_observation_tokens queries whatever they are (SnapKV's window), or all (H2O)",
     )
 
     def __post_init__(self) -> None:
@@ -56,24 +56,13 @@ class EvictionPolicy(ABC):
                 "max_observation_tokens must be at least 1 or null, "
                 f"got {self.max_observation_tokens}"
             )
-        if self.observation_window is not None:
-            if self.observation_window < 1:
-                raise ValueError(
-                    f"observation_window must be at least 1 or null, got {self.observation_window}"
-                )
-            if self.max_observation_tokens is not None:
-                raise ValueError(
-                    "observation_window and max_observation_tokens exclude each other: the window "
-                    "is observed whole, whatever stands in it"
-                )
 
     def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
         """Position of the first observed query; the last is ``prefill_tokens - 1``."""
-        if self.observation_window is not None:
-            return max(0, prefill_tokens - self.observation_window)
+        start = post_vision_start if self.post_vision_only else 0
         if self.max_observation_tokens is None:
-            return post_vision_start
-        return max(post_vision_start, prefill_tokens - self.max_observation_tokens)
+            return start
+        return max(start, prefill_tokens - self.max_observation_tokens)
 
     @abstractmethod
     def token_scores(self, attention: torch.Tensor) -> torch.Tensor:

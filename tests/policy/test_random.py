@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The floor: scores that know nothing of the attention."""
+
+import pytest
+import torch
+
+from vl_cache_vllm.policy import POLICIES, RandomPolicy
+
+
+def scores(seed: int = 0, layers: int = 4, heads: int = 3, tokens: int = 5000) -> torch.Tensor:
+    attention = torch.rand(layers, heads, tokens)
+    return RandomPolicy(seed=seed).token_scores(attention)
+
+
+def test_registered() -> None:
+    assert POLICIES["random"] is RandomPolicy
+
+
+def test_scores_are_uniform() -> None:
+    found = scores()
+    assert found.shape == (4, 3, 5000) and found.dtype == torch.float32
+    assert found.min() >= 0 and found.max() <= 1
+    histogram = torch.histc(found.flatten(), bins=10, min=0, max=1) / found.numel()
+    assert (histogram - 0.1).abs().max() < 0.01
+
+
+def test_scores_ignore_attention_and_length() -> None:
+    torch.testing.assert_close(scores(tokens=5000)[..., :700], scores(tokens=700), atol=0, rtol=0)
+
+
+def test_heads_layers_seeds_and_neighbours_are_independent() -> None:
+    found, other = scores(), scores(seed=1)
+    rows = torch.cat([found.flatten(0, 1), other.flatten(0, 1), found[0, 0].roll(1)[None]])
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 0.06
+
+
+def test_uniform_budgets() -> None:
+    weights = RandomPolicy().layer_weights(torch.tensor([0.1, 0.9, 0.5]).double(), 0.1)
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_bad_seed(seed: int) -> None:
+    with pytest.raises(ValueError, match="seed must be from 0 to"):
+        RandomPolicy(seed=seed)
+
+
+def test_largest_seed() -> None:
+    assert scores(seed=2**31 - 1).std() > 0.25
