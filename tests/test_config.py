@@ -347,11 +347,20 @@ def test_settings_of_a_vllm_config() -> None:
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_description_lists_every_setting_with_its_default(name: str) -> None:
-    lines = describe_settings(POLICIES[name]).splitlines()
+    """A policy's settings are those of every policy, of the policy it is alike, and its own."""
+    described: dict[str, dict[str, Any]] = {}
+    also: dict[str, str | None] = {}
+    title = ""
+    for line in describe_settings().splitlines():
+        if match := re.fullmatch(r"- (\w+) \(default (.+?)\): .+", line):
+            described[title][match[1]] = json.loads(match[2])
+        else:
+            match = re.fullmatch(r"([\w -]+?)(?:, otherwise as ([\w-]+))?:", line)
+            assert match is not None, line
+            title = match[1]
+            also[title] = match[2]
+            described[title] = {}
+    assert set(described) == {"every policy", *POLICIES}
     defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
-    described = {}
-    for line in lines:
-        match = re.fullmatch(r"- (\w+) \(default (.+?)\): .+", line)
-        assert match is not None, line
-        described[match[1]] = json.loads(match[2])
-    assert described == {k: v for k, v in defaults.items() if k not in ("policy", "budget")}
+    found = described["every policy"] | described.get(also[name], {}) | described[name]
+    assert found == {k: v for k, v in defaults.items() if k not in ("policy", "budget")}

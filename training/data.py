@@ -25,8 +25,8 @@ class Batch:
     """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
 
     ``numbers`` [batch, pages, 2] are the digits of each page's number; ``via`` [batch, tokens, 2]
-    the two characters of the key in the middle of a two-step question, at the token before its
-    answer, else -100. ``labels`` [batch, tokens] holds the next token where it belongs to an
+    the two characters on the way to a two-step question's answer, at the token before it, else
+    -100. ``labels`` [batch, tokens] holds the next token where it belongs to an
     answer, else -100; ``task`` [batch, tokens] the index of the task there.
     """
 

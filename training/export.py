@@ -105,6 +105,7 @@ def export(
     unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
     weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # readable for whoever serves it
 
 
 def main(arguments: list[str] | None = None) -> None:

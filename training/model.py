@@ -289,8 +289,8 @@ class Reader(nn.Module):
         image_positions: Tensor,
         branch_ids: Tensor,
         slots: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the branches, and of all tokens half way up.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states of the branches, and all tokens' after each layer but the last.
 
         Args:
             features: [batch, pages * n * n, width].
@@ -300,7 +300,7 @@ class Reader(nn.Module):
             slots: tokens of each branch.
 
         Returns:
-            [batch, sum(slots), width] and [batch, prefix + sum(slots), width]
+            [batch, sum(slots), width] and a list of [batch, prefix + sum(slots), width]
         """
         s, language = self.shape, self.model.language_model
         batch = features.shape[0]
@@ -313,11 +313,11 @@ class Reader(nn.Module):
         )
         cos, sin = rotary(positions, s.head_size, s.rope_theta)
         mask = branch_mask(slots)
+        between = []
         for i, layer in enumerate(language.layers):
             x = layer(x, prefix, mask, cos, sin, i == s.layers - 1)
-            if i == s.layers // 2 - 1:
-                middle = x
-        return language.norm(x), middle
+            between.append(x)
+        return language.norm(x), between[:-1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -124,7 +124,8 @@ class Page:
 class Question:
     """``cells``: the (page, cell) pairs that bear the answer, in the answer's order.
 
-    ``via`` is the key that a two-step question passes through, empty for the others.
+    ``via``, of a two-step question, are two characters that stand on the way to its answer: the key
+    in the middle, or where the value of "which page" begins. Empty for the others.
     """
 
     task: str
@@ -177,6 +178,7 @@ class Document:
                 via = subject.value
                 source = next(r for p in self.pages for r in p.records if r.key == subject.value)
             if task == "which":
+                via = subject.value[:2]
                 answer = self.pages[source.page].number
                 cells = [(source.page, i) for i in self.pages[source.page].number_cells]
             else:

@@ -40,10 +40,14 @@ class Stage:
     mixture: Mixture
     first_weight: float = 1.0  # of each answer's first character, where the looking-up happens
     hint_weight: float = 0.0  # of the hints, see Trainer
+    number_layer: int = 2  # after which the patches are asked for their page's number
     lr: float = 1.0  # share of the peak learning rate
     max_documents: int = 64
 
 
+LONG = Mixture(
+    (("lookup", 4, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 6, 13))
+)
 STAGES = (
     Stage(
         "8x8",
@@ -101,14 +105,51 @@ STAGES = (
     ),
     Stage(
         "20x20",
-        950,
+        200,
         24_000,
         Layout(),
+        LONG,
+        first_weight=4.0,
+        hint_weight=0.3,
+        lr=0.5,
+    ),
+    # The layer that looks up must find the page's number in what it attends to: one layer earlier.
+    Stage(
+        "12x12-which",
+        300,
+        20_000,
+        Layout(12, (2, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
         Mixture(
-            (("lookup", 4, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 6, 13))
+            (("lookup", 2, 20), ("hop", 4, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
         ),
         first_weight=4.0,
         hint_weight=0.3,
+        number_layer=1,
+        lr=0.5,
+    ),
+    # "Which page" must look its key up before it can leave the habit of reading any heading.
+    Stage(
+        "12x12-via",
+        300,
+        20_000,
+        Layout(12, (2, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
+        Mixture(
+            (("lookup", 2, 20), ("hop", 4, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
+        ),
+        first_weight=4.0,
+        hint_weight=0.3,
+        number_layer=1,
+        lr=0.5,
+    ),
+    Stage(
+        "20x20-final",
+        1_500,
+        24_000,
+        Layout(),
+        LONG,
+        first_weight=4.0,
+        hint_weight=0.3,
+        number_layer=1,
         lr=0.5,
     ),
 )
@@ -123,7 +164,7 @@ def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
     raise IndexError(step)
 
 
-def learning_rate(step: int, total: int, peak: float, decay_share: float = 0.25) -> float:
+def learning_rate(step: int, total: int, peak: float, decay_share: float = 0.15) -> float:
     """Warm up, stay up until the circuits have formed, fall linearly at the end."""
     left = (total - step) / (decay_share * total)
     return peak * min(1.0, (step + 1) / WARM_UP, left)
@@ -133,10 +174,10 @@ class Trainer:
     """Model, losses and optimizers.
 
     Three losses: of the answers; of the alignment of each patch's feature with its glyph's
-    embedding; and, in later stages, of two hints read from the hidden states half way up by heads
-    that are not part of the model. One asks the patches for the number of their page, the other
-    the end of a two-step question for the key in its middle. Without them the second step of a
-    look-up does not form within hundreds of steps.
+    embedding; and, in later stages, of two hints read from hidden states by heads that are not
+    part of the model. One asks the patches (after `Stage.number_layer`) for the number of their
+    page, the other the end of a two-step question (half way up) for what it meets on the way.
+    Without them the second step of a look-up does not form within hundreds of steps.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder, optimizer: str, lr: float) -> None:
@@ -168,7 +209,7 @@ class Trainer:
         model = self.model
         with torch.autocast("cpu", torch.bfloat16):
             features = model.features(normalised(batch.pages.flatten(0, 1)))
-            hidden, middle = model(
+            hidden, between = model(
                 features.view(batch.pages.shape[0], -1, features.shape[-1]),
                 batch.prefix_ids,
                 batch.image_positions,
@@ -188,7 +229,7 @@ class Trainer:
         loss = answers + ALIGNMENT_WEIGHT * aligned
         metrics = {"loss": answers.item(), "alignment": aligned.item()}
         if stage.hint_weight:
-            hints, accuracy = self._hints(batch, middle)
+            hints, accuracy = self._hints(batch, between, stage.number_layer)
             loss = loss + stage.hint_weight * hints
             metrics |= accuracy
         loss.backward()
@@ -204,15 +245,18 @@ class Trainer:
         metrics["read"] = right.float().mean().item()
         return metrics | self._accuracy(batch, asked, logits.argmax(-1) == labels)
 
-    def _hints(self, batch: Batch, middle: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def _hints(
+        self, batch: Batch, between: list[torch.Tensor], number_layer: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         pages, keys = self.hints
         documents, num_pages, cells = batch.glyphs.shape
-        patches = middle[:, batch.image_positions].view(documents, num_pages, cells, -1)
+        patches = between[number_layer][:, batch.image_positions]
+        patches = patches.view(documents, num_pages, cells, -1)
         printed = batch.glyphs != self.encoder.blank
         printed[..., batch.image_positions.numel() % 3 :: 3] = False  # two thirds are enough
         number = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
         asked = batch.via[..., 0] != IGNORED
-        ends = middle[:, -batch.branch_ids.shape[1] :][asked]
+        ends = between[2][:, -batch.branch_ids.shape[1] :][asked]
         loss, accuracy = torch.zeros(()), {}
         for name, head, x, label in (
             ("number", pages, patches[printed], number),

@@ -89,8 +89,7 @@ class KVCompressConfig:
             return None
         if not isinstance(name, str) or name not in POLICIES:
             raise ValueError(
-                f"unknown KV compression policy {name!r}; "
-                f"known: {OFF}, {', '.join(POLICIES)}"
+                f"unknown KV compression policy {name!r}; known: {OFF}, {', '.join(POLICIES)}"
             )
         policy_cls = POLICIES[name]
         own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)
@@ -120,13 +119,26 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
     )
 
 
-def describe_settings(policy_cls: type[EvictionPolicy]) -> str:
-    """One line per setting that ``--kv-compress-config`` accepts, with its default."""
-    fields = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
-    return "\n".join(
-        f"- {f.name} (default {json.dumps(f.default)}): {f.metadata['help']}"
-        for f in (*dataclasses.fields(policy_cls), *fields)
-    )
+def describe_settings() -> str:
+    """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
+    own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
+    groups = {"every policy": [*dataclasses.fields(EvictionPolicy), *own]}
+    groups |= {name: list(dataclasses.fields(cls)) for name, cls in POLICIES.items()}
+    known: set[tuple[str, Any]] = set()
+    lines = []
+    for name, fields in groups.items():
+        new = [f for f in fields if (f.name, f.default) not in known]
+        known |= {(f.name, f.default) for f in new}
+        alike = [other for other, cls in POLICIES.items() if cls in _bases(name)]
+        lines.append(f"{name}, otherwise as {alike[0]}:" if alike else f"{name}:")
+        lines += [
+            f"- {f.name} (default {json.dumps(f.default)}): {f.metadata['help']}" for f in new
+        ]
+    return "\n".join(lines)
+
+
+def _bases(policy: str) -> tuple[type, ...]:
+    return POLICIES[policy].__mro__[1:] if policy in POLICIES else ()
 
 
 def _field_types(cls: type, skip: str = "") -> dict[str, Any]:

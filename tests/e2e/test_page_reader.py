@@ -2,7 +2,6 @@
 """The shipped page reader, through vLLM: stock, and with a tenth of the cache."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 
@@ -36,19 +35,19 @@ def test_stock_vllm_answers_held_out_lookups(dtype: str) -> None:
     assert score["retained"] == 1.0
 
 
-def test_a_tenth_of_the_cache(tmp_path: Path) -> None:
+def test_a_tenth_of_the_cache() -> None:
     """Budgets, kept shares and the order of policies, as the benchmark reports them."""
-    cases = page_reader_cases("test", ["lookup", "which"], 24)
+    cases = page_reader_cases("test", ["lookup"], 24)
     found = {}
     for policy in ("vlcache-plus", "random"):
         settings = accuracy.parse_policy(policy) | {"budget": 0.1}
-        cells = accuracy.run(str(accuracy.MODEL), cases, settings, options())
-        found[policy] = {task: cell.summary() for task, cell in cells.items()}
-        for cell in found[policy].values():
-            # 10 % of 13 to 52 blocks, rounded up to whole ones.
-            assert 0.1 <= cell["retained"] <= 2 / 13
-            assert 0.0 <= cell["kept_answer"] <= cell["reached_answer"] <= 1.0
-    for task in ("lookup", "which"):
-        assert found["vlcache-plus"][task]["score"] >= 0.9
-        assert found["vlcache-plus"][task]["score"] > found["random"][task]["score"] + 0.3
-        assert found["vlcache-plus"][task]["kept_answer"] > found["random"][task]["kept_answer"]
+        found[policy] = accuracy.run(str(accuracy.MODEL), cases, settings, options())[
+            "lookup"
+        ].summary()
+        # 10 % of 13 to 52 blocks, rounded up to whole ones.
+        assert 0.1 <= found[policy]["retained"] <= 2 / 13
+        assert 0.0 <= found[policy]["kept_answer"] <= found[policy]["reached_answer"] <= 1.0
+    ours, floor = found["vlcache-plus"], found["random"]
+    assert ours["score"] >= 0.9
+    assert ours["score"] > floor["score"] + 0.3
+    assert ours["kept_answer"] > floor["kept_answer"]
