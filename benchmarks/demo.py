@@ -114,10 +114,10 @@ def answer(server: Server, question: Question, urls: list[str]) -> Answer:
     body = chat_body(MODEL, question.text, *urls, max_tokens=MAX_ANSWER_TOKENS[question.task])
     text, blocks = "", 0
     for delta in stream(server, body):
-        if not text:
-            usage = server.metric("vllm:kv_cache_usage_perc")
-            blocks = round(usage * (server.num_blocks() - 1))
         text += delta
+        if len(text) < 4:  # the blocks of the prompt leave one step after its prefill
+            usage = server.metric("vllm:kv_cache_usage_perc")
+            blocks = round(usage * (server.num_blocks() - 1)) or blocks
     return Answer(text, blocks)
 
 

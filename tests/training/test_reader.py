@@ -20,7 +20,7 @@ from training.train import STAGES, Trainer, learning_rate, stage_of
 
 TOKENIZER = build_tokenizer()
 ENCODER = Encoder(TOKENIZER)
-SHAPE = Shape(vocab=len(TOKENIZER), layers=2, vision_layers=1)
+SHAPE = Shape(vocab=len(TOKENIZER), layers=4, vision_layers=1)
 MIXTURE = Mixture((("lookup", 2, 20), ("row", 1, 46), ("which", 2, 13)))
 TWO_PAGES = Layout(num_pages=(2, 2), num_rows=(1, 1))
 
@@ -75,7 +75,7 @@ def test_equals_transformers(tmp_path: Path) -> None:
     images = [Image.fromarray(render(p, rng.getrandbits(32))) for p in document.pages]
     with torch.no_grad():
         features = model.features(normalised(batch.pages[0])).flatten(0, 1)[None]
-        hidden = model(
+        hidden, _ = model(
             features, batch.prefix_ids, batch.image_positions, batch.branch_ids, batch.slots
         )
         ours = model.logits(hidden)[0]
@@ -165,12 +165,12 @@ def test_training_resumes_where_it_stopped() -> None:
     batches = [collate(d, ENCODER, mixture, (20, 20), random.Random(0)) for d in documents]
     one = Trainer(SHAPE, ENCODER, "muon", 1e-3)
     for batch in batches[:2]:
-        one.step(batch, 1e-3)
+        one.step(batch, 1e-3, STAGES[-1])
     two = Trainer(SHAPE, ENCODER, "muon", 1e-3)
     two.load(copy.deepcopy(one.state()))
     for trainer in (one, two):
         for batch in batches[2:]:
-            trainer.step(batch, 1e-3)
+            trainer.step(batch, 1e-3, STAGES[-1])
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
