@@ -24,7 +24,12 @@ from training.render import render
 BLOCK_SIZE = 32
 BUDGET = 0.1
 POLICY = "vlcache-plus"
-COMMON = ("--max-model-len=2048", f"--block-size={BLOCK_SIZE}", "--kv-cache-memory-bytes=64M")
+COMMON = (
+    "--enforce-eager",
+    "--max-model-len=2048",
+    f"--block-size={BLOCK_SIZE}",
+    "--kv-cache-memory-bytes=64M",
+)
 
 
 @dataclass(frozen=True)

@@ -246,10 +246,12 @@ class _Writer:
         sources = [
             key for page, table in zip(records, tables, strict=True) if not table for key in page
         ]
-        num_links = min(round(self.layout.link_share * len(keys)), len(sources), len(keys) - 1)
+        num_links = min(round(self.layout.link_share * len(keys)), len(sources), len(keys) // 2)
         chosen = set(self.rng.sample(sources, num_links))
         targets = [key for key in keys if key not in chosen]
-        return {key: self.rng.choice(targets) for key in sources if key in chosen}
+        # No key is named twice: where to go on after it must stay clear.
+        self.rng.shuffle(targets)
+        return {key: targets.pop() for key in sources if key in chosen}
 
     def _value(self, length: int) -> str:
         """Random characters of which no neighbouring pair was used before."""
