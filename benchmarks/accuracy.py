@@ -14,14 +14,13 @@ and, where the generator knows them, the share of the answer's visual tokens tha
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,8 @@ MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 DEFAULT_POLICIES = ("vlcache", "vlcache-plus", "random")
 WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
-ABLATION = {
-    "post-vision scores, sparsity budgets": "vlcache",
-    "post-vision scores, uniform budgets": "vlcache:uniform_mix=1.0",
-    "last-window scores, sparsity budgets": WINDOW,
-    "last-window scores, uniform budgets": WINDOW + ",uniform_mix=1.0",
-}
+# Scores of the post-vision queries, then of the last window; sparsity, then uniform budgets.
+ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")
 
 
 @dataclass
@@ -85,13 +80,9 @@ def parse_policy(text: str) -> dict[str, Any]:
     return settings
 
 
-@contextlib.contextmanager
-def _engine(
+def _engine_arguments(
     model: str, settings: dict[str, Any] | None, options: argparse.Namespace
-) -> Iterator[Any]:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
+) -> dict[str, Any]:
     arguments: dict[str, Any] = dict(
         model=model,
         dtype=options.dtype,
@@ -104,28 +95,24 @@ def _engine(
     )
     if options.max_model_len:
         arguments["max_model_len"] = options.max_model_len
-    llm = LLM(**arguments)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    return arguments
 
 
 def run(
     model: str, cases: Sequence[Case], settings: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Cell]:
     """Answer all cases with one engine; ``settings`` None is stock vLLM. Cells by task."""
+    # vLLM reads its environment when it is imported: after `main` has set it, not before.
     from vllm import SamplingParams
+
+    from benchmarks.engine import read_trace, running_llm
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trace = folder / "trace.jsonl"
         if settings is not None:
             settings = settings | {"trace_path": str(trace), "trace_positions": True}
-        llm = stack.enter_context(_engine(model, settings, options))
+        llm = stack.enter_context(running_llm(**_engine_arguments(model, settings, options)))
         conversations = [_conversation(case) for case in cases]
         parameters = [SamplingParams(temperature=0, max_tokens=c.max_tokens) for c in cases]
         outputs = llm.chat(
@@ -136,9 +123,7 @@ def run(
         )
         traces: dict[str, dict[str, Any]] = {}
         if settings is not None and trace.exists():
-            for line in trace.read_text().splitlines():
-                record = json.loads(line)
-                traces[record["request_id"].split("-")[0]] = record
+            traces = {key.split("-")[0]: record for key, record in read_trace(trace).items()}
         image_token = getattr(llm.model_config.hf_config, "image_token_index", None)
     cells: dict[str, Cell] = defaultdict(Cell)
     for case, output in zip(cases, outputs, strict=True):
@@ -315,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.arguments = arguments
     if options.ablation:
-        options.policies += [p for p in ABLATION.values() if p not in options.policies]
+        options.policies += [p for p in ABLATION if p not in options.policies]
     try:
         for policy in options.policies:
             parse_policy(policy)

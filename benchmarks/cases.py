@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an accuracy benchmark asks: questions about images with their right answers."""
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
 from training.pages import TASKS, Document, Layout, generate
 from training.render import render
-from training.tokenizer import IMAGE
 
 LAYOUT = Layout()
 MAX_ANSWER_TOKENS = {"lookup": 12, "hop": 12, "row": 40, "dump": 160, "which": 8}
@@ -40,21 +39,12 @@ class Case:
     answer_cells: tuple[tuple[int, int], ...] = ()
 
 
-class _Pages:
-    """A document's pages as pictures, drawn when first asked for."""
+def _draw(document: Document, seed: int) -> list[Image.Image]:
+    return [Image.fromarray(render(p, seed + i)) for i, p in enumerate(document.pages)]
 
-    def __init__(self, document: Document, seed: int) -> None:
-        self._document, self._seed = document, seed
 
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        return [
-            Image.fromarray(render(page, self._seed + i))
-            for i, page in enumerate(self._document.pages)
-        ]
-
-    def __call__(self) -> list[Image.Image]:
-        return self.images
+def _open(paths: Sequence[Path]) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in paths]
 
 
 def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case]:
@@ -72,9 +62,8 @@ def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case
     index = 0
     while any(missing.values()):
         num_pages = 1 + index % 4
-        layout = Layout(**{**LAYOUT.__dict__, "num_pages": (num_pages, num_pages)})
-        document = generate(split, index, layout)
-        pages = _Pages(document, 1000 * index)
+        document = generate(split, index, LAYOUT.of_pages(num_pages))
+        pages = functools.cache(functools.partial(_draw, document, 1000 * index))
         for task in tasks:
             if num_pages < MIN_PAGES[task]:
                 continue
@@ -129,21 +118,13 @@ def jsonl_cases(path: Path, max_tokens: int) -> list[Case]:
                 group,
                 question,
                 answers,
-                _Files(files),
+                functools.partial(_open, files),
                 int(record.get("max_tokens", max_tokens)),
             )
         )
     if not cases:
         raise ValueError(f"{path} holds no cases")
     return cases
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: Sequence[Path]
-
-    def __call__(self) -> list[Image.Image]:
-        return [Image.open(path).convert("RGB") for path in self.paths]
 
 
 def _strings(record: dict, key: str) -> list[str]:
@@ -164,6 +145,3 @@ def answer_positions(
     per_image, rest = divmod(len(visual), num_images)
     assert rest == 0, "images of unequal length"
     return [visual[image * per_image + index] for image, index in cells]
-
-
-__all__ = ["IMAGE", "SPLITS", "Case", "answer_positions", "jsonl_cases", "page_reader_cases"]

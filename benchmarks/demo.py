@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.accuracy import MODEL
 from benchmarks.cases import LAYOUT, MAX_ANSWER_TOKENS
 from benchmarks.server import Server, chat_body, command, image_url, running, stream
-from training.pages import TASKS, Document, Layout, Page, Question, generate
+from training.pages import TASKS, Document, Page, Question, generate
 from training.render import render
 
 BLOCK_SIZE = 32
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pages", type=Path, default=Path("build/demo"), help="folder of pictures")
     options = parser.parse_args(arguments)
 
-    layout = Layout(**{**LAYOUT.__dict__, "num_pages": (4, 4)})
-    document = generate("demo", options.document, layout)
+    document = generate("demo", options.document, LAYOUT.of_pages(4))
     pictures = [Image.fromarray(render(p, i)) for i, p in enumerate(document.pages)]
     questions = ask(document)
     show(document, pictures, options.pages)

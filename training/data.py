@@ -26,8 +26,8 @@ class Batch:
 
     ``numbers`` [batch, pages, 2] are the digits of each page's number; ``via`` [batch, tokens, 2]
     the two characters on the way to a two-step question's answer, at the token before it, else
-    -100. ``labels`` [batch, tokens] holds the next token where it belongs to an
-    answer, else -100; ``task`` [batch, tokens] the index of the task there.
+    -100. ``labels`` [batch, tokens] holds the next token where it belongs to an answer, else
+    -100. ``slots`` and ``tasks`` are the tokens and the task of each branch.
     """
 
     pages: Tensor
@@ -38,8 +38,8 @@ class Batch:
     image_positions: Tensor
     branch_ids: Tensor
     labels: Tensor
-    task: Tensor
     slots: tuple[int, ...]
+    tasks: tuple[str, ...]
 
 
 def patches(image: np.ndarray) -> np.ndarray:
@@ -91,6 +91,16 @@ class Mixture:
 
     slots: tuple[tuple[str, int, int], ...]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each branch."""
+        return tuple(length for _, count, length in self.slots for _ in range(count))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task of each branch."""
+        return tuple(name for name, count, _ in self.slots for _ in range(count))
+
 
 class Batches(IterableDataset):
     """An endless, seeded stream of batches; all documents of a batch have as many pages."""
@@ -106,11 +116,8 @@ class Batches(IterableDataset):
         max_documents: int = 64,
     ) -> None:
         self.split, self.encoder, self.layout, self.mixture = split, encoder, layout, mixture
-        self.tokens_per_batch, self.first, self.max_documents = (
-            tokens_per_batch,
-            first,
-            max_documents,
-        )
+        self.tokens_per_batch, self.max_documents = tokens_per_batch, max_documents
+        self.first = first
 
     def __iter__(self) -> Iterator[Batch]:
         index = self.first
@@ -121,26 +128,23 @@ class Batches(IterableDataset):
     def batch(self, index: int) -> Batch:
         rng = random.Random(f"{self.split}/batch/{index}")
         num_pages = rng.randint(*self.layout.num_pages)
-        layout = Layout(**{**self.layout.__dict__, "num_pages": (num_pages, num_pages)})
-        slots = tuple(n for _, count, n in self.mixture.slots for _ in range(count))
-        tokens = num_pages * (layout.grid**2 + 1) + sum(slots)
+        layout = self.layout.of_pages(num_pages)
+        tokens = num_pages * (layout.grid**2 + 1) + sum(self.mixture.lengths)
         count = max(1, min(self.max_documents, self.tokens_per_batch // tokens))
         documents = [generate(f"{self.split}/{index}", i, layout) for i in range(count)]
-        return collate(documents, self.encoder, self.mixture, slots, rng)
+        return collate(documents, self.encoder, self.mixture, rng)
 
 
 def collate(
     documents: Sequence[Document],
     encoder: Encoder,
     mixture: Mixture,
-    slots: tuple[int, ...],
     rng: random.Random,
 ) -> Batch:
     num_pages, grid = len(documents[0].pages), documents[0].pages[0].grid
-    shape = (len(documents), sum(slots))
+    shape = (len(documents), sum(mixture.lengths))
     ids = torch.full(shape, encoder.pad)
     labels = torch.full(shape, IGNORED)
-    task = torch.zeros(shape, dtype=torch.long)
     via = torch.full((*shape, 2), IGNORED)
     pixels, glyphs, numbers = [], [], []
     for row, document in enumerate(documents):
@@ -148,7 +152,7 @@ def collate(
         glyphs.append([encoder.glyphs(p) for p in document.pages])
         numbers.append([encoder.characters(p.number) for p in document.pages])
         start = 0
-        for kind, (name, count, length) in enumerate(mixture.slots):
+        for name, count, length in mixture.slots:
             questions = document.questions(name, rng, count)
             for i in range(count):
                 if i < len(questions):
@@ -157,7 +161,6 @@ def collate(
                     first, last = len(asked), len(text)
                     ids[row, start : start + last - 1] = torch.tensor(text[:-1])
                     labels[row, start + first - 1 : start + last - 1] = torch.tensor(text[first:])
-                    task[row, start : start + length] = kind
                     if questions[i].via:
                         key = torch.tensor(encoder.characters(questions[i].via))
                         via[row, start + first - 1] = key
@@ -172,6 +175,6 @@ def collate(
         image_positions,
         ids,
         labels,
-        task,
-        slots,
+        mixture.lengths,
+        mixture.tasks,
     )

@@ -7,6 +7,7 @@ each question with its answer is a branch that sees the pages and itself, at the
 has when it is asked alone. Training on branches is training on single questions.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
+@functools.cache
 def causal_mask(n: int) -> Tensor:
     """Added to the logits of the last ``n`` queries and keys: 0 or minus infinity, [n, n]."""
     return torch.full((n, n), float("-inf")).triu(1)
@@ -318,9 +320,6 @@ class Reader(nn.Module):
             x = layer(x, prefix, mask, cos, sin, i == s.layers - 1)
             between.append(x)
         return language.norm(x), between[:-1]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
 
 
 def rotary(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ A document is a function of its split, its index and its `Layout` only.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O, which read as 1 and 0
 DIGITS = "0123456789"
@@ -71,6 +71,10 @@ class Layout:
     row_length: tuple[int, int] = (28, 32)
     link_share: float = 0.3
     distractors: bool = True
+
+    def of_pages(self, count: int) -> "Layout":
+        """The same with exactly so many pages."""
+        return replace(self, num_pages=(count, count))
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,9 @@ class Document:
         else:
             raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
         chosen = rng.sample(subjects, min(count, len(subjects)))
-        return [self._ask(task, subject, rng.randrange(3)) for subject in chosen]
+        return [self._ask(task, subject, rng.choice(TEMPLATES[task])) for subject in chosen]
 
-    def _ask(self, task: str, subject: Record | int, template: int) -> Question:
+    def _ask(self, task: str, subject: Record | int, template: str) -> Question:
         via = ""
         if isinstance(subject, int):
             page = self.pages[subject]
@@ -184,8 +188,7 @@ class Document:
             else:
                 answer = source.value
                 cells = [(source.page, i) for i in source.value_cells]
-        text = TEMPLATES[task][template].format(name)
-        return Question(task, text, answer, tuple(cells), name, via)
+        return Question(task, template.format(name), answer, tuple(cells), name, via)
 
 
 def generate(split: str, index: int, layout: Layout) -> Document:

@@ -53,8 +53,3 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-
-def prompt_for(question: str, num_pages: int) -> str:
-    """The text that the chat template makes of a question about ``num_pages`` images."""
-    return f"{USER}{(IMAGE + chr(10)) * num_pages}{question}{ASSISTANT}"

@@ -14,7 +14,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from training.data import IGNORED, Batch, Batches, Encoder, Mixture, normalised
 from training.model import Reader, Shape
-from training.pages import TASKS, Layout
+from training.pages import Layout
 from training.tokenizer import build_tokenizer
 
 ALIGNMENT_WEIGHT = 0.3
@@ -45,114 +45,60 @@ class Stage:
     max_documents: int = 64
 
 
-LONG = Mixture(
-    (("lookup", 4, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 6, 13))
+_SHORT = Stage(
+    "8x8",
+    600,
+    17_500,
+    Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
+    Mixture((("lookup", 3, 20), ("hop", 2, 24), ("row", 1, 24), ("dump", 1, 54), ("which", 1, 13))),
 )
-STAGES = (
-    Stage(
-        "8x8",
-        600,
-        17_500,
-        Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
-        Mixture(
-            (("lookup", 3, 20), ("hop", 2, 24), ("row", 1, 24), ("dump", 1, 54), ("which", 1, 13))
-        ),
+_MIDDLE = Stage(
+    "12x12",
+    200,
+    20_000,
+    Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22)),
+    Mixture((("lookup", 3, 20), ("hop", 3, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))),
+)
+# Two steps of looking up take longest to learn: more of them, and weight on finding the place.
+_HOPS = replace(
+    _MIDDLE,
+    name="12x12-hops",
+    steps=100,
+    layout=replace(_MIDDLE.layout, link_share=0.4),
+    mixture=Mixture(
+        (("lookup", 3, 20), ("hop", 7, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
     ),
-    Stage(
-        "12x12",
-        200,
-        20_000,
-        Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22)),
-        Mixture(
-            (("lookup", 3, 20), ("hop", 3, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
-        ),
-    ),
-    # Two steps of looking up take longest to learn: more of them, and weight on finding the place.
-    Stage(
-        "12x12-hops",
-        100,
-        20_000,
-        Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-        Mixture(
-            (("lookup", 3, 20), ("hop", 7, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
-        ),
-        first_weight=4.0,
-    ),
-    # From here on a high learning rate only shakes what has formed.
-    Stage(
-        "12x12-slower",
-        200,
-        20_000,
-        Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-        Mixture(
-            (("lookup", 3, 20), ("hop", 7, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
-        ),
-        first_weight=4.0,
-        lr=0.5,
-    ),
-    # The second step of a look-up does not form by itself.
-    Stage(
-        "12x12-hints",
-        600,
-        20_000,
-        Layout(12, (1, 2), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-        Mixture(
-            (("lookup", 3, 20), ("hop", 7, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 2, 13))
-        ),
-        first_weight=4.0,
-        hint_weight=0.3,
-        lr=0.5,
-    ),
-    Stage(
-        "20x20",
-        200,
-        24_000,
-        Layout(),
-        LONG,
-        first_weight=4.0,
-        hint_weight=0.3,
-        lr=0.5,
-    ),
-    # The layer that looks up must find the page's number in what it attends to: one layer earlier.
-    Stage(
-        "12x12-which",
-        300,
-        20_000,
-        Layout(12, (2, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-        Mixture(
-            (("lookup", 2, 20), ("hop", 4, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
-        ),
-        first_weight=4.0,
-        hint_weight=0.3,
-        number_layer=1,
-        lr=0.5,
-    ),
-    # "Which page" must look its key up before it can leave the habit of reading any heading.
-    Stage(
-        "12x12-via",
-        300,
-        20_000,
-        Layout(12, (2, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-        Mixture(
-            (("lookup", 2, 20), ("hop", 4, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
-        ),
-        first_weight=4.0,
-        hint_weight=0.3,
-        number_layer=1,
-        lr=0.5,
-    ),
-    Stage(
-        "20x20-final",
-        1_500,
-        24_000,
-        Layout(),
-        LONG,
-        first_weight=4.0,
-        hint_weight=0.3,
-        number_layer=1,
-        lr=0.5,
+    first_weight=4.0,
+)
+# From here on a high learning rate only shakes what has formed.
+_SLOWER = replace(_HOPS, name="12x12-slower", steps=200, lr=0.5)
+# The second step of a look-up does not form by itself.
+_HINTS = replace(_SLOWER, name="12x12-hints", steps=600, hint_weight=0.3)
+_LONG = replace(
+    _HINTS,
+    name="20x20",
+    steps=200,
+    tokens_per_batch=24_000,
+    layout=Layout(),
+    mixture=Mixture(
+        (("lookup", 4, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 6, 13))
     ),
 )
+# The layer that looks up must find the page's number in what it attends to: one layer earlier.
+_WHICH = replace(
+    _HINTS,
+    name="12x12-which",
+    steps=300,
+    layout=replace(_HINTS.layout, num_pages=(2, 3)),
+    mixture=Mixture(
+        (("lookup", 2, 20), ("hop", 4, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
+    ),
+    number_layer=1,
+)
+# "Which page" must look its key up before it can leave the habit of reading any heading.
+_VIA = replace(_WHICH, name="12x12-via", steps=300)
+_FINAL = replace(_LONG, name="20x20-final", steps=1_500, number_layer=1)
+STAGES = (_SHORT, _MIDDLE, _HOPS, _SLOWER, _HINTS, _LONG, _WHICH, _VIA, _FINAL)
 
 
 def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
@@ -217,7 +163,7 @@ class Trainer:
                 batch.slots,
             )
             asked = batch.labels != IGNORED
-            logits = model.logits(hidden[asked]).float()
+            logits = model.lm_head(hidden[asked]).float()
             table = model.model.language_model.embed_tokens.weight
             read = F.linear(features, table).float()
         labels = batch.labels[asked]
@@ -256,7 +202,7 @@ class Trainer:
         printed[..., batch.image_positions.numel() % 3 :: 3] = False  # two thirds are enough
         number = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
         asked = batch.via[..., 0] != IGNORED
-        ends = between[2][:, -batch.branch_ids.shape[1] :][asked]
+        ends = between[len(between) // 2][:, -batch.branch_ids.shape[1] :][asked]
         loss, accuracy = torch.zeros(()), {}
         for name, head, x, label in (
             ("number", pages, patches[printed], number),
@@ -273,14 +219,13 @@ class Trainer:
         correct = torch.ones_like(asked)
         correct[asked] = right
         found: dict[str, list[float]] = defaultdict(list)
-        for per_branch, mask, task in zip(
+        for per_branch, mask, name in zip(
             correct.split(batch.slots, 1),
             asked.split(batch.slots, 1),
-            batch.task.split(batch.slots, 1),
+            batch.tasks,
             strict=True,
         ):
             present = mask.any(1)
-            name = TASKS[int(task[:, 0].max())]
             found[name + "/exact"] += per_branch.all(1)[present].tolist()
             found[name + "/token"] += per_branch[mask].tolist()
         return {k: sum(v) / len(v) for k, v in found.items() if v}
@@ -366,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--stop", type=int, help="stop after this step")
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=100)

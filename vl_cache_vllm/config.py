@@ -122,23 +122,20 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
 def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
     own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
-    groups = {"every policy": [*dataclasses.fields(EvictionPolicy), *own]}
-    groups |= {name: list(dataclasses.fields(cls)) for name, cls in POLICIES.items()}
-    known: set[tuple[str, Any]] = set()
-    lines = []
-    for name, fields in groups.items():
-        new = [f for f in fields if (f.name, f.default) not in known]
-        known |= {(f.name, f.default) for f in new}
-        alike = [other for other, cls in POLICIES.items() if cls in _bases(name)]
-        lines.append(f"{name}, otherwise as {alike[0]}:" if alike else f"{name}:")
-        lines += [
-            f"- {f.name} (default {json.dumps(f.default)}): {f.metadata['help']}" for f in new
-        ]
+    lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
+    for name, cls in POLICIES.items():
+        base = cls.__mro__[1]
+        inherited = {(f.name, f.default) for f in dataclasses.fields(base)}
+        alike = next((f", otherwise as {n}" for n, c in POLICIES.items() if c is base), "")
+        lines.append(f"{name}{alike}:")
+        new = (f for f in dataclasses.fields(cls) if (f.name, f.default) not in inherited)
+        lines += map(_describe, new)
     return "\n".join(lines)
 
 
-def _bases(policy: str) -> tuple[type, ...]:
-    return POLICIES[policy].__mro__[1:] if policy in POLICIES else ()
+def _describe(setting: dataclasses.Field) -> str:
+    default = json.dumps(setting.default)
+    return f"- {setting.name} (default {default}): {setting.metadata['help']}"
 
 
 def _field_types(cls: type, skip: str = "") -> dict[str, Any]:

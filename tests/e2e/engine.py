@@ -3,19 +3,18 @@
 
 import contextlib
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import VllmConfig
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks import tiny_models
+from benchmarks.engine import running_llm
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
 from vl_cache_vllm.worker.eviction import EvictionWorker
 
@@ -40,17 +39,12 @@ def engine(
     """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
-    with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
-        gc.freeze()  # an engine's start collects repeatedly; spare it what exists already
-        llm = LLM(model=str(model), **{**DEFAULTS, **kwargs})
-    assert isinstance(scheduler(llm), AsyncScheduler) == async_scheduling
-    try:
+    with contextlib.ExitStack() as stack:
+        with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
+            gc.freeze()  # an engine's start collects repeatedly; spare it what exists already
+            llm = stack.enter_context(running_llm(model=str(model), **{**DEFAULTS, **kwargs}))
+        assert isinstance(scheduler(llm), AsyncScheduler) == async_scheduling
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
@@ -111,9 +105,3 @@ def logprobs(output: RequestOutput) -> list[float]:
         step[token].logprob
         for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
     ]
-
-
-def read_trace(path: Path) -> dict[str, dict[str, Any]]:
-    """Evictions by request id; the engine appends a random suffix to the ids of `LLM`."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["request_id"]: record for record in records}

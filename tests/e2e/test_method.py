@@ -12,7 +12,8 @@ from PIL import Image
 from vllm import RequestOutput
 
 from benchmarks import tiny_models
-from tests.e2e.engine import engine, greedy, image_request, logprobs, read_trace, token_ids
+from benchmarks.engine import read_trace
+from tests.e2e.engine import engine, greedy, image_request, logprobs, token_ids
 from tests.oracle import MIN_WEIGHT, Continuation, Eviction, Oracle, Settings
 
 QUESTION = "What is in the picture, and what will happen next? Answer in a sentence or two."

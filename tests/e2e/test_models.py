@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import tiny_models
+from benchmarks.engine import read_trace
 from tests.e2e import engine as harness
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
@@ -27,7 +28,7 @@ def serve(model: Path, kind: str, trace: Path, **kwargs: Any) -> list[dict[str, 
     for output in outputs:
         assert len(harness.token_ids(output)) == 40
         assert all(torch.isfinite(torch.tensor(harness.logprobs(output))))
-    records = list(harness.read_trace(trace).values())
+    records = list(read_trace(trace).values())
     assert len(records) == 2
     for record in records:
         total = sum(record["kept_tokens"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tiny_models
+from benchmarks.engine import read_trace
 from tests.e2e import engine as harness
 
 SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.25, "trace_positions": True}
@@ -33,9 +34,7 @@ def kept(
             for batch in batches
             for output in llm.generate(batch, harness.greedy(24), use_tqdm=False)
         ]
-    records = sorted(
-        harness.read_trace(trace).values(), key=lambda r: int(r["request_id"].split("-")[0])
-    )
+    records = sorted(read_trace(trace).values(), key=lambda r: int(r["request_id"].split("-")[0]))
     return records, outputs
 
 
@@ -109,7 +108,7 @@ def test_observation_of_visual_queries(model: Path, tmp_path: Path, window: int 
         ) as llm:
             for _ in range(2):
                 (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
-        kept += [record["kept_positions"] for record in harness.read_trace(trace).values()]
+        kept += [record["kept_positions"] for record in read_trace(trace).values()]
         observed = len(output.prompt_token_ids) - window if window else 0
         assert output.num_cached_tokens == observed // 32 * 32
     assert len(kept) == 4
@@ -124,6 +123,6 @@ def test_observation_window_is_capped(model: Path, tmp_path: Path) -> None:
     with harness.engine(model, settings) as llm:
         for _ in range(2):
             (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
-    fresh, cached = harness.read_trace(trace).values()
+    fresh, cached = read_trace(trace).values()
     assert cached["kept_positions"] == fresh["kept_positions"]
     assert output.num_cached_tokens == (len(output.prompt_token_ids) - 16) // 32 * 32

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import tiny_models
+from benchmarks.engine import read_trace
 from benchmarks.server import Server, chat_body, image_url, running, stream
-from tests.e2e.engine import read_trace
 
 pytestmark = pytest.mark.server
 

@@ -15,7 +15,7 @@ from training.export import export
 from training.model import Reader, Shape, branch_mask
 from training.pages import TASKS, TEMPLATES, VALUE_CHARACTERS, Document, Layout, generate
 from training.render import render
-from training.tokenizer import build_tokenizer, prompt_for
+from training.tokenizer import build_tokenizer
 from training.train import STAGES, Trainer, learning_rate, stage_of
 
 TOKENIZER = build_tokenizer()
@@ -26,8 +26,7 @@ TWO_PAGES = Layout(num_pages=(2, 2), num_rows=(1, 1))
 
 
 def batch_of(documents: list[Document]):
-    slots = tuple(n for _, count, n in MIXTURE.slots for _ in range(count))
-    return collate(documents, ENCODER, MIXTURE, slots, random.Random(0))
+    return collate(documents, ENCODER, MIXTURE, random.Random(0))
 
 
 def test_each_glyph_is_a_token() -> None:
@@ -48,7 +47,7 @@ def test_chat_template_is_the_training_prompt(tmp_path: Path) -> None:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    assert text == prompt_for("Which page has K7?", 2)
+    assert text == "<|user|><image>\n<image>\nWhich page has K7?<|assistant|>"
     prefix, positions = ENCODER.prefix(2, 20)
     inputs = processor(text=text, images=[Image.new("RGB", (280, 280))] * 2, return_tensors="pt")[
         "input_ids"
@@ -78,7 +77,7 @@ def test_equals_transformers(tmp_path: Path) -> None:
         hidden, _ = model(
             features, batch.prefix_ids, batch.image_positions, batch.branch_ids, batch.slots
         )
-        ours = model.logits(hidden)[0]
+        ours = model.lm_head(hidden)[0]
     compared, start = 0, 0
     for length in batch.slots:
         ids = batch.branch_ids[0, start : start + length]
@@ -162,7 +161,7 @@ def test_training_resumes_where_it_stopped() -> None:
     layout = STAGES[0].layout
     mixture = Mixture((("lookup", 2, 20),))
     documents = [[generate("resume", 4 * i + j, layout) for j in range(4)] for i in range(4)]
-    batches = [collate(d, ENCODER, mixture, (20, 20), random.Random(0)) for d in documents]
+    batches = [collate(d, ENCODER, mixture, random.Random(0)) for d in documents]
     one = Trainer(SHAPE, ENCODER, "muon", 1e-3)
     for batch in batches[:2]:
         one.step(batch, 1e-3, STAGES[-1])
