@@ -30,10 +30,11 @@ from benchmarks.machine import describe
 from benchmarks.scoring import SCORES, interval
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.policy import POLICIES
 
 MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
-DEFAULT_POLICIES = ("vlcache", "vlcache-plus", "random")
+DEFAULT_POLICIES = tuple(POLICIES)
 WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
 # Scores of the post-vision queries, then of the last window; sparsity, then uniform budgets.
 ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")

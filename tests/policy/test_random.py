@@ -36,7 +36,7 @@ def test_heads_layers_seeds_and_neighbours_are_independent() -> None:
 
 
 def test_uniform_budgets() -> None:
-    weights = RandomPolicy().layer_weights(torch.tensor([0.1, 0.9, 0.5]).double(), 0.1)
+    weights = RandomPolicy().layer_weights(torch.tensor([0.1, 0.9, 0.5]).double(), 0.1, 100)
     assert weights.tolist() == [1.0, 1.0, 1.0]
 
 

@@ -22,7 +22,7 @@ def naive_weights(
 
 
 def weights_of(policy: VLCachePolicy, density: list[float], budget: float) -> torch.Tensor:
-    return policy.layer_weights(torch.tensor(density, dtype=torch.float64), budget)
+    return policy.layer_weights(torch.tensor(density, dtype=torch.float64), budget, 100)
 
 
 DENSITIES = pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_policy_does_not_change_its_inputs() -> None:
     copies = attention.clone(), density.clone()
     policy = VLCachePolicy(pooling=3, uniform_mix=0.5)
     policy.token_scores(attention)
-    policy.layer_weights(density, 0.1)
+    policy.layer_weights(density, 0.1, 100)
     assert torch.equal(attention, copies[0])
     assert torch.equal(density, copies[1])
 

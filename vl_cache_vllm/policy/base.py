@@ -19,6 +19,11 @@ def parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def with_default(cls: type, name: str, default: Any) -> Any:
+    """An inherited parameter with another default."""
+    return parameter(default, cls.__dataclass_fields__[name].metadata["help"])
+
+
 @dataclass(frozen=True)
 class EvictionPolicy(ABC):
     """Token scores x layer budgets.
@@ -39,7 +44,6 @@ class EvictionPolicy(ABC):
     max_observation_tokens: int | None = parameter(
         None, "observe at most so many of the prompt's last queries; null: all post-vision ones"
     )
-
     post_vision_only: bool = parameter(
         True,
         "observe only queries after the last visual token; false: the prompt's last "
@@ -76,15 +80,18 @@ class EvictionPolicy(ABC):
             Scores of the same shape; higher is kept first, ties go to the lower position.
         """
 
-    @abstractmethod
-    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
-        """Divide the budget among layers.
+    def layer_weights(
+        self, density: torch.Tensor, budget: float, prompt_tokens: int
+    ) -> torch.Tensor:
+        """Divide the budget among layers; equally, unless a policy knows better.
 
         Args:
             density: share of observed causal attention entries that pass the row filter,
                 float64 ``[num_layers]``.
             budget: retained share of the prompt's KV cache, 0 < budget <= 1.
+            prompt_tokens: tokens of the prompt.
 
         Returns:
             Positive weights, float64 ``[num_layers]``; layers get pages in proportion.
         """
+        return torch.ones_like(density)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from vl_cache_vllm.policy.base import EvictionPolicy, parameter
+from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,13 @@ class RandomPolicy(EvictionPolicy):
     """Random token scores, uniform layer budgets.
 
     The scores are a function of ``seed``, layer, KV head and position only, so that a prompt keeps
-    the same tokens however it was scheduled. The recent window is kept as by every policy.
+    the same tokens however it was scheduled; the attention is not looked at. The recent window is
+    kept as by every policy.
     """
 
     name: ClassVar[str] = "random"
 
+    max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
     seed: int = parameter(0, "seed of the scores")
 
     def __post_init__(self) -> None:
@@ -39,7 +41,3 @@ class RandomPolicy(EvictionPolicy):
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         return (x.double() / 2**32).to(attention.dtype)
-
-    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
-        """Every layer the same."""
-        return torch.ones_like(density)

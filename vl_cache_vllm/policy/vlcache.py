@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from vl_cache_vllm.policy.base import EvictionPolicy, parameter
+from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
+from vl_cache_vllm.policy.pooling import average, check_width
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,19 @@ class VLCachePolicy(EvictionPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pooling < 1 or self.pooling % 2 == 0:
-            raise ValueError(f"pooling must be an odd number of tokens, got {self.pooling}")
+        check_width(self.pooling)
         if not 0.0 <= self.uniform_mix <= 1.0:
             raise ValueError(f"uniform_mix must be in [0, 1], got {self.uniform_mix}")
         if not 0.0 < self.min_layer_budget <= 1.0:
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
     def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
-        """Accumulated post-vision attention (paper section 3), smoothed when asked.
+        """Accumulated post-vision attention (paper section 3), smoothed when asked."""
+        return average(attention, self.pooling)
 
-        Positions beyond the ends count as zero, as in SnapKV.
-        """
-        if self.pooling == 1:
-            return attention
-        return F.avg_pool1d(attention, self.pooling, stride=1, padding=self.pooling // 2)
-
-    def layer_weights(self, density: torch.Tensor, budget: float) -> torch.Tensor:
+    def layer_weights(
+        self, density: torch.Tensor, budget: float, prompt_tokens: int
+    ) -> torch.Tensor:
         """beta_l = clip(d_l / sum(d) * alpha * L, 0.01, 1) (paper, Algorithm 1)."""
         num_layers = density.shape[0]
         total = density.sum()
@@ -58,10 +54,6 @@ class VLCachePolicy(EvictionPolicy):
         share = torch.where(total > 0, density / total.clamp(min=1e-300), uniform)
         share = (1.0 - self.uniform_mix) * share + self.uniform_mix * uniform
         return (share * budget * num_layers).clamp(self.min_layer_budget, 1.0)
-
-
-def _help(name: str) -> str:
-    return VLCachePolicy.__dataclass_fields__[name].metadata["help"]
 
 
 @dataclass(frozen=True)
@@ -73,5 +65,5 @@ class VLCachePlusPolicy(VLCachePolicy):
 
     name: ClassVar[str] = "vlcache-plus"
 
-    pooling: int = parameter(31, _help("pooling"))
-    uniform_mix: float = parameter(0.8, _help("uniform_mix"))
+    pooling: int = with_default(VLCachePolicy, "pooling", 31)
+    uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 0.8)

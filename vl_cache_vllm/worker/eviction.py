@@ -188,7 +188,7 @@ class EvictionWorker:
         queries = finish.prompt_tokens - observed
         entries = queries * (observed + 1 + finish.prompt_tokens) // 2
         density = state.dense_entries.double() / (entries * self.num_heads)
-        weights = policy.layer_weights(density, self.config.budget)
+        weights = policy.layer_weights(density, self.config.budget, finish.prompt_tokens)
         kept_pages = apportion(weights, total_pages, full_pages)
         positions = select(
             policy.token_scores(state.column_sums),

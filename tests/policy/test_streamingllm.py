@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StreamingLLM keeps sinks and the most recent tokens, whatever is attended to."""
+
+import pytest
+import torch
+
+from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.policy import POLICIES, StreamingLLMPolicy
+
+
+@pytest.mark.parametrize(
+    ("sinks", "kept", "expected"),
+    [
+        (4, 6, [0, 1, 2, 3, 8, 9]),
+        (4, 3, [0, 1, 2]),
+        (0, 3, [7, 8, 9]),
+        (1, 4, [0, 7, 8, 9]),
+        (50, 2, [0, 1]),
+    ],
+)
+def test_kept_tokens(sinks: int, kept: int, expected: list[int]) -> None:
+    policy = StreamingLLMPolicy(sink_tokens=sinks)
+    scores = policy.token_scores(torch.rand(2, 3, 10))
+    positions = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept)
+    assert positions.tolist() == [[expected] * 3] * 2
+
+
+def test_looks_at_one_query_only() -> None:
+    assert POLICIES["streamingllm"] is StreamingLLMPolicy
+    assert StreamingLLMPolicy().observation_start(500, 1000) == 999
+
+
+def test_bad_sinks() -> None:
+    with pytest.raises(ValueError, match="sink_tokens must be at least 0, got -1"):
+        StreamingLLMPolicy(sink_tokens=-1)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""H2O: Zhang et al., arXiv 2306.14048 (NeurIPS 2023)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vl_cache_vllm.policy.base import EvictionPolicy, with_default
+
+
+@dataclass(frozen=True)
+class H2OPolicy(EvictionPolicy):
+    """Attention accumulated over all of the prompt's queries; uniform budgets.
+
+    Half of the budget holds the heavy hitters, half the most recent tokens, as in H2O. Unlike
+    there, tokens leave once, at the end of the prefill, not with every generated token.
+    """
+
+    name: ClassVar[str] = "h2o"
+
+    recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.5)
+    post_vision_only: bool = with_default(EvictionPolicy, "post_vision_only", False)
+
+    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+        """The accumulated attention itself."""
+        return attention

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidKV: Cai et al., arXiv 2406.02069."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vl_cache_vllm.policy.base import parameter
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
+
+
+@dataclass(frozen=True)
+class PyramidKVPolicy(SnapKVPolicy):
+    """SnapKV's scores with layer budgets that fall linearly with depth."""
+
+    name: ClassVar[str] = "pyramidkv"
+
+    beta: float = parameter(
+        20.0,
+        "the last layer gets 1/beta of the mean budget beyond the window, the first 2 - 1/beta",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1.0:
+            raise ValueError(f"beta must be at least 1, got {self.beta}")
+
+    def layer_weights(
+        self, density: torch.Tensor, budget: float, prompt_tokens: int
+    ) -> torch.Tensor:
+        """w + linear from 2B - B / beta to B / beta, where B is the mean budget minus the window w.
+
+        A budget that does not exceed the window leaves nothing to divide: uniform.
+        """
+        assert self.max_observation_tokens is not None
+        window = float(self.max_observation_tokens)
+        mean = max(0.0, budget * prompt_tokens - window)
+        least = mean / self.beta
+        depth = torch.linspace(0, 1, len(density), dtype=density.dtype, device=density.device)
+        return window + 2 * mean - least - 2 * (mean - least) * depth
