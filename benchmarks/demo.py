@@ -35,7 +35,7 @@ COMMON = (
 @dataclass(frozen=True)
 class Answer:
     text: str
-    blocks: int  # held while the answer was written
+    held: str  # blocks, by the server's own metric; empty for an answer too short to measure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"  right      {question.answer}")
         for name, answer in (("full cache", whole), (f"{BUDGET:.0%} cache", kept)):
             mark = "right" if answer.text == question.answer else "WRONG"
-            print(f"  {name:<10} {answer.text}  [{mark}, {answer.blocks} blocks held]")
+            print(f"  {name:<10} {answer.text}  [{mark}{answer.held}]")
     print(f"\n{POLICY} at {BUDGET:.0%}: {record['prompt_tokens']} prompt tokens,", end=" ")
     print(f"{record['prompt_blocks']} blocks after prefill -> {record['kept_blocks']} kept")
     print("layer        density   tokens kept of each KV head")
@@ -116,13 +116,13 @@ def answers(
 
 def answer(server: Server, question: Question, urls: list[str]) -> Answer:
     body = chat_body(MODEL, question.text, *urls, max_tokens=MAX_ANSWER_TOKENS[question.task])
-    text, blocks = "", 0
+    text, held = "", ""
     for delta in stream(server, body):
         text += delta
-        if len(text) < 4:  # the blocks of the prompt leave one step after its prefill
+        if len(text) >= 10 and not held:  # blocks leave one step after the prefill
             usage = server.metric("vllm:kv_cache_usage_perc")
-            blocks = round(usage * (server.num_blocks() - 1)) or blocks
-    return Answer(text, blocks)
+            held = f", {usage * (server.num_blocks() - 1):.0f} blocks held"
+    return Answer(text, held)
 
 
 if __name__ == "__main__":
