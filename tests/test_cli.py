@@ -21,7 +21,7 @@ from benchmarks import tiny_models
 from benchmarks.server import command, environment
 from vl_cache_vllm import hooks
 from vl_cache_vllm.config import KVCompressConfig, settings_of
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.support import unsupported_reasons
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy, VLCachePolicy
-from vl_cache_vllm.policy.base import parameter
+from vl_cache_vllm.policy import POLICIES, EvictionPolicy, parameter
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
@@ -123,10 +123,15 @@ def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
     own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
     lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
-    for name, cls in POLICIES.items():
-        base = cls.__mro__[1]
+    for name in POLICIES:
+        try:
+            cls = POLICIES[name]
+        except ValueError as error:  # a package's that is broken: no reason to refuse the others
+            lines.append(f"{name}: {error}")
+            continue
+        base: type[EvictionPolicy] = cls.__mro__[1]
         inherited = {(f.name, f.default) for f in dataclasses.fields(base)}
-        alike = next((f", otherwise as {n}" for n, c in POLICIES.items() if c is base), "")
+        alike = "" if base is EvictionPolicy else f", otherwise as {base.name}"
         lines.append(f"{name}{alike}:")
         new = (f for f in dataclasses.fields(cls) if (f.name, f.default) not in inherited)
         lines += map(_describe, new)

@@ -32,7 +32,7 @@ from tests.engine.blocks import (
 )
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import Skip
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64

@@ -4,7 +4,8 @@
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, H2OPolicy
+from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.h2o import H2OPolicy
 
 
 def test_all_queries_observe() -> None:

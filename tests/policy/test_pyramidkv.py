@@ -4,7 +4,9 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, PyramidKVPolicy, SnapKVPolicy
+from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.pyramidkv import PyramidKVPolicy
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
 def weights(policy: PyramidKVPolicy, layers: int, budget: float, tokens: int) -> list[float]:

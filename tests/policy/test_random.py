@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, RandomPolicy
+from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.random import RandomPolicy
 
 
 def scores(seed: int = 0, layers: int = 4, heads: int = 3, tokens: int = 5000) -> torch.Tensor:

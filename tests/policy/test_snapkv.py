@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, SnapKVPolicy
+from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
 def naive_kept(row: list[float], window: int, width: int, kept: int) -> list[int]:

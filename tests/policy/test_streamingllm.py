@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, StreamingLLMPolicy
+from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.streamingllm import StreamingLLMPolicy
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy, VLCachePolicy
+from vl_cache_vllm.policy import POLICIES, EvictionPolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 
 def naive_weights(

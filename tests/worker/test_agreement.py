@@ -16,7 +16,7 @@ from tests.engine.test_block_manager import BLOCK_SIZE, BlockAccounting
 from tests.worker.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import post_vision_start
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.step import BatchRow, RequestState, StepNumbers
 from vl_cache_vllm.worker.v1 import V1Adapter
 

@@ -15,7 +15,7 @@ from tests.ops.test_select import naive_select
 from tests.policy.test_vlcache import naive_weights
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, EvictionStep, RequestState
 

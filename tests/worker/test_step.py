@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.step import BatchRow, RequestState, RequestTable, StepNumbers, plan_step
 
 BLOCK_SIZE = 8

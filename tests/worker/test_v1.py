@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 from tests.engine.blocks import image_prompt, make_request
 from tests.worker.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.policy import VLCachePolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.step import BatchRow, StepNumbers
 from vl_cache_vllm.worker.v1 import V1Adapter
 

@@ -19,7 +19,7 @@ def parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def with_default(cls: type, name: str, default: Any) -> Any:
+def with_default(cls: Any, name: str, default: Any) -> Any:
     """An inherited parameter with another default."""
     return parameter(default, cls.__dataclass_fields__[name].metadata["help"])
 
