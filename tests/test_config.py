@@ -35,6 +35,9 @@ EVERY_SETTING = {
     "post_vision_only": False,
     "pooling": 3,
     "uniform_mix": 0.8,
+    "shared_scores": 0.5,
+    "lookahead": 40.0,
+    "lookahead_weight": 0.25,
     "min_layer_budget": 0.05,
 }
 
@@ -72,6 +75,9 @@ def test_every_setting_is_parsed() -> None:
             post_vision_only=False,
             pooling=3,
             uniform_mix=0.8,
+            shared_scores=0.5,
+            lookahead=40.0,
+            lookahead_weight=0.25,
             min_layer_budget=0.05,
         ),
         budget=0.25,

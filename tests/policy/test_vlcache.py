@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy
+from vl_cache_vllm.policy.pooling import look_ahead
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 
@@ -47,6 +48,9 @@ def test_defaults_are_the_paper() -> None:
     assert policy.max_observation_tokens is None
     assert policy.post_vision_only
     assert (policy.pooling, policy.uniform_mix, policy.min_layer_budget) == (1, 0.0, 0.01)
+    assert (policy.shared_scores, policy.lookahead, policy.lookahead_weight) == (0.0, 0.0, 1.0)
+    attention = torch.rand(2, 3, 50)
+    assert torch.equal(policy.token_scores(attention), attention)
     assert POLICIES["vlcache"] is VLCachePolicy
 
 
@@ -117,6 +121,21 @@ def test_pooling_averages_neighbours(pooling: int, num_tokens: int) -> None:
                 assert scores[layer, head, j].item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_shared_scores_are_means_over_layers_and_heads(share: float) -> None:
+    attention = torch.rand(2, 3, 50)
+    scores = VLCachePolicy(shared_scores=share).token_scores(attention)
+    mean = sum(attention[i, j] for i in range(2) for j in range(3)) / 6
+    torch.testing.assert_close(scores, (1 - share) * attention + share * mean)
+
+
+def test_lookahead_follows_pooled_scores() -> None:
+    attention = torch.rand(2, 3, 50)
+    policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_weight=0.5)
+    expected = look_ahead(VLCachePolicy(pooling=3).token_scores(attention), 4.0, 0.5)
+    assert torch.equal(policy.token_scores(attention), expected)
+
+
 def test_pooling_does_not_mix_layers_or_heads() -> None:
     attention = torch.zeros(2, 2, 9)
     attention[0, 1, 4] = 1.0
@@ -176,6 +195,12 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
         pytest.param({"recent_ratio": -0.1}, r"recent_ratio must be in \[0, 1\]", id="recent-low"),
         pytest.param({"recent_ratio": 1.1}, r"recent_ratio must be in \[0, 1\]", id="recent-high"),
         pytest.param({"max_observation_tokens": 0}, "at least 1 or null, got 0", id="observe-none"),
+        pytest.param({"shared_scores": 1.1}, r"shared_scores must be in \[0, 1\]", id="shared"),
+        pytest.param({"lookahead": -1.0}, "lookahead must be from 0", id="lookahead-negative"),
+        pytest.param({"lookahead": 2e6}, "lookahead must be from 0", id="lookahead-huge"),
+        pytest.param(
+            {"lookahead_weight": -0.1}, r"lookahead_weight must be in \[0, 1\]", id="inherited"
+        ),
         pytest.param({"pooling": 0}, "pooling must be an odd number", id="pooling-zero"),
         pytest.param({"pooling": 2}, "pooling must be an odd number.*got 2", id="pooling-even"),
         pytest.param({"pooling": -1}, "pooling must be an odd number", id="pooling-negative"),

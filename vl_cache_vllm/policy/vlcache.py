@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
-from vl_cache_vllm.policy.pooling import average, check_width
+from vl_cache_vllm.policy.pooling import average, check_width, look_ahead
 
 
 @dataclass(frozen=True)
 class VLCachePolicy(EvictionPolicy):
     """Post-vision attention scores, layer budgets from post-vision attention density.
 
-    The defaults are the paper's. ``pooling`` and ``uniform_mix`` are this project's
-    additions; 1 and 0 turn them off.
+    The defaults are the paper's. ``pooling``, ``uniform_mix``, ``shared_scores`` and ``lookahead``
+    are this project's additions; 1 turns the first off, 0 the others.
     """
 
     name: ClassVar[str] = "vlcache"
@@ -27,6 +27,18 @@ class VLCachePolicy(EvictionPolicy):
     uniform_mix: float = parameter(
         0.0, "share of the budget divided equally among layers; 0: the paper, 1: uniform budgets"
     )
+    shared_scores: float = parameter(
+        0.0,
+        "share of a token's score that is its mean over all layers and KV heads; 0: the paper",
+    )
+    lookahead: float = parameter(
+        0.0,
+        "tokens that follow an attended one inherit its score, fading by e every so many tokens; "
+        "0: the paper",
+    )
+    lookahead_weight: float = parameter(
+        1.0, "share of a score that the following tokens inherit, where lookahead is not 0"
+    )
     min_layer_budget: float = parameter(
         0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
     )
@@ -34,14 +46,19 @@ class VLCachePolicy(EvictionPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_width(self.pooling)
-        if not 0.0 <= self.uniform_mix <= 1.0:
-            raise ValueError(f"uniform_mix must be in [0, 1], got {self.uniform_mix}")
+        for name in ("uniform_mix", "shared_scores", "lookahead_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0.0 <= self.lookahead <= 1e6:
+            raise ValueError(f"lookahead must be from 0 to 1e6 tokens, got {self.lookahead}")
         if not 0.0 < self.min_layer_budget <= 1.0:
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
     def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
         """Accumulated post-vision attention (paper section 3), smoothed when asked."""
-        return average(attention, self.pooling)
+        mean = attention.mean((0, 1), keepdim=True)
+        scores = average(torch.lerp(attention, mean, self.shared_scores), self.pooling)
+        return look_ahead(scores, self.lookahead, self.lookahead_weight)
 
     def layer_weights(
         self, density: torch.Tensor, budget: float, prompt_tokens: int
