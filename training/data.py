@@ -25,9 +25,9 @@ class Batch:
     """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
 
     ``numbers`` [batch, pages, 2] are the digits of each page's number; ``via`` [batch, tokens, 2]
-    the two characters on the way to a two-step question's answer, at the token before it, else
-    -100. ``labels`` [batch, tokens] holds the next token where it belongs to an answer, else
-    -100. ``slots`` and ``tasks`` are the tokens and the task of each branch.
+    the characters on the way to a question's answer, at the token before it, else -100; ``labels``
+    [batch, tokens] the next token where it belongs to an answer, else -100. ``slots`` and ``tasks``
+    are the tokens and the task of each branch.
     """
 
     pages: Tensor
@@ -162,8 +162,8 @@ def collate(
                     ids[row, start : start + last - 1] = torch.tensor(text[:-1])
                     labels[row, start + first - 1 : start + last - 1] = torch.tensor(text[first:])
                     if questions[i].via:
-                        key = torch.tensor(encoder.characters(questions[i].via))
-                        via[row, start + first - 1] = key
+                        characters = encoder.characters(questions[i].via)
+                        via[row, start + first - 1] = torch.tensor(characters)
                 start += length
     prefix_ids, image_positions = encoder.prefix(num_pages, grid)
     return Batch(

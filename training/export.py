@@ -5,6 +5,7 @@ python -m training.export build/page-reader models/page-reader
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     saved = torch.load(options.training / "checkpoint.pt", weights_only=True)
     shape = Shape(vocab=len(build_tokenizer()))
     export(saved["trainer"]["model"], shape, options.out)
+    shutil.copyfile(options.training / "log.jsonl", options.out / "training.jsonl")
     print(f"step {saved['step']} -> {options.out}")
 
 

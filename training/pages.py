@@ -6,8 +6,8 @@ two-digit number, key-value records in running text or a ruled table (``K7:4XQ``
 longer than a line (``B3=`` and about 30 characters), and distractors: grey lower-case words and
 large titles. A record's value may be another record's key, which makes two-step questions.
 
-Keys and page numbers are unique in a document, and no two neighbouring characters occur twice in
-its values: where to go on reading is always decided by the last two characters.
+Keys and the tens of page numbers are unique in a document, and no two neighbouring characters occur
+twice in its values: where to go on reading is always decided by the last characters.
 
 A document is a function of its split, its index and its `Layout` only.
 """
@@ -128,8 +128,8 @@ class Page:
 class Question:
     """``cells``: the (page, cell) pairs that bear the answer, in the answer's order.
 
-    ``via``, of a two-step question, are two characters that stand on the way to its answer: the key
-    in the middle, or where the value of "which page" begins. Empty for the others.
+    ``via`` are the first two characters of the named key's value, which stand on the way to every
+    answer (of a hop, they are the key in the middle). Empty where a page is named.
     """
 
     task: str
@@ -178,11 +178,10 @@ class Document:
         else:
             name = subject.key
             source = subject
+            via = subject.value[:2]
             if task == "hop":
-                via = subject.value
                 source = next(r for p in self.pages for r in p.records if r.key == subject.value)
             if task == "which":
-                via = subject.value[:2]
                 answer = self.pages[source.page].number
                 cells = [(source.page, i) for i in self.pages[source.page].number_cells]
             else:
@@ -213,7 +212,7 @@ class _Writer:
     def document(self) -> Document:
         rng, layout = self.rng, self.layout
         count = rng.randint(*layout.num_pages)
-        numbers = rng.sample([a + b for a in DIGITS for b in DIGITS], count)
+        numbers = [tens + rng.choice(DIGITS) for tens in rng.sample(DIGITS, count)]
         # Keys first, so that a link can name a record on any page and no value contains a key.
         tables = [self._is_table() for _ in range(count)]
         records = [self._keys(layout.num_records) for _ in range(count)]

@@ -71,6 +71,11 @@ def test_answers_stand_in_their_cells(layout: Layout, task: str) -> None:
     assert asked > 20
 
 
+def test_page_numbers_differ_in_their_first_digit() -> None:
+    for document in documents(Layout(), 100):
+        assert len({page.number[0] for page in document.pages}) == len(document.pages)
+
+
 def test_hop_leads_over_one_link() -> None:
     rng = random.Random(0)
     for document in documents(Layout()):
@@ -79,6 +84,15 @@ def test_hop_leads_over_one_link() -> None:
             target = values[question.subject]
             assert question.answer == values[target]
             assert question.answer not in values  # a link never leads to a link
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_via_is_how_the_named_value_begins(task: str) -> None:
+    rng = random.Random(0)
+    for document in documents(Layout()):
+        values = {r.key: r.value for page in document.pages for r in page.records}
+        for question in document.questions(task, rng, 3):
+            assert question.via == values.get(question.subject, "")[:2]
 
 
 def test_answer_lengths_of_the_issue() -> None:
