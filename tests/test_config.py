@@ -4,6 +4,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 from types import SimpleNamespace
@@ -371,3 +372,44 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
     defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
     found = described["every policy"] | described.get(also[name], {}) | described[name]
     assert found == {k: v for k, v in defaults.items() if k not in ("policy", "budget")}
+
+
+def test_a_request_without_settings_has_the_engines() -> None:
+    config = parse()
+    for extra in (None, {}, {"other": 1}):
+        assert config.for_request(extra) is config
+
+
+def test_a_requests_own_settings() -> None:
+    config = parse(pooling=5, trace_positions=True)
+    assert config.for_request({"kv_budget": 0.25}) == replace(config, budget=0.25)
+    assert config.for_request({"kv_budget": 1}) == replace(config, budget=1.0)
+    changed = replace(config, policy=replace(config.policy, max_observation_tokens=50))
+    options = {"max_observation_tokens": 50}
+    assert config.for_request({"kv_policy_options": options}) == changed
+    assert config.for_request({"kv_policy_options": json.dumps(options)}) == changed
+    both = config.for_request({"kv_budget": 0.5, "kv_policy_options": options})
+    assert both == replace(changed, budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"kv_budget": 7}, "kv_budget must be greater than 0 and at most 1, got 7.0"),
+        ({"kv_budget": 0}, "kv_budget must be greater than 0 and at most 1, got 0.0"),
+        ({"kv_budget": float("nan")}, "kv_budget must be "),
+        ({"kv_budget": "0.25"}, "kv_budget must be of type float, got '0.25'"),
+        ({"kv_budget": None}, "kv_budget must be of type float, got None"),
+        ({"kv_budget": [0.1]}, "kv_budget must be of type float"),
+        ({"kv_policy_options": "{"}, "kv_policy_options is not valid JSON"),
+        ({"kv_policy_options": "[1]"}, "kv_policy_options must be an object"),
+        ({"kv_policy_options": 3}, "kv_policy_options must be an object"),
+        ({"kv_policy_options": {"budget": 0.1}}, "unknown kv_policy_options: 'budget'; known for"),
+        ({"kv_policy_options": {"pooling": 4}}, "pooling must be an odd number"),
+        ({"kv_policy_options": {"pooling": "3"}}, "pooling must be of type int, got '3'"),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_a_request(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse().for_request(extra)

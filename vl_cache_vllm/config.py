@@ -24,6 +24,8 @@ from vl_cache_vllm.policy.vlcache import VLCachePolicy
 ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
 DEFAULT_BUDGET = 0.1
+REQUEST_BUDGET = "kv_budget"
+REQUEST_OPTIONS = "kv_policy_options"
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,35 @@ class KVCompressConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.budget <= 1.0:
-            raise ValueError(
-                f"the KV cache budget must be greater than 0 and at most 1, got {self.budget} "
-                "(it is the retained share of a prompt's KV cache: 0.1 keeps a tenth)"
-            )
+        _check_budget("the KV cache budget", self.budget)
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
     def kept_blocks(self, prompt_blocks: int) -> int:
         """M = ceil(budget * N) blocks, of the budget as written: 0.1 of 10 blocks is 1."""
         return math.ceil(Fraction(str(self.budget)) * prompt_blocks)
+
+    def for_request(self, extra_args: Mapping[str, Any] | None) -> KVCompressConfig:
+        """These settings with a request's own.
+
+        Args:
+            extra_args: ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP): ``kv_budget``, a
+                number; ``kv_policy_options``, parameters of the policy as an object or as JSON
+                text (what ``vllm_xargs`` can carry). Other keys are not ours.
+
+        Raises:
+            ValueError: with what is wrong and what is accepted.
+        """
+        if not extra_args or not (REQUEST_BUDGET in extra_args or REQUEST_OPTIONS in extra_args):
+            return self
+        budget, options = self.budget, {}
+        if REQUEST_BUDGET in extra_args:
+            budget = _coerce(REQUEST_BUDGET, extra_args[REQUEST_BUDGET], float)
+            _check_budget(REQUEST_BUDGET, budget)
+        if REQUEST_OPTIONS in extra_args:
+            options = _policy_options(self.policy, extra_args[REQUEST_OPTIONS])
+        policy = dataclasses.replace(self.policy, **options) if options else self.policy
+        return dataclasses.replace(self, policy=policy, budget=budget)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:
@@ -109,6 +129,35 @@ class KVCompressConfig:
         return values | {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "policy"
         }
+
+
+def _check_budget(name: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"{name} must be greater than 0 and at most 1, got {value} "
+            "(it is the retained share of a prompt's KV cache: 0.1 keeps a tenth)"
+        )
+
+
+def _policy_options(policy: EvictionPolicy, options: Any) -> dict[str, Any]:
+    """A request's parameters of the policy, checked."""
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{REQUEST_OPTIONS} is not valid JSON: {error}") from None
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f'{REQUEST_OPTIONS} must be an object such as {{"max_observation_tokens": 50}}, '
+            f"or its JSON text, got {options!r}"
+        )
+    known = _field_types(type(policy))
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(
+            f"unknown {REQUEST_OPTIONS}: {', '.join(map(repr, unknown))}; "
+            f"known for policy {policy.name!r}: {', '.join(sorted(known))}"
+        )
+    return {key: _coerce(key, value, known[key]) for key, value in options.items()}
 
 
 def settings_of(vllm_config: Any) -> KVCompressConfig | None:

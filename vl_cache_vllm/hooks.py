@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first three are in place, and they only add flags and
-look at one key of ``additional_config``.
+With ``--kv-compress none`` only the first four are in place, and they only add flags, look at one
+key of ``additional_config`` and refuse requests that ask for eviction.
 """
 
 from __future__ import annotations
@@ -54,6 +54,14 @@ HOOKS: tuple[Hook, ...] = (
         "wrap",
         "every process that loads plugins; acts when kv_compress is set",
         "validates, refuses what is unsupported, chooses our worker and scheduler classes",
+    ),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "wrap",
+        "processes that create an engine's config; acts on requests with kv_budget or "
+        "kv_policy_options",
+        "checks a request's own settings where an error is still an HTTP 400; custom logits "
+        "processors could check too, but make V1 copy every sampled token to the host",
     ),
     Hook(
         "vllm.config:ParallelConfig.worker_cls",
@@ -137,11 +145,43 @@ def install() -> None:
     def create_engine_config_with_ours(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         vllm_config = create_engine_config(self, *args, **kwargs)
         enable(vllm_config)
+        _check_requests()
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
     EngineArgs.from_cli_args = classmethod(from_cli_args_with_ours)  # type: ignore[assignment]
     EngineArgs.create_engine_config = create_engine_config_with_ours  # type: ignore[method-assign]
+
+
+def _check_requests() -> None:
+    """Let the front end refuse a request whose own settings are wrong, once per process."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, settings_of
+
+    if getattr(InputProcessor, "_vl_cache_installed", False):
+        return
+    InputProcessor._vl_cache_installed = True  # type: ignore[attr-defined]
+    validate = InputProcessor._validate_params
+
+    def validate_with_ours(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
+        result = validate(self, params, *args, **kwargs)
+        extra = getattr(params, "extra_args", None) or {}
+        if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
+            config = settings_of(self.vllm_config)
+            try:
+                if config is None:
+                    raise ValueError(
+                        f"{' and '.join(given)} cannot be honoured: this server was started "
+                        "without --kv-compress"
+                    )
+                config.for_request(extra)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), parameter=given[0]) from error
+        return result
+
+    InputProcessor._validate_params = validate_with_ours  # type: ignore[method-assign]
 
 
 def enable(vllm_config: VllmConfig) -> None:

@@ -112,6 +112,35 @@ def test_broken_image(server: Server, model: Path, url: str) -> None:
     assert server.chat(ask(model, 1))["usage"]["completion_tokens"] == 32
 
 
+def test_a_requests_own_budget(server: Server, model: Path, trace: Path) -> None:
+    server.chat(ask(model, 1, vllm_xargs={"kv_budget": 0.25}))
+    record = list(read_trace(trace).values())[-1]
+    assert record["budget"] == 0.25
+    assert record["kept_blocks"] == -(-record["prompt_blocks"] // 4)
+    options = '{"max_observation_tokens": 16}'
+    answer = server.chat(ask(model, 1, vllm_xargs={"kv_policy_options": options}))
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        pytest.param({"kv_budget": 7}, "kv_budget must be greater than 0", id="budget-of-7"),
+        pytest.param({"kv_budget": "a"}, "kv_budget must be of type float", id="text"),
+        pytest.param({"kv_policy_options": "{"}, "is not valid JSON", id="broken-json"),
+        pytest.param({"kv_policy_options": '{"x": 1}'}, "unknown kv_policy_options", id="unknown"),
+    ],
+)
+def test_a_requests_bad_settings(
+    server: Server, model: Path, arguments: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.chat(ask(model, 1, vllm_xargs=arguments))
+    assert error.value.code == 400
+    assert reason in error.value.read().decode()
+    assert server.chat(ask(model, 1))["usage"]["completion_tokens"] == 32
+
+
 def test_kv_usage_falls_after_prefill(server: Server, model: Path) -> None:
     """A decoding request holds fewer blocks than its prompt fills; while it prefilled it held all.
 

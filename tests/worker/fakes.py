@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
@@ -26,7 +27,7 @@ class RecordingWorker:
         self.planned: tuple[list[BatchRow], StepNumbers] | None = None
 
     def begin_step(self, rows: list[BatchRow], *tensors: Any) -> None:
-        self.planned = rows, plan_step(rows, self.config, self.block_size, NUM_LAYERS)
+        self.planned = rows, plan_step(rows, self.block_size, NUM_LAYERS)
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Record:
     mm_features: list[MultiModalFeatureSpec]
     num_prompt_tokens: int
     output_token_ids: list[int]
+    sampling_params: SamplingParams | None
     block_ids: tuple[list[int], ...]
 
 
@@ -73,7 +75,13 @@ class FakeV1Runner:
         for request, _, block_ids in rows:
             record = self.requests.get(request.request_id)
             if record is None:
-                record = Record(request.mm_features, request.num_prompt_tokens, [], ([],))
+                record = Record(
+                    request.mm_features,
+                    request.num_prompt_tokens,
+                    [],
+                    request.sampling_params,
+                    ([],),
+                )
                 self.requests[request.request_id] = record
             record.output_token_ids = list(request.output_token_ids)
             if request.request_id in resumed:

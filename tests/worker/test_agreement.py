@@ -102,6 +102,7 @@ class V2Agreement(WorkerAgreement):
             if self.states.get(request.request_id, (None,))[0] is not expected:
                 state = table.start(
                     request.request_id,
+                    self.worker.config.for_request(request.sampling_params.extra_args),
                     post_vision_start(request.mm_features),
                     request.num_tokens,
                 )

@@ -83,8 +83,13 @@ def run_step(
     return step
 
 
-def start(worker: EvictionWorker, key: str, tokens: int = PROMPT) -> RequestState:
-    return worker.requests.start(key, VISION_END, tokens)
+def start(
+    worker: EvictionWorker,
+    key: str,
+    tokens: int = PROMPT,
+    config: KVCompressConfig | None = None,
+) -> RequestState:
+    return worker.requests.start(key, config or worker.config, VISION_END, tokens)
 
 
 def expected_eviction(
@@ -135,7 +140,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     """Beside a request that decodes after an eviction and one that is never evicted."""
     pool = pool_of(page_order, packing)
     worker = make_worker(pool, policy=policy)
-    other, plain = start(worker, "other"), worker.requests.start("plain", None, 9)
+    other, plain = start(worker, "other"), worker.requests.start("plain", worker.config, None, 9)
     other_row, plain_row = list(range(60, 80)), [59, 58, 57]
     run_step(worker, [(other, 0, PROMPT, other_row)], queries(PROMPT, seed=1))
     assert other.evicted_tokens == PROMPT
@@ -206,7 +211,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
 
 def test_plain_steps_are_left_to_vllm() -> None:
     worker = make_worker(pool_of())
-    state = worker.requests.start("a", None, 9)
+    state = worker.requests.start("a", worker.config, None, 9)
     assert run_step(worker, [(state, 0, 9, [1, 2, 3])], queries(9, seed=0)) is None
     assert run_step(worker, [(state, 9, 1, [1, 2, 3])], queries(1, seed=0)) is None
 
@@ -225,6 +230,29 @@ def test_two_prompts_end_in_one_step() -> None:
     )
     for row, query in zip(rows, both, strict=True):
         one = make_worker(alone)
+        run_step(one, [(start(one, "a"), 0, PROMPT, row)], query)
+    assert torch.equal(together.pages, alone.pages)
+
+
+def test_each_request_brings_its_own_settings() -> None:
+    """In one step, as in workers that have these settings for everybody."""
+    own = [
+        KVCompressConfig(policy=VLCachePolicy(pooling=3, threshold=0.2), budget=0.125),
+        KVCompressConfig(policy=VLCachePolicy(max_observation_tokens=5), budget=0.5),
+    ]
+    together, alone = pool_of(), pool_of()
+    rows = [list(range(1, 19)), list(range(30, 54))]  # 16 + 2 and 16 + 8 blocks
+    worker = make_worker(together)
+    states = [start(worker, name, config=c) for name, c in zip("ab", own, strict=True)]
+    both = [queries(PROMPT, seed) for seed in (6, 7)]
+    run_step(
+        worker,
+        [(state, 0, PROMPT, row) for state, row in zip(states, rows, strict=True)],
+        torch.cat(both, 1),
+    )
+    for config, row, query in zip(own, rows, both, strict=True):
+        one = make_worker(alone)
+        one.config = config
         run_step(one, [(start(one, "a"), 0, PROMPT, row)], query)
     assert torch.equal(together.pages, alone.pages)
 

@@ -28,8 +28,13 @@ def config(budget: float = 0.25, **values: Any) -> KVCompressConfig:
     return KVCompressConfig(policy=policy, budget=budget, **values)
 
 
-def fresh(prefill_tokens: int, vision_end: int | None = 40, slot: int = 1) -> RequestState:
-    return RequestState(f"request-{slot}", slot, vision_end, prefill_tokens)
+def fresh(
+    prefill_tokens: int,
+    vision_end: int | None = 40,
+    slot: int = 1,
+    settings: KVCompressConfig | None = None,
+) -> RequestState:
+    return RequestState(f"request-{slot}", slot, settings or config(), vision_end, prefill_tokens)
 
 
 def evicted(evicted_tokens: int, kept_blocks: int, slot: int = 1) -> RequestState:
@@ -52,8 +57,8 @@ def decode(state: RequestState, computed: int, scheduled: int = 1) -> BatchRow:
     return BatchRow(state, computed, scheduled, num_blocks)
 
 
-def plan(rows: list[BatchRow], settings: KVCompressConfig | None = None) -> StepNumbers:
-    return plan_step(rows, settings or config(), BLOCK_SIZE, NUM_LAYERS)
+def plan(rows: list[BatchRow]) -> StepNumbers:
+    return plan_step(rows, BLOCK_SIZE, NUM_LAYERS)
 
 
 def test_a_prompt_in_one_step() -> None:
@@ -137,7 +142,7 @@ def test_windows_cover_every_post_vision_query_once(
     vision_end = max(1, prefill_tokens - post_vision)
     observed_from = max(vision_end, prefill_tokens - limit) if limit else vision_end
     settings = config(max_observation_tokens=limit)
-    state = fresh(prefill_tokens, vision_end)
+    state = fresh(prefill_tokens, vision_end, settings=settings)
     computed = min(first_computed, observed_from) // BLOCK_SIZE * BLOCK_SIZE
     queries: list[int] = []
     for size in chunks:
@@ -145,7 +150,7 @@ def test_windows_cover_every_post_vision_query_once(
             break
         scheduled = min(size, prefill_tokens - computed)
         last = computed + scheduled == prefill_tokens
-        numbers = plan([chunk(state, computed, scheduled, 1 if last else 0)], settings)
+        numbers = plan([chunk(state, computed, scheduled, 1 if last else 0)])
         for o in numbers.observations:
             tokens = range(computed, computed + scheduled)[o.query_start : o.query_end]
             assert tokens[0] == o.first_position
@@ -172,20 +177,18 @@ def test_queries_are_indexed_in_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "settings"),
+    "state",
     [
-        pytest.param(fresh(63, vision_end=None), config(), id="text-only"),
-        pytest.param(fresh(63, vision_end=63), config(), id="nothing-after-the-image"),
-        pytest.param(fresh(63), config(min_prompt_tokens=64), id="below-minimum"),
-        pytest.param(fresh(63), config(budget=1.0), id="budget-one"),
-        pytest.param(fresh(15, vision_end=4), config(), id="no-saving"),
+        pytest.param(fresh(63, vision_end=None), id="text-only"),
+        pytest.param(fresh(63, vision_end=63), id="nothing-after-the-image"),
+        pytest.param(fresh(63, settings=config(min_prompt_tokens=64)), id="below-minimum"),
+        pytest.param(fresh(63, settings=config(budget=1.0)), id="budget-one"),
+        pytest.param(fresh(15, vision_end=4), id="no-saving"),
     ],
 )
-def test_prompts_that_are_never_evicted_are_not_observed(
-    state: RequestState, settings: KVCompressConfig
-) -> None:
+def test_prompts_that_are_never_evicted_are_not_observed(state: RequestState) -> None:
     state = replace(state)
-    numbers = plan([chunk(state, 0, state.prefill_tokens)], settings)
+    numbers = plan([chunk(state, 0, state.prefill_tokens)])
     assert numbers.is_plain
 
 
@@ -198,10 +201,10 @@ def test_generated_tokens_are_not_observed() -> None:
 def test_a_restarted_request_observes_its_generated_tokens_too() -> None:
     """After a preemption E includes generated tokens; they follow the image."""
     table = RequestTable()
-    state = table.start("a", 40, 63)
+    state = table.start("a", config(), 40, 63)
     plan([chunk(state, 0, 63, reserved=2)])
     plan([decode(state, 63)])
-    state = table.start("a", 40, 65)
+    state = table.start("a", config(), 40, 65)
     numbers = plan([chunk(state, 32, 33, reserved=3)])
     (observation,), (finish,) = numbers.observations, numbers.finishes
     assert (observation.first_position, observation.query_end) == (40, 33)
@@ -244,7 +247,7 @@ def test_table_width_bounds_every_layer_tightly(
     for generated in range(1, 2 * BLOCK_SIZE + 2):
         state = evicted(prompt_tokens, kept_blocks)
         row = decode(state, prompt_tokens + generated - 1)
-        width = plan_step([row], settings, BLOCK_SIZE, num_layers).table_width
+        width = plan_step([row], BLOCK_SIZE, num_layers).table_width
         assert width == longest + cdiv(generated, BLOCK_SIZE)
 
 
@@ -259,7 +262,7 @@ def test_table_width_is_that_of_the_widest_row() -> None:
 
 def test_kept_pages_never_exceed_the_prompt() -> None:
     """2 blocks of 64 layers are 128 pages, but a layer cannot keep more than it has."""
-    numbers = plan_step([decode(evicted(39, 2), 39)], config(), BLOCK_SIZE, num_layers=64)
+    numbers = plan_step([decode(evicted(39, 2), 39)], BLOCK_SIZE, num_layers=64)
     assert numbers.table_width == 39 // BLOCK_SIZE + 1
 
 
@@ -267,7 +270,7 @@ def test_table_start_get_drop() -> None:
     table = RequestTable()
     assert len(table) == 0
     assert table.get("a") is None
-    state = table.start("a", 40, 63)
+    state = table.start("a", config(), 40, 63)
     assert table.get("a") is state
     assert (state.request_id, state.vision_end, state.prefill_tokens) == ("a", 40, 63)
     assert (state.evicted_tokens, state.prompt_blocks, state.kept_blocks) == (0, 0, 0)
@@ -279,10 +282,10 @@ def test_table_start_get_drop() -> None:
 
 def test_table_restart_clears_everything() -> None:
     table = RequestTable()
-    state = table.start("a", 40, 63)
+    state = table.start("a", config(), 40, 63)
     state.column_sums = torch.ones(3)
     plan([chunk(state, 0, 63, reserved=2)])
-    again = table.start("a", 40, 70)
+    again = table.start("a", config(), 40, 70)
     assert again is not state
     assert again.column_sums is again.dense_entries is None
     assert (again.evicted_tokens, again.prefill_tokens) == (0, 70)
@@ -292,7 +295,7 @@ def test_table_restart_clears_everything() -> None:
 
 def test_drop_all_but() -> None:
     table = RequestTable()
-    kept, dropped = table.start("a", None, 5), table.start("b", None, 5)
+    kept, dropped = table.start("a", config(), None, 5), table.start("b", config(), None, 5)
     assert kept.slot != dropped.slot
     table.drop_all_but({"a": "anything with `in`"})
     assert table.get("a") is kept
@@ -307,7 +310,7 @@ def test_slots_are_never_shared(actions: list[tuple[str, int]]) -> None:
     table, most = RequestTable(), 0
     for action, key in actions:
         if action == "start":
-            model[key] = table.start(key, 4, 9).slot
+            model[key] = table.start(key, config(), 4, 9).slot
         elif action == "drop":
             table.drop(key)
             model.pop(key, None)

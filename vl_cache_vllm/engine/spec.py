@@ -41,7 +41,8 @@ class CompressedAttentionSpec(FullAttentionSpec):
         return replace(super().merge(specs), kv_compress=settings.pop())
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """A row holds prompt, kept and decode blocks; splitting the length adds one."""
-        assert self.kv_compress is not None
-        num_blocks = cdiv(max_len, self.block_size)
-        return num_blocks + 1 + self.kv_compress.kept_blocks(num_blocks)
+        """A row holds prompt, kept and decode blocks, whatever budget a request brings.
+
+        Splitting the length adds one block, but fewer are kept than the prompt has.
+        """
+        return 2 * cdiv(max_len, self.block_size)

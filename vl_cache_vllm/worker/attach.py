@@ -4,6 +4,7 @@
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vl_cache_vllm.attention.cpu import CompressedCPUAttentionMetadata, derive_packing
@@ -84,6 +85,6 @@ def build_eviction_worker(
         num_heads=layers[0].num_heads,
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
-        max_table_width=spec.max_num_blocks_per_req(vllm_config, max_model_len),
+        max_table_width=cdiv(max_model_len, spec.block_size) + 1,
     )
     return worker, {name: index for index, name in enumerate(placement.layers)}

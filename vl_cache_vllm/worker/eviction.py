@@ -35,7 +35,7 @@ class EvictionWorker:
         num_heads: query heads per layer on this worker.
         max_num_reqs: requests the runner may hold at once.
         max_num_tokens: tokens of the largest step.
-        max_table_width: columns of the runner's block table.
+        max_table_width: pages that one layer of a request can hold.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class EvictionWorker:
             (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
             for s in (row.state for row in rows)
         ]
-        numbers = plan_step(rows, self.config, self.pool.block_size, self.pool.num_layers)
+        numbers = plan_step(rows, self.pool.block_size, self.pool.num_layers)
         if numbers.is_plain:
             return None
         block_table = block_table[:num_reqs]
@@ -165,7 +165,7 @@ class EvictionWorker:
                 self.pool.read_keys(layer, row),
                 observation.first_position,
                 scale,
-                self.config.policy.threshold,
+                state.config.policy.threshold,
                 softcap,
                 state.column_sums[layer],
                 state.dense_entries[layer],
@@ -176,7 +176,8 @@ class EvictionWorker:
                 self._evict(step, finish)
 
     def _evict(self, step: EvictionStep, finish: Finish) -> None:
-        state, pool, policy = finish.state, self.pool, self.config.policy
+        state, pool = finish.state, self.pool
+        policy, budget = state.config.policy, state.config.budget
         assert finish.prompt_tokens == state.prefill_tokens
         assert state.column_sums is not None and state.dense_entries is not None, (
             f"request {state.request_id} was given kept blocks but never observed"
@@ -188,7 +189,7 @@ class EvictionWorker:
         queries = finish.prompt_tokens - observed
         entries = queries * (observed + 1 + finish.prompt_tokens) // 2
         density = state.dense_entries.double() / (entries * self.num_heads)
-        weights = policy.layer_weights(density, self.config.budget, finish.prompt_tokens)
+        weights = policy.layer_weights(density, budget, finish.prompt_tokens)
         kept_pages = apportion(weights, total_pages, full_pages)
         positions = select(
             policy.token_scores(state.column_sums),
@@ -217,6 +218,7 @@ class EvictionWorker:
         kept_tokens = (kept_pages * self.pool.block_size).tolist()
         record = {
             "request_id": finish.state.request_id,
+            "budget": finish.state.config.budget,
             "prompt_tokens": finish.prompt_tokens,
             "vision_end": finish.state.vision_end,
             "block_size": self.pool.block_size,

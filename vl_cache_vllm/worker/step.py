@@ -21,6 +21,7 @@ class RequestState:
 
     request_id: str
     slot: int  # row of the device buffer of kept pages, at least 1
+    config: KVCompressConfig  # the engine's, with what the request changed
     vision_end: int | None  # position after the last visual token
     prefill_tokens: int  # tokens known when prefill (re)started
 
@@ -94,9 +95,7 @@ class StepNumbers:
         return not (self.observations or self.finishes or self.any_evicted)
 
 
-def plan_step(
-    rows: Sequence[BatchRow], config: KVCompressConfig, block_size: int, num_layers: int
-) -> StepNumbers:
+def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> StepNumbers:
     """Find the rows to observe, to finish, and to read through per-layer tables.
 
     A row longer than its computed tokens need ends its prefill in this step: the surplus are the
@@ -119,7 +118,7 @@ def plan_step(
                 state.column_sums = state.dense_entries = None
             num_blocks = cdiv(end, block_size)
             width = max(width, num_blocks)
-            observation = _observe_row(index, row, query_start, num_blocks, config, block_size)
+            observation = _observe_row(index, row, query_start, num_blocks, block_size)
             if observation is not None:
                 observations.append(observation)
             kept_blocks = row.num_blocks - num_blocks
@@ -138,13 +137,13 @@ def _observe_row(
     row: BatchRow,
     query_start: int,
     num_blocks: int,
-    config: KVCompressConfig,
     block_size: int,
 ) -> Observation | None:
     state, end = row.state, row.num_computed + row.num_scheduled
     vision_end = state.vision_end
     if vision_end is None or row.num_computed >= state.prefill_tokens:
         return None
+    config = state.config
     if not plan_eviction(config, block_size, state.prefill_tokens, vision_end).kept_blocks:
         return None  # the scheduler's rule is at least as strict
     first = max(row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens))
@@ -164,13 +163,19 @@ class RequestTable:
         self._free_slots: list[int] = []
         self._num_slots = 1  # slot 0 is nobody's
 
-    def start(self, request_id: str, vision_end: int | None, prefill_tokens: int) -> RequestState:
+    def start(
+        self,
+        request_id: str,
+        config: KVCompressConfig,
+        vision_end: int | None,
+        prefill_tokens: int,
+    ) -> RequestState:
         """A fresh state for a request that starts or restarts its prefill."""
         self.drop(request_id)
         if not self._free_slots:
             self._free_slots.append(self._num_slots)
             self._num_slots += 1
-        state = RequestState(request_id, self._free_slots.pop(), vision_end, prefill_tokens)
+        state = RequestState(request_id, self._free_slots.pop(), config, vision_end, prefill_tokens)
         self._states[request_id] = state
         return state
 

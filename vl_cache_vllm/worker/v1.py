@@ -69,8 +69,10 @@ class V1Adapter:
         state = self._worker.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
+            params = record.sampling_params
             state = self._worker.requests.start(
                 req_id,
+                self._worker.config.for_request(params.extra_args if params else None),
                 post_vision_start(record.mm_features or ()),
                 record.num_prompt_tokens + len(record.output_token_ids),
             )

@@ -37,8 +37,10 @@ class V2Adapter:
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
+        params = new_req_data.sampling_params
         self._worker.requests.start(
             new_req_data.req_id,
+            self._worker.config.for_request(params.extra_args if params else None),
             post_vision_start(new_req_data.mm_features or ()),
             len(tokens),
         )
