@@ -56,7 +56,7 @@ HOOKS: tuple[Hook, ...] = (
         "validates, refuses what is unsupported, chooses our worker and scheduler classes",
     ),
     Hook(
-        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "wrap",
         "processes that create an engine's config; acts on requests with kv_budget or "
         "kv_policy_options",
@@ -163,10 +163,11 @@ def _check_requests() -> None:
     if getattr(InputProcessor, "_vl_cache_installed", False):
         return
     InputProcessor._vl_cache_installed = True  # type: ignore[attr-defined]
-    validate = InputProcessor._validate_params
+    process_inputs = InputProcessor.process_inputs
 
-    def validate_with_ours(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
-        result = validate(self, params, *args, **kwargs)
+    def process_inputs_with_ours(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         extra = getattr(params, "extra_args", None) or {}
         if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
             config = settings_of(self.vllm_config)
@@ -178,10 +179,23 @@ def _check_requests() -> None:
                     )
                 config.for_request(extra)
             except ValueError as error:
+                _forget_images(self, prompt)
                 raise VLLMValidationError(str(error), parameter=given[0]) from error
-        return result
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
-    InputProcessor._validate_params = validate_with_ours  # type: ignore[method-assign]
+    InputProcessor.process_inputs = process_inputs_with_ours  # type: ignore[method-assign]
+
+
+def _forget_images(processor: Any, prompt: Any) -> None:
+    """Of a refused request: the renderer believes that the engine received them.
+
+    As vLLM itself does when the engine reports one missing; the next request sends them.
+    """
+    cache = processor.renderer.mm_processor_cache
+    hashes = prompt.get("mm_hashes") if isinstance(prompt, dict) else None
+    if cache is not None and hashes:
+        for mm_hash in (h for per_modality in hashes.values() for h in per_modality):
+            cache.invalidate(mm_hash)
 
 
 def enable(vllm_config: VllmConfig) -> None:

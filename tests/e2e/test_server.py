@@ -135,10 +135,10 @@ def test_a_requests_bad_settings(
     server: Server, model: Path, arguments: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
-        server.chat(ask(model, 1, vllm_xargs=arguments))
+        server.chat(ask(model, 77, vllm_xargs=arguments))
     assert error.value.code == 400
     assert reason in error.value.read().decode()
-    assert server.chat(ask(model, 1))["usage"]["completion_tokens"] == 32
+    assert server.chat(ask(model, 77))["usage"]["completion_tokens"] == 32
 
 
 def test_kv_usage_falls_after_prefill(server: Server, model: Path) -> None:
