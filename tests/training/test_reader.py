@@ -20,7 +20,7 @@ from training.train import STAGES, Trainer, learning_rate, stage_of
 
 TOKENIZER = build_tokenizer()
 ENCODER = Encoder(TOKENIZER)
-SHAPE = Shape(vocab=len(TOKENIZER), layers=4, vision_layers=1)
+SHAPE = Shape(vocab=len(TOKENIZER), layers=5, vision_layers=1)
 MIXTURE = Mixture((("lookup", 2, 20), ("row", 1, 46), ("which", 2, 13)))
 TWO_PAGES = Layout(num_pages=(2, 2), num_rows=(1, 1))
 
