@@ -75,12 +75,14 @@ class VLCachePolicy(EvictionPolicy):
 
 @dataclass(frozen=True)
 class VLCachePlusPolicy(VLCachePolicy):
-    """VL-Cache with the settings that were best in ``benchmarks/results/accuracy.json``.
+    """VL-Cache with the settings that were best on the page reader's tuning split so far.
 
-    They were chosen on the tuning split of the page reader's tasks (`benchmarks.accuracy`).
+    Provisional: see docs/accuracy.md for how they are measured.
     """
 
     name: ClassVar[str] = "vlcache-plus"
 
-    pooling: int = with_default(VLCachePolicy, "pooling", 31)
     uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 0.8)
+    shared_scores: float = with_default(VLCachePolicy, "shared_scores", 1.0)
+    lookahead: float = with_default(VLCachePolicy, "lookahead", 50.0)
+    lookahead_weight: float = with_default(VLCachePolicy, "lookahead_weight", 0.3)
