@@ -8,12 +8,13 @@ every process of an engine sees the same settings and the compile cache tells th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -113,13 +114,7 @@ class KVCompressConfig:
             )
         policy_cls = POLICIES[name]
         own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)
-        unknown = [key for key in values if key not in own and key not in parameters]
-        if unknown:
-            raise ValueError(
-                f"unknown KV compression setting(s) {', '.join(map(repr, unknown))}; "
-                f"known for policy {name!r}: {', '.join(sorted({*own, *parameters}))}"
-            )
-        checked = {k: _coerce(k, v, own.get(k) or parameters[k]) for k, v in values.items()}
+        checked = _checked("KV compression setting(s)", values, parameters | own, name)
         policy = policy_cls(**{k: v for k, v in checked.items() if k in parameters})
         return cls(policy=policy, **{k: v for k, v in checked.items() if k in own})
 
@@ -151,13 +146,19 @@ def _policy_options(policy: EvictionPolicy, options: Any) -> dict[str, Any]:
             f'{REQUEST_OPTIONS} must be an object such as {{"max_observation_tokens": 50}}, '
             f"or its JSON text, got {options!r}"
         )
-    known = _field_types(type(policy))
-    if unknown := [key for key in options if key not in known]:
+    return _checked(f"{REQUEST_OPTIONS}:", options, _field_types(type(policy)), policy.name)
+
+
+def _checked(
+    what: str, values: Mapping[str, Any], known: Mapping[str, Any], policy: str
+) -> dict[str, Any]:
+    """The values, each of its known type."""
+    if unknown := [key for key in values if key not in known]:
         raise ValueError(
-            f"unknown {REQUEST_OPTIONS}: {', '.join(map(repr, unknown))}; "
-            f"known for policy {policy.name!r}: {', '.join(sorted(known))}"
+            f"unknown {what} {', '.join(map(repr, unknown))}; "
+            f"known for policy {policy!r}: {', '.join(sorted(known))}"
         )
-    return {key: _coerce(key, value, known[key]) for key, value in options.items()}
+    return {key: _coerce(key, value, known[key]) for key, value in values.items()}
 
 
 def settings_of(vllm_config: Any) -> KVCompressConfig | None:
@@ -192,8 +193,12 @@ def _describe(setting: dataclasses.Field) -> str:
     return f"- {setting.name} (default {default}): {setting.metadata['help']}"
 
 
+# Resolving annotations is slow, and a waiting request is asked in every step.
+_type_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
 def _field_types(cls: type, skip: str = "") -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != skip}
 
 

@@ -20,8 +20,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.engine.admission import EvictionPlan, Skip, plan_eviction, post_vision_start
+from vl_cache_vllm.engine.admission import (
+    EvictionPlan,
+    Skip,
+    plan_eviction,
+    post_vision_start,
+    request_config,
+)
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -47,7 +52,7 @@ class CompressedAttentionManager(FullAttentionManager):
         if decided := self._decided.get(request.request_id):
             return decided
         plan = plan_eviction(
-            self._config_of(request),
+            request_config(self._config, request.sampling_params),
             self.block_size,
             request.num_tokens,
             post_vision_start(request.mm_features),
@@ -70,13 +75,9 @@ class CompressedAttentionManager(FullAttentionManager):
             return None
         vision_end = post_vision_start(request.mm_features)
         assert vision_end is not None
-        policy = self._config_of(request).policy
+        policy = request_config(self._config, request.sampling_params).policy
         start = policy.observation_start(vision_end, plan.prompt_tokens)
         return start // self.block_size * self.block_size
-
-    def _config_of(self, request: Request) -> KVCompressConfig:
-        params = request.sampling_params
-        return self._config.for_request(params.extra_args if params else None)
 
     def _plan_of(self, request_id: str) -> EvictionPlan | None:
         """`plan` by id; None for requests that the scheduler does not know."""

@@ -56,9 +56,11 @@ class VLCachePolicy(EvictionPolicy):
 
     def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
         """Accumulated post-vision attention (paper section 3), smoothed when asked."""
-        mean = attention.mean((0, 1), keepdim=True)
-        scores = average(torch.lerp(attention, mean, self.shared_scores), self.pooling)
-        return look_ahead(scores, self.lookahead, self.lookahead_weight)
+        scores = attention
+        if self.shared_scores:
+            mean = attention.mean((0, 1), keepdim=True)
+            scores = torch.lerp(attention, mean, self.shared_scores)
+        return look_ahead(average(scores, self.pooling), self.lookahead, self.lookahead_weight)
 
     def layer_weights(
         self, density: torch.Tensor, budget: float, prompt_tokens: int

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.engine.admission import post_vision_start
+from vl_cache_vllm.engine.admission import post_vision_start, request_config
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, RequestState
@@ -69,10 +69,9 @@ class V1Adapter:
         state = self._worker.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
-            params = record.sampling_params
             state = self._worker.requests.start(
                 req_id,
-                self._worker.config.for_request(params.extra_args if params else None),
+                request_config(self._worker.config, record.sampling_params),
                 post_vision_start(record.mm_features or ()),
                 record.num_prompt_tokens + len(record.output_token_ids),
             )
