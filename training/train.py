@@ -53,23 +53,35 @@ _SHORT = Stage(
     Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
     Mixture((("lookup", 4, 20), ("hop", 3, 24), ("row", 1, 24), ("dump", 1, 54))),
 )
-# Two steps of looking up take longest to learn: many such questions, and weight on finding the
-# place. No "which page" where there is one page, and few pages without others: answering with any
-# heading is a habit that is hard to leave. From here on a high learning rate only shakes what has
-# formed.
-_MIDDLE = Stage(
-    "12x12",
-    250,
-    20_000,
-    Layout(12, (1, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-    Mixture((("lookup", 3, 20), ("hop", 6, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))),
+# A key stands on several pages, so the page's number must be looked up together with it; that takes
+# long to form among many patches and seconds among few. From here on a high learning rate only
+# shakes what has formed, and a wrong first character (the wrong place) weighs more.
+_PAGES = replace(
+    _SHORT,
+    name="8x8-pages",
+    steps=150,
+    layout=replace(_SHORT.layout, num_pages=(2, 4)),
+    mixture=Mixture(
+        (("lookup", 4, 20), ("hop", 6, 24), ("row", 1, 24), ("dump", 1, 54), ("which", 8, 13))
+    ),
     first_weight=4.0,
     lr=0.5,
+)
+# Never one page alone: answering "which page" with any heading is a habit that is hard to leave.
+_MIDDLE = replace(
+    _PAGES,
+    name="12x12",
+    steps=200,
+    tokens_per_batch=20_000,
+    layout=Layout(12, (2, 4), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
+    mixture=Mixture(
+        (("lookup", 3, 20), ("hop", 6, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
+    ),
 )
 _LONG = replace(
     _MIDDLE,
     name="20x20",
-    steps=400,
+    steps=300,
     tokens_per_batch=24_000,
     layout=Layout(num_pages=(2, 4)),
     mixture=Mixture(
@@ -86,7 +98,7 @@ _FINAL = replace(
         (("lookup", 3, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 3, 146), ("which", 8, 13))
     ),
 )
-STAGES = (_SHORT, _MIDDLE, _LONG, _FINAL)
+STAGES = (_SHORT, _PAGES, _MIDDLE, _LONG, _FINAL)
 
 
 def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
