@@ -24,15 +24,18 @@ IGNORED = -100
 class Batch:
     """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
 
-    ``numbers`` [batch, pages, 2] are the digits of each page's number; ``via`` [batch, tokens, 2]
-    the characters on the way to a question's answer, at the token before it, else -100; ``labels``
-    [batch, tokens] the next token where it belongs to an answer, else -100. ``slots`` and ``tasks``
-    are the tokens and the task of each branch.
+    ``numbers`` [batch, pages, 2] are the digits of each page's number; ``keys`` [batch, pages,
+    n * n, 2] the key of a value, at the value's first cell, else -100; ``asked`` and ``via``
+    [batch, tokens, 2] the key that a question names and the first characters of its value, at the
+    token before the answer, else -100; ``labels`` [batch, tokens] the next token where it belongs
+    to an answer, else -100. ``slots`` and ``tasks`` are the tokens and the task of each branch.
     """
 
     pages: Tensor
     glyphs: Tensor
     numbers: Tensor
+    keys: Tensor
+    asked: Tensor
     via: Tensor
     prefix_ids: Tensor
     image_positions: Tensor
@@ -145,12 +148,16 @@ def collate(
     shape = (len(documents), sum(mixture.lengths))
     ids = torch.full(shape, encoder.pad)
     labels = torch.full(shape, IGNORED)
-    via = torch.full((*shape, 2), IGNORED)
+    named, via = torch.full((2, *shape, 2), IGNORED)
+    keys = torch.full((len(documents), num_pages, grid**2, 2), IGNORED)
     pixels, glyphs, numbers = [], [], []
     for row, document in enumerate(documents):
         pixels.append(np.stack([patches(render(p, rng.getrandbits(32))) for p in document.pages]))
         glyphs.append([encoder.glyphs(p) for p in document.pages])
         numbers.append([encoder.characters(p.number) for p in document.pages])
+        for record in (r for page in document.pages for r in page.records):
+            key = torch.tensor(encoder.characters(record.key))
+            keys[row, record.page, record.value_cells[0]] = key
         start = 0
         for name, count, length in mixture.slots:
             questions = document.questions(name, rng, count)
@@ -162,14 +169,17 @@ def collate(
                     ids[row, start : start + last - 1] = torch.tensor(text[:-1])
                     labels[row, start + first - 1 : start + last - 1] = torch.tensor(text[first:])
                     if questions[i].via:
-                        characters = encoder.characters(questions[i].via)
-                        via[row, start + first - 1] = torch.tensor(characters)
+                        end = start + first - 1
+                        named[row, end] = torch.tensor(encoder.characters(questions[i].subject))
+                        via[row, end] = torch.tensor(encoder.characters(questions[i].via))
                 start += length
     prefix_ids, image_positions = encoder.prefix(num_pages, grid)
     return Batch(
         torch.from_numpy(np.stack(pixels)),
         torch.tensor(glyphs),
         torch.tensor(numbers),
+        keys,
+        named,
         via,
         prefix_ids,
         image_positions,

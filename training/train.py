@@ -29,7 +29,7 @@ from training.tokenizer import build_tokenizer
 ALIGNMENT_WEIGHT = 0.3
 BLANK_WEIGHT = 0.1  # most patches are blank
 HINT_WEIGHT = 0.3
-NUMBER_LAYER = 1  # below the look-ups, which must find the page's number in what they attend to
+NAME_LAYER = 1  # below the look-ups: what patches and questions are called is known after it
 VIA_LAYER = 3  # after which the end of a question is asked how the named key's value begins
 WARM_UP = 50
 
@@ -48,35 +48,23 @@ class Stage:
 
 _SHORT = Stage(
     "8x8",
-    650,
+    500,
     17_500,
     Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
     Mixture((("lookup", 4, 20), ("hop", 3, 24), ("row", 1, 24), ("dump", 1, 54))),
 )
-# A key stands on several pages, so the page's number must be looked up together with it; that takes
-# long to form among many patches and seconds among few. From here on a high learning rate only
-# shakes what has formed, and a wrong first character (the wrong place) weighs more.
-_PAGES = replace(
-    _SHORT,
-    name="8x8-pages",
-    steps=150,
-    layout=replace(_SHORT.layout, num_pages=(2, 4)),
-    mixture=Mixture(
-        (("lookup", 4, 20), ("hop", 6, 24), ("row", 1, 24), ("dump", 1, 54), ("which", 8, 13))
-    ),
+# Two steps of looking up take longest to learn: many such questions, and weight on finding the
+# place. No "which page" where there is one page, and few pages without others: answering with any
+# heading is a habit that is hard to leave. From here on a high learning rate only shakes what has
+# formed.
+_MIDDLE = Stage(
+    "12x12",
+    250,
+    20_000,
+    Layout(12, (1, 3), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
+    Mixture((("lookup", 3, 20), ("hop", 6, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))),
     first_weight=4.0,
     lr=0.5,
-)
-# Never one page alone: answering "which page" with any heading is a habit that is hard to leave.
-_MIDDLE = replace(
-    _PAGES,
-    name="12x12",
-    steps=200,
-    tokens_per_batch=20_000,
-    layout=Layout(12, (2, 4), (1, 8), (0, 1), (2, 6), (10, 22), link_share=0.4),
-    mixture=Mixture(
-        (("lookup", 3, 20), ("hop", 6, 24), ("row", 1, 36), ("dump", 1, 94), ("which", 8, 13))
-    ),
 )
 _LONG = replace(
     _MIDDLE,
@@ -98,7 +86,7 @@ _FINAL = replace(
         (("lookup", 3, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 3, 146), ("which", 8, 13))
     ),
 )
-STAGES = (_SHORT, _PAGES, _MIDDLE, _LONG, _FINAL)
+STAGES = (_SHORT, _MIDDLE, _LONG, _FINAL)
 
 
 def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
@@ -120,17 +108,19 @@ class Trainer:
     """Model, losses and optimizers.
 
     Three losses: of the answers; of the alignment of each patch's feature with its glyph's
-    embedding; and of two hints, read from hidden states by heads that are not part of the model.
-    One asks the patches (after `NUMBER_LAYER`) for the number of their page; the other asks the end
-    of a question that names a key (after `VIA_LAYER`) how that key's value begins. So a look-up
-    forms low enough in the model for a second one above it.
+    embedding; and of three hints, each two characters read from hidden states by a head that is not
+    part of the model. After `NAME_LAYER`, the patches are asked for the number of their page, and
+    both the first patch of a value and the end of a question for the key that names them: one head
+    for both, so that a look-up finds them alike. After `VIA_LAYER` the end of the question is asked
+    how that key's value begins. So a look-up forms low enough in the model for a second one above
+    it.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder, optimizer: str, lr: float) -> None:
         self.encoder, self.lr = encoder, lr
         self.model = Reader(shape)
         self.hints = torch.nn.ModuleList(
-            torch.nn.Linear(shape.width, 2 * shape.vocab) for _ in "pv"
+            torch.nn.Linear(shape.width, 2 * shape.vocab) for _ in ("number", "key", "via")
         )
         matrices = [
             p
@@ -193,19 +183,22 @@ class Trainer:
     def _hints(
         self, batch: Batch, between: list[torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        pages, values = self.hints
+        number, key, via = self.hints
         documents, num_pages, cells = batch.glyphs.shape
-        patches = between[NUMBER_LAYER][:, batch.image_positions]
-        patches = patches.view(documents, num_pages, cells, -1)
+        low = between[NAME_LAYER]
+        patches = low[:, batch.image_positions].view(documents, num_pages, cells, -1)
+        branches = low[:, -batch.branch_ids.shape[1] :]
         printed = batch.glyphs != self.encoder.blank
         printed[..., ::3] = False  # two thirds are enough
-        number = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
-        asked = batch.via[..., 0] != IGNORED
-        ends = between[VIA_LAYER][:, -batch.branch_ids.shape[1] :][asked]
+        numbers = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
+        named, asked = batch.keys[..., 0] != IGNORED, batch.asked[..., 0] != IGNORED
+        high = between[VIA_LAYER][:, -batch.branch_ids.shape[1] :]
         loss, accuracy = torch.zeros(()), {}
         for name, head, x, label in (
-            ("number", pages, patches[printed], number),
-            ("via", values, ends, batch.via[asked]),
+            ("number", number, patches[printed], numbers),
+            ("key", key, patches[named], batch.keys[named]),
+            ("asked", key, branches[asked], batch.asked[asked]),
+            ("via", via, high[asked], batch.via[asked]),
         ):
             if len(label):
                 with torch.autocast("cpu", torch.bfloat16):

@@ -156,6 +156,27 @@ def test_slots_hold_the_longest_questions(stage) -> None:
         assert longest[task] <= length
 
 
+def test_hints_name_the_value_and_what_is_asked() -> None:
+    document = generate("hints", 0, Layout(num_pages=(3, 3)))
+    mixture = Mixture((("lookup", 3, 20), ("dump", 1, 146)))
+    batch = collate([document], ENCODER, mixture, random.Random(0))
+    glyph = {ENCODER.characters(chr(c))[0]: chr(c) for c in range(32, 127)}
+
+    def words(labels: torch.Tensor) -> list[str]:
+        return ["".join(glyph[i] for i in row) for row in labels[labels[:, 0] != IGNORED].tolist()]
+
+    records = [sorted(page.records, key=lambda r: r.start) for page in document.pages]
+    assert words(batch.keys.flatten(0, 2)) == [r.key for page in records for r in page]
+    values = {r.key: r.value for page in records for r in page}
+    # A dump names a page, not a key.
+    assert [values[key][:2] for key in words(batch.asked[0])] == words(batch.via[0])
+    assert len(words(batch.via[0])) == 3
+    # Both stand where the answer's first character is to be said.
+    asked = (batch.asked[0, :, 0] != IGNORED).nonzero().squeeze(1)
+    first = [glyph[i] for i in batch.labels[0, asked].tolist()]
+    assert first == [value[0] for value in words(batch.via[0])]
+
+
 def test_training_resumes_where_it_stopped() -> None:
     torch.manual_seed(0)
     layout = STAGES[0].layout
