@@ -100,9 +100,16 @@ def _engine_arguments(
 
 
 def run(
-    model: str, cases: Sequence[Case], settings: dict[str, Any] | None, options: argparse.Namespace
-) -> dict[str, Cell]:
-    """Answer all cases with one engine; ``settings`` None is stock vLLM. Cells by task."""
+    model: str,
+    cases: Sequence[Case],
+    settings: dict[str, Any] | None,
+    budgets: Sequence[float],
+    options: argparse.Namespace,
+) -> dict[float, dict[str, Cell]]:
+    """Answer all cases at all budgets with one engine; ``settings`` None is stock vLLM.
+
+    A case's budgets are asked one after another, so that they share the pages' prefill.
+    """
     # vLLM reads its environment when it is imported: after `main` has set it, not before.
     from vllm import SamplingParams
 
@@ -114,11 +121,17 @@ def run(
         if settings is not None:
             settings = settings | {"trace_path": str(trace), "trace_positions": True}
         llm = stack.enter_context(running_llm(**_engine_arguments(model, settings, options)))
-        conversations = [_conversation(case) for case in cases]
-        parameters = [SamplingParams(temperature=0, max_tokens=c.max_tokens) for c in cases]
+        jobs = [(case, budget) for case in cases for budget in budgets]
         outputs = llm.chat(
-            conversations,
-            parameters,
+            [_conversation(case) for case, _ in jobs],
+            [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=case.max_tokens,
+                    extra_args=None if settings is None else {"kv_budget": budget},
+                )
+                for case, budget in jobs
+            ],
             use_tqdm=not options.quiet,
             chat_template_content_format="openai",
         )
@@ -126,9 +139,9 @@ def run(
         if settings is not None and trace.exists():
             traces = {key.split("-")[0]: record for key, record in read_trace(trace).items()}
         image_token = getattr(llm.model_config.hf_config, "image_token_index", None)
-    cells: dict[str, Cell] = defaultdict(Cell)
-    for case, output in zip(cases, outputs, strict=True):
-        cell = cells[case.task]
+    cells: dict[float, dict[str, Cell]] = {budget: defaultdict(Cell) for budget in budgets}
+    for (case, budget), output in zip(jobs, outputs, strict=True):
+        cell = cells[budget][case.task]
         name = options.score or ("characters" if case.task == "dump" else "exact")
         cell.scores.append(SCORES[name](output.outputs[0].text, case.answers))
         cell.groups.append(case.group)
@@ -174,20 +187,20 @@ def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any
     """All policies at all budgets: ``{policy: {budget: {task: summary}}}``, full cache first."""
     results: dict[str, Any] = {}
     budgets = sorted({b for b in options.budgets if b < 1.0})
-    jobs: list[tuple[str, float | None]] = [("full cache", None)] * (1.0 in options.budgets)
-    jobs += [(policy, budget) for policy in options.policies for budget in budgets]
-    for number, (policy, budget) in enumerate(jobs, 1):
-        settings = None if budget is None else parse_policy(policy) | {"budget": budget}
-        key = "1.0" if budget is None else str(budget)
+    jobs: list[tuple[str, Sequence[float]]] = [("full cache", (1.0,))] * (1.0 in options.budgets)
+    jobs += [(policy, budgets) for policy in options.policies if budgets]
+    for number, (policy, asked) in enumerate(jobs, 1):
+        settings = None if policy == "full cache" else parse_policy(policy)
         began = time.perf_counter()
-        cells = run(str(options.model), cases, settings, options)
-        results.setdefault(policy, {})[key] = {t: c.summary() for t, c in cells.items()}
-        print(
-            f"[{number}/{len(jobs)}] {policy} {key}: "
-            + "  ".join(f"{t} {c['score']:.3f}" for t, c in results[policy][key].items())
-            + f"  ({time.perf_counter() - began:.0f} s)",
-            flush=True,
-        )
+        cells = run(str(options.model), cases, settings, asked, options)
+        results[policy] = {
+            str(budget): {task: cell.summary() for task, cell in by_task.items()}
+            for budget, by_task in cells.items()
+        }
+        print(f"[{number}/{len(jobs)}] {policy} ({time.perf_counter() - began:.0f} s)")
+        for budget, by_task in results[policy].items():
+            scores = "  ".join(f"{task} {cell['score']:.3f}" for task, cell in by_task.items())
+            print(f"  {float(budget):>4.0%}: {scores}", flush=True)
         if options.json:  # a run of hours keeps what it has
             write(options, results)
     return results
