@@ -38,7 +38,7 @@ EVERY_SETTING = {
     "uniform_mix": 0.8,
     "shared_scores": 0.5,
     "lookahead": 40.0,
-    "lookahead_weight": 0.25,
+    "lookahead_share": 0.25,
     "min_layer_budget": 0.05,
 }
 
@@ -78,7 +78,7 @@ def test_every_setting_is_parsed() -> None:
             uniform_mix=0.8,
             shared_scores=0.5,
             lookahead=40.0,
-            lookahead_weight=0.25,
+            lookahead_share=0.25,
             min_layer_budget=0.05,
         ),
         budget=0.25,

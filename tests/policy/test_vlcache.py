@@ -8,6 +8,7 @@ import torch
 
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy
 from vl_cache_vllm.policy.pooling import look_ahead
+from vl_cache_vllm.policy.ranking import interleave
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 
@@ -48,7 +49,7 @@ def test_defaults_are_the_paper() -> None:
     assert policy.max_observation_tokens is None
     assert policy.post_vision_only
     assert (policy.pooling, policy.uniform_mix, policy.min_layer_budget) == (1, 0.0, 0.01)
-    assert (policy.shared_scores, policy.lookahead, policy.lookahead_weight) == (0.0, 0.0, 1.0)
+    assert (policy.shared_scores, policy.lookahead, policy.lookahead_share) == (0.0, 0.0, 0.5)
     attention = torch.rand(2, 3, 50)
     assert torch.equal(policy.token_scores(attention), attention)
     assert POLICIES["vlcache"] is VLCachePolicy
@@ -129,10 +130,11 @@ def test_shared_scores_are_means_over_layers_and_heads(share: float) -> None:
     torch.testing.assert_close(scores, (1 - share) * attention + share * mean)
 
 
-def test_lookahead_follows_pooled_scores() -> None:
+def test_lookahead_ranks_a_share_of_the_tokens() -> None:
     attention = torch.rand(2, 3, 50)
-    policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_weight=0.5)
-    expected = look_ahead(VLCachePolicy(pooling=3).token_scores(attention), 4.0, 0.5)
+    pooled = VLCachePolicy(pooling=3).token_scores(attention)
+    policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_share=0.3)
+    expected = interleave(pooled, look_ahead(pooled, 4.0), 0.3)
     assert torch.equal(policy.token_scores(attention), expected)
 
 
@@ -199,7 +201,7 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
         pytest.param({"lookahead": -1.0}, "lookahead must be from 0", id="lookahead-negative"),
         pytest.param({"lookahead": 2e6}, "lookahead must be from 0", id="lookahead-huge"),
         pytest.param(
-            {"lookahead_weight": -0.1}, r"lookahead_weight must be in \[0, 1\]", id="inherited"
+            {"lookahead_share": -0.1}, r"lookahead_share must be in \[0, 1\]", id="inherited"
         ),
         pytest.param({"pooling": 0}, "pooling must be an odd number", id="pooling-zero"),
         pytest.param({"pooling": 2}, "pooling must be an odd number.*got 2", id="pooling-even"),

@@ -23,28 +23,23 @@ def average(scores: torch.Tensor, pooling: int) -> torch.Tensor:
     return F.avg_pool1d(scores, pooling, stride=1, padding=pooling // 2)
 
 
-def look_ahead(scores: torch.Tensor, length: float, weight: float) -> torch.Tensor:
-    """``max(s[j], weight * max over d >= 1 of s[j - d] * exp(-d / length))``.
+def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
+    """``max over d >= 0 of s[j - d] * exp(-d / length)``.
 
     An answer is read on from where the prompt's attention finds its beginning: what follows an
     attended token inherits its score, fading by e every ``length`` tokens.
 
     Args:
         scores: not negative, ``[layers, kv_heads, tokens]``.
-        length: tokens; 0 returns the scores as they are.
-        weight: of what is inherited, 0 to 1.
+        length: tokens, more than 0.
     """
-    if length == 0:
-        return scores
-    tokens = scores.shape[-1]
-    inherited = torch.zeros_like(scores)
-    inherited[..., 1:] = scores[..., :-1] * math.exp(-1 / length)
-    shift = 1  # `inherited` covers the last `shift` tokens
-    while shift < tokens:
+    scores = scores.clone()
+    shift = 1  # every token has looked back at `shift - 1` others
+    while shift < scores.shape[-1]:
         fade = math.exp(-shift / length)
         if fade == 0.0:
             break
-        earlier = inherited[..., :-shift] * fade
-        inherited[..., shift:] = torch.maximum(inherited[..., shift:], earlier)
+        inherited = scores[..., :-shift] * fade
+        scores[..., shift:] = torch.maximum(scores[..., shift:], inherited)
         shift *= 2
-    return torch.maximum(scores, weight * inherited)
+    return scores

@@ -8,6 +8,7 @@ import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
 from vl_cache_vllm.policy.pooling import average, check_width, look_ahead
+from vl_cache_vllm.policy.ranking import interleave
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class VLCachePolicy(EvictionPolicy):
     )
     lookahead: float = parameter(
         0.0,
-        "tokens that follow an attended one inherit its score, fading by e every so many tokens; "
-        "0: the paper",
+        "rank tokens also by what they inherit from attended ones before them, fading by e every "
+        "so many tokens; 0: the paper",
     )
-    lookahead_weight: float = parameter(
-        1.0, "share of a score that the following tokens inherit, where lookahead is not 0"
+    lookahead_share: float = parameter(
+        0.5, "share of the kept tokens that is ranked so, where lookahead is not 0"
     )
     min_layer_budget: float = parameter(
         0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
@@ -46,7 +47,7 @@ class VLCachePolicy(EvictionPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_width(self.pooling)
-        for name in ("uniform_mix", "shared_scores", "lookahead_weight"):
+        for name in ("uniform_mix", "shared_scores", "lookahead_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0.0 <= self.lookahead <= 1e6:
@@ -60,7 +61,11 @@ class VLCachePolicy(EvictionPolicy):
         if self.shared_scores:
             mean = attention.mean((0, 1), keepdim=True)
             scores = torch.lerp(attention, mean, self.shared_scores)
-        return look_ahead(average(scores, self.pooling), self.lookahead, self.lookahead_weight)
+        scores = average(scores, self.pooling)
+        if self.lookahead:
+            inherited = look_ahead(scores, self.lookahead)
+            scores = interleave(scores, inherited, self.lookahead_share)
+        return scores
 
     def layer_weights(
         self, density: torch.Tensor, budget: float, prompt_tokens: int
@@ -87,4 +92,4 @@ class VLCachePlusPolicy(VLCachePolicy):
     uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 0.8)
     shared_scores: float = with_default(VLCachePolicy, "shared_scores", 1.0)
     lookahead: float = with_default(VLCachePolicy, "lookahead", 50.0)
-    lookahead_weight: float = with_default(VLCachePolicy, "lookahead_weight", 0.3)
+    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.5)
