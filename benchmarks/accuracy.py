@@ -185,6 +185,10 @@ def _kept_share(record: dict[str, Any], positions: Sequence[int]) -> tuple[float
 
 def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
     """All policies at all budgets: ``{policy: {budget: {task: summary}}}``, full cache first."""
+    if options.model == MODEL:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     results: dict[str, Any] = {}
     budgets = sorted({b for b in options.budgets if b < 1.0})
     jobs: list[tuple[str, Sequence[float]]] = [("full cache", (1.0,))] * (1.0 in options.budgets)
@@ -234,6 +238,18 @@ def table(results: dict[str, Any]) -> str:
                     text = f"{100 * cell['score']:.1f} ±{spread:.1f}"
                 row += f"{text:>16}"
             lines.append(row)
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any], budget: float) -> str:
+    """The table of one budget, full cache first, in per cent."""
+    tasks = list(next(iter(next(iter(results.values())).values())))
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
+    for policy, cells in results.items():
+        cell = cells.get("1.0" if policy == "full cache" else str(budget))
+        if cell:
+            scores = " | ".join(f"{100 * cell[task]['score']:.1f}" for task in tasks)
+            lines.append(f"| {policy} | {scores} |")
     return "\n".join(lines)
 
 
@@ -298,6 +314,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--score", choices=sorted(SCORES), help="default: exact, characters for dumps")
     add("--json", type=Path, metavar="OUT", help="write the results here")
     add("--plot", type=Path, metavar="OUT", help="default: beside --json, as .png")
+    add("--report", type=Path, metavar="JSON", help="measure nothing: report an earlier --json")
+    add("--markdown", type=_budget, metavar="BUDGET", help="print this budget's table as Markdown")
     add("--dtype", default="auto")
     add("--block-size", type=int, default=32)
     add("--max-num-seqs", type=int, default=16)
@@ -313,26 +331,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = arguments
+    if options.report is not None:
+        results = json.loads(options.report.read_text())["results"]
+    else:
+        results = measure(options, _cases(parser, options))
+    print(table(results) if options.markdown is None else markdown(results, options.markdown))
+    out = options.json or options.report
+    if out or options.plot:
+        plot(results, options.plot or out.with_suffix(".png"))
+
+
+def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
     if options.ablation:
         options.policies += [p for p in ABLATION if p not in options.policies]
     try:
         for policy in options.policies:
             parse_policy(policy)
         if options.data is not None:
-            cases = jsonl_cases(options.data, options.max_tokens)
-        elif options.model != MODEL:
+            return jsonl_cases(options.data, options.max_tokens)
+        if options.model != MODEL:
             raise ValueError("--model needs --data: the page reader's tasks are its own")
-        else:
-            cases = page_reader_cases(options.split, options.tasks, options.samples)
+        return page_reader_cases(options.split, options.tasks, options.samples)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    results = measure(options, cases)
-    print(table(results))
-    if options.json or options.plot:
-        plot(results, options.plot or options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

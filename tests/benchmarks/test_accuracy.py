@@ -174,7 +174,7 @@ def test_empty_jsonl(tmp_path: Path) -> None:
         jsonl_cases(tmp_path / "data.jsonl", 64)
 
 
-def test_report(tmp_path: Path) -> None:
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def cell(score: float) -> dict:
         return {"score": score, "low": score - 0.02, "high": score + 0.02, "samples": 500}
 
@@ -185,8 +185,22 @@ def test_report(tmp_path: Path) -> None:
     text = accuracy.table(results)
     assert "98.0 ±2.0" in text and "10.0 ±2.0" in text
     assert text.count("full cache") == 2
-    accuracy.plot(results, tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").size[0] > 600
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"results": results}))
+    accuracy.main(["--report", str(earlier), "--markdown", "0.05"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| | lookup | row |",
+        "| --- | ---: | ---: |",
+        "| full cache | 98.0 | 97.0 |",
+        "| vlcache | 5.0 | 5.0 |",
+    ]
+    assert Image.open(tmp_path / "earlier.png").size[0] > 600
+
+
+def test_readme_has_the_committed_numbers() -> None:
+    root = Path(__file__).parents[2]
+    report = json.loads((root / "benchmarks/results/accuracy.json").read_text())
+    assert accuracy.markdown(report["results"], 0.1) in (root / "README.md").read_text()
 
 
 def test_kept_share() -> None:
