@@ -2,6 +2,7 @@
 """The fast training model is transformers' LLaVA, and batches are the prompts that users send."""
 
 import copy
+import dataclasses
 import random
 from pathlib import Path
 
@@ -202,5 +203,15 @@ def test_schedule() -> None:
     assert stage_of(total - 1, STAGES) == (len(STAGES) - 1, STAGES[-1].steps - 1)
     with pytest.raises(IndexError):
         stage_of(total, STAGES)
-    rates = [learning_rate(step, total, 1.0) for step in range(total)]
+    rates = [learning_rate(step, STAGES, 1.0) for step in range(total)]
     assert max(rates) == 1.0 and 0 < rates[-1] < 0.01 and rates[0] < 0.05
+    with pytest.raises(IndexError):
+        learning_rate(total, STAGES, 1.0)
+
+
+def test_a_restart_is_a_cycle_of_its_own() -> None:
+    first, last = (dataclasses.replace(STAGES[0], steps=400, lr=lr) for lr in (1.0, 0.5))
+    stages = (first, dataclasses.replace(last, restart=True))
+    rates = [learning_rate(step, stages, 1.0) for step in range(800)]
+    assert rates[:400] == [learning_rate(step, (first,), 1.0) for step in range(400)]
+    assert rates[400:] == [rate / 2 for rate in rates[:400]]
