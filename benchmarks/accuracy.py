@@ -221,6 +221,18 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def merge(options: argparse.Namespace) -> dict[str, Any]:
+    """The results of earlier runs of different policies, also written as one."""
+    reports = [json.loads(path.read_text()) for path in options.report]
+    results: dict[str, Any] = {}
+    for report in reports:
+        results |= report["results"]
+    if options.json:
+        parts = {"command": [r["command"] for r in reports], "results": results}
+        options.json.write_text(json.dumps(reports[0] | parts, indent=1) + "\n")
+    return results
+
+
 def table(results: dict[str, Any]) -> str:
     """One table for each task: policies by budgets, in per cent with half the interval's width."""
     tasks = list(next(iter(next(iter(results.values())).values())))
@@ -314,7 +326,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--score", choices=sorted(SCORES), help="default: exact, characters for dumps")
     add("--json", type=Path, metavar="OUT", help="write the results here")
     add("--plot", type=Path, metavar="OUT", help="default: beside --json, as .png")
-    add("--report", type=Path, metavar="JSON", help="measure nothing: report an earlier --json")
+    add(
+        "--report",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: report earlier runs, in one where they are parts",
+    )
     add("--markdown", type=_budget, metavar="BUDGET", help="print this budget's table as Markdown")
     add("--dtype", default="auto")
     add("--block-size", type=int, default=32)
@@ -331,14 +349,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = arguments
-    if options.report is not None:
-        results = json.loads(options.report.read_text())["results"]
+    if options.report:
+        results = merge(options)
     else:
         results = measure(options, _cases(parser, options))
     print(table(results) if options.markdown is None else markdown(results, options.markdown))
-    out = options.json or options.report
-    if out or options.plot:
-        plot(results, options.plot or out.with_suffix(".png"))
+    if options.json or options.plot:
+        plot(results, options.plot or options.json.with_suffix(".png"))
 
 
 def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:

@@ -185,16 +185,20 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = accuracy.table(results)
     assert "98.0 ±2.0" in text and "10.0 ±2.0" in text
     assert text.count("full cache") == 2
-    earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"results": results}))
-    accuracy.main(["--report", str(earlier), "--markdown", "0.05"])
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    for part, (policy, cells) in zip(parts, results.items(), strict=True):
+        part.write_text(json.dumps({"command": policy, "results": {policy: cells}}))
+    merged = tmp_path / "merged.json"
+    arguments = ["--report", *map(str, parts), "--markdown", "0.05", "--json", str(merged)]
+    accuracy.main(arguments)
     assert capsys.readouterr().out.splitlines() == [
         "| | lookup | row |",
         "| --- | ---: | ---: |",
         "| full cache | 98.0 | 97.0 |",
         "| vlcache | 5.0 | 5.0 |",
     ]
-    assert Image.open(tmp_path / "earlier.png").size[0] > 600
+    assert json.loads(merged.read_text()) == {"command": list(results), "results": results}
+    assert Image.open(tmp_path / "merged.png").size[0] > 600
 
 
 def test_readme_has_the_committed_numbers() -> None:
