@@ -349,10 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = arguments
-    if options.report:
-        results = merge(options)
-    else:
-        results = measure(options, _cases(parser, options))
+    results = merge(options) if options.report else measure(options, _cases(parser, options))
     print(table(results) if options.markdown is None else markdown(results, options.markdown))
     if options.json or options.plot:
         plot(results, options.plot or options.json.with_suffix(".png"))
