@@ -82,14 +82,17 @@ class VLCachePolicy(EvictionPolicy):
 
 @dataclass(frozen=True)
 class VLCachePlusPolicy(VLCachePolicy):
-    """VL-Cache with the settings that were best on the page reader's tuning split so far.
+    """VL-Cache with the settings that were best on the page reader's tuning split.
 
-    Provisional: see docs/accuracy.md for how they are measured.
+    The last query alone observes, half of a score is shared by all layers and KV heads, three
+    quarters of the tokens are ranked by lookahead, and layers get equal budgets: docs/accuracy.md.
     """
 
     name: ClassVar[str] = "vlcache-plus"
 
-    uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 0.8)
-    shared_scores: float = with_default(VLCachePolicy, "shared_scores", 1.0)
-    lookahead: float = with_default(VLCachePolicy, "lookahead", 50.0)
-    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.5)
+    recent_ratio: float = with_default(VLCachePolicy, "recent_ratio", 0.02)
+    max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 1)
+    uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
+    shared_scores: float = with_default(VLCachePolicy, "shared_scores", 0.55)
+    lookahead: float = with_default(VLCachePolicy, "lookahead", 60.0)
+    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.75)
