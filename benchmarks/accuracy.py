@@ -278,6 +278,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         1, len(tasks), figsize=(3.2 * len(tasks), 3.4), sharey=True, squeeze=False
     )
     full = results.get("full cache", {}).get("1.0", {})
+    budgets = sorted({float(b) for p, cells in results.items() if p != "full cache" for b in cells})
     for axis, task in zip(axes[0], tasks, strict=True):
         for policy, cells in results.items():
             if policy == "full cache":
@@ -291,12 +292,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.axhline(full[task]["score"], color="black", ls="--", lw=1, label="full cache")
         axis.set(title=task, xscale="log", xlabel="budget", ylim=(-0.02, 1.02))
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.xaxis.set_minor_formatter("")
+        axis.set_xticks(budgets)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("score")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(labels) - 1) // 4), 1, 1))
+    figure.tight_layout(rect=(0, 0.09 + 0.06 * ((len(labels) - 1) // 4), 1, 1))
     figure.savefig(path, dpi=120)
 
 
