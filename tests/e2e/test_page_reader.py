@@ -2,12 +2,16 @@
 """The shipped page reader, through vLLM: stock, and with a tenth of the cache."""
 
 import argparse
+from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 
-from benchmarks import accuracy
+from benchmarks import accuracy, sweep
 from benchmarks.cases import page_reader_cases
+from benchmarks.engine import read_trace, running_llm
 from training.pages import TASKS
+from vl_cache_vllm.config import KVCompressConfig
 
 CASES = 50
 MAX_BYTES = 16 << 20
@@ -71,3 +75,32 @@ def test_budgets_of_one_run_are_those_of_runs_of_their_own() -> None:
             # Batches of another size round differently: a token here or there.
             assert cell.kept_answer == pytest.approx(other.kept_answer, abs=0.02)
     assert sum(together[0.1]["row"].retained) < sum(together[0.4]["row"].retained)
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
+def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) -> None:
+    settings = {"policy": policy, "trace_path": str(tmp_path / "trace"), "trace_positions": True}
+    cases = page_reader_cases("tune", TASKS, 2)
+    arguments = accuracy._engine_arguments(
+        str(accuracy.MODEL), settings, options(dtype="float32", max_num_seqs=1)
+    )
+    with running_llm(**arguments) as llm:
+        llm.chat(
+            [accuracy._conversation(case) for case in cases],
+            SamplingParams(temperature=0, max_tokens=4),
+            use_tqdm=False,
+            chat_template_content_format="openai",
+        )
+    records = list(read_trace(tmp_path / "trace").values())
+    assert len(records) == len(cases)
+    reader = sweep.OfflineReader(accuracy.MODEL)
+    config = KVCompressConfig.from_dict({"policy": policy})
+    assert config is not None
+    for case, record in zip(cases, records, strict=True):
+        found = sweep.evict(reader.ask(reader.read(case), case), config, 32)
+        assert found is not None
+        for layer, expected in zip(found, record["kept_positions"], strict=True):
+            for head, positions in zip(layer.tolist(), expected, strict=True):
+                # Rounding decides between scores that are nearly equal.
+                assert len(head) == len(positions)
+                assert len({*head} - {*positions}) <= 0.02 * len(head)
