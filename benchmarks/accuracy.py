@@ -110,7 +110,7 @@ def run(
 
     A case's budgets are asked one after another, so that they share the pages' prefill.
     """
-    # vLLM reads its environment when it is imported: after `main` has set it, not before.
+    # vLLM reads its environment when it is imported: after `measure` has set it, not before.
     from vllm import SamplingParams
 
     from benchmarks.engine import read_trace, running_llm

@@ -32,9 +32,9 @@ from training.model import Reader, Shape, causal_mask, rotary
 from training.pages import TASKS
 from training.tokenizer import build_tokenizer
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.ops.apportion import apportion
+from vl_cache_vllm.engine.admission import plan_eviction
 from vl_cache_vllm.ops.observe import observe
-from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.worker.choice import choose
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [kv_heads, tokens, head_size]
 
@@ -108,7 +108,8 @@ class OfflineReader:
         language = self.model.model.language_model
         n = x.shape[0]
         start = position if position is not None else (cache[0][0].shape[1] if cache else 0)
-        cos, sin = rotary(torch.arange(start, start + n), self.model.shape.head_size, 1e4)
+        shape = self.model.shape
+        cos, sin = rotary(torch.arange(start, start + n), shape.head_size, shape.rope_theta)
         x, mask, own, queries = x[None], causal_mask(n), [], []
         for i, layer in enumerate(language.layers):
             q, k, v = layer.project(x, cos, sin, 0)
@@ -130,9 +131,8 @@ def evict(prompt: Prompt, config: KVCompressConfig, block_size: int) -> list[Ten
     Raises ValueError for a policy that observes queries of the pages: they are not recorded.
     """
     policy, tokens, num_layers = config.policy, prompt.tokens, len(prompt.cache)
-    kept_blocks = config.kept_blocks(-(-tokens // block_size))
-    full_pages = tokens // block_size
-    if kept_blocks >= full_pages:
+    plan = plan_eviction(config, block_size, tokens, prompt.pages)
+    if not plan.kept_blocks:
         return None
     start = policy.observation_start(prompt.pages, tokens)
     if start < prompt.pages:
@@ -143,13 +143,12 @@ def evict(prompt: Prompt, config: KVCompressConfig, block_size: int) -> list[Ten
         observed = queries[start - prompt.pages :]
         scale = keys.shape[-1] ** -0.5
         observe(observed, keys, start, scale, policy.threshold, 0.0, sums[i], dense[i])
-    observed_entries = (tokens - start) * (start + 1 + tokens) // 2 * prompt.queries[0].shape[1]
-    weights = policy.layer_weights(dense.double() / observed_entries, config.budget, tokens)
-    total = kept_blocks * num_layers
-    pages = apportion(weights, total, full_pages)
-    most = min(full_pages, total - num_layers + 1) * block_size
-    positions = select(policy.token_scores(sums), pages * block_size, policy.recent_ratio, most)
-    return [row[:, : int(n) * block_size] for row, n in zip(positions, pages, strict=True)]
+    num_heads = prompt.queries[0].shape[1]
+    choice = choose(
+        policy, config.budget, sums, dense, num_heads, start, plan.kept_blocks, block_size
+    )
+    sizes = (choice.kept_pages * block_size).tolist()
+    return [row[:, :size] for row, size in zip(choice.positions, sizes, strict=True)]
 
 
 def kept(cache: Cache, positions: list[Tensor]) -> Cache:

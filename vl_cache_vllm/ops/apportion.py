@@ -3,6 +3,8 @@
 
 import torch
 
+from vl_cache_vllm.ops.rank import rank
+
 
 def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
     """Deal ``total_pages`` out in proportion to ``weights``, 1 to ``max_pages`` to each layer.
@@ -35,9 +37,7 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     # A layer at its cap has no claim to a rounded-up page, whatever its rounding noise.
     # Rounded, so that noise does not decide between equal remainders either.
     remainder = torch.where(pages < max_pages, (quota - pages).round(decimals=9), -1.0)
-    order = torch.argsort(remainder, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(num_layers, device=order.device))
-    return pages + (rank < missing)
+    return pages + (rank(remainder) < missing)
 
 
 def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tensor:

@@ -3,6 +3,8 @@
 
 import torch
 
+from vl_cache_vllm.ops.rank import rank
+
 
 def select(
     scores: torch.Tensor, kept_tokens: torch.Tensor, recent_ratio: float, max_kept: int
@@ -30,9 +32,7 @@ def select(
     recent = torch.ceil((kept_tokens.double() * recent_ratio).round(decimals=9)).long()
     is_recent = position >= (num_tokens - recent)[:, None, None]  # [L, 1, E]
     ranked = torch.where(is_recent, torch.inf, scores)
-    order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order))
-    kept = rank < kept_tokens[:, None, None]
+    kept = rank(ranked) < kept_tokens[:, None, None]
     # Kept positions first, each side in increasing order.
     key = torch.where(kept, position, position + num_tokens)
     return key.sort(dim=-1).values[..., :max_kept] % num_tokens

@@ -3,6 +3,8 @@
 
 import torch
 
+from vl_cache_vllm.ops.rank import rank
+
 
 def interleave(scores: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
     """Scores whose best k tokens are, for every k, the best of two rankings.
@@ -14,11 +16,4 @@ def interleave(scores: torch.Tensor, other: torch.Tensor, share: float) -> torch
         scores, other: ``[layers, kv_heads, tokens]``; ties go to the lower position.
         share: 0 (``scores`` alone) to 1 (``other`` alone).
     """
-    return -torch.minimum(_rank(scores) / (1.0 - share), _rank(other) / share)
-
-
-def _rank(scores: torch.Tensor) -> torch.Tensor:
-    """1 for the highest score, float32."""
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    place = torch.arange(1, scores.shape[-1] + 1, dtype=torch.float32, device=scores.device)
-    return torch.empty_like(scores).scatter_(-1, order, place.expand_as(scores))
+    return -torch.minimum((rank(scores) + 1) / (1.0 - share), (rank(other) + 1) / share)

@@ -9,12 +9,11 @@ import torch
 from vllm.logger import init_logger
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 from vl_cache_vllm.ops.observe import observe
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.worker.choice import choose
 from vl_cache_vllm.worker.step import (
     BatchRow,
     EvictionStep,
@@ -182,21 +181,17 @@ class EvictionWorker:
         assert state.column_sums is not None and state.dense_entries is not None, (
             f"request {state.request_id} was given kept blocks but never observed"
         )
-        full_pages = finish.prompt_tokens // pool.block_size
-        total_pages = finish.kept_blocks * pool.num_layers
-        observed = policy.observation_start(state.vision_end, finish.prompt_tokens)  # type: ignore[arg-type]
-        # Query at position t has t + 1 causal entries.
-        queries = finish.prompt_tokens - observed
-        entries = queries * (observed + 1 + finish.prompt_tokens) // 2
-        density = state.dense_entries.double() / (entries * self.num_heads)
-        weights = policy.layer_weights(density, budget, finish.prompt_tokens)
-        kept_pages = apportion(weights, total_pages, full_pages)
-        positions = select(
-            policy.token_scores(state.column_sums),
-            kept_pages * pool.block_size,
-            policy.recent_ratio,
-            min(full_pages, total_pages - pool.num_layers + 1) * pool.block_size,
+        choice = choose(
+            policy,
+            budget,
+            state.column_sums,
+            state.dense_entries,
+            self.num_heads,
+            policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
+            finish.kept_blocks,
+            pool.block_size,
         )
+        kept_pages, positions = choice.kept_pages, choice.positions
         row = step.block_table[finish.row].long()
         end = finish.prompt_blocks + finish.kept_blocks
         prompt_row, kept_row = row[: finish.prompt_blocks], row[finish.prompt_blocks : end]
@@ -206,7 +201,7 @@ class EvictionWorker:
         self._kept_pages[state.slot] = kept_pages
         state.column_sums = state.dense_entries = None
         if self._trace_file is not None:
-            self._trace(finish, density, kept_pages, positions)
+            self._trace(finish, choice.density, kept_pages, positions)
 
     def _trace(
         self,
