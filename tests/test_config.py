@@ -39,6 +39,7 @@ EVERY_SETTING = {
     "shared_scores": 0.5,
     "lookahead": 40.0,
     "lookahead_share": 0.25,
+    "short_lookahead": 2.0,
     "min_layer_budget": 0.05,
 }
 
@@ -79,6 +80,7 @@ def test_every_setting_is_parsed() -> None:
             shared_scores=0.5,
             lookahead=40.0,
             lookahead_share=0.25,
+            short_lookahead=2.0,
             min_layer_budget=0.05,
         ),
         budget=0.25,

@@ -49,7 +49,7 @@ def test_defaults_are_the_paper() -> None:
     assert policy.max_observation_tokens is None
     assert policy.post_vision_only
     assert (policy.pooling, policy.uniform_mix, policy.min_layer_budget) == (1, 0.0, 0.01)
-    assert (policy.shared_scores, policy.lookahead, policy.lookahead_share) == (0.0, 0.0, 0.5)
+    assert (policy.shared_scores, policy.lookahead, policy.short_lookahead) == (0.0, 0.0, 0.0)
     attention = torch.rand(2, 3, 50)
     assert torch.equal(policy.token_scores(attention), attention)
     assert POLICIES["vlcache"] is VLCachePolicy
@@ -123,11 +123,11 @@ def test_pooling_averages_neighbours(pooling: int, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_shared_scores_are_means_over_layers_and_heads(share: float) -> None:
+def test_shared_scores_are_root_mean_squares_over_layers_and_heads(share: float) -> None:
     attention = torch.rand(2, 3, 50)
     scores = VLCachePolicy(shared_scores=share).token_scores(attention)
-    mean = sum(attention[i, j] for i in range(2) for j in range(3)) / 6
-    torch.testing.assert_close(scores, (1 - share) * attention + share * mean)
+    shared = (sum(attention[i, j] ** 2 for i in range(2) for j in range(3)) / 6) ** 0.5
+    torch.testing.assert_close(scores, (1 - share) * attention + share * shared)
 
 
 def test_lookahead_ranks_a_share_of_the_tokens() -> None:
@@ -136,6 +136,29 @@ def test_lookahead_ranks_a_share_of_the_tokens() -> None:
     policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_share=0.3)
     expected = interleave(pooled, look_ahead(pooled, 4.0), 0.3)
     assert torch.equal(policy.token_scores(attention), expected)
+
+
+def test_short_lookahead_ranks_the_rest() -> None:
+    attention = torch.rand(2, 3, 50)
+    short = look_ahead(attention, 2.0)
+    assert torch.equal(VLCachePolicy(short_lookahead=2.0).token_scores(attention), short)
+    policy = VLCachePolicy(lookahead=9.0, lookahead_share=0.6, short_lookahead=2.0)
+    expected = interleave(short, look_ahead(attention, 9.0), 0.6)
+    assert torch.equal(policy.token_scores(attention), expected)
+
+
+def test_short_lookahead_keeps_the_successor_of_a_weak_token() -> None:
+    """A strong token's long run must not take the place of a weak one's next token."""
+    attention = torch.full((1, 1, 200), 1e-6)
+    attention[..., 10], attention[..., 150] = 1.0, 0.1
+
+    def kept(**parameters: float) -> set[int]:
+        policy = VLCachePolicy(lookahead=60.0, lookahead_share=0.75, **parameters)
+        return set(policy.token_scores(attention)[0, 0].topk(40).indices.tolist())
+
+    assert 150 in kept()
+    assert 151 not in kept()
+    assert {10, 11, 30, 150, 151} <= kept(short_lookahead=1.0)
 
 
 def test_pooling_does_not_mix_layers_or_heads() -> None:
@@ -200,6 +223,7 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
         pytest.param({"shared_scores": 1.1}, r"shared_scores must be in \[0, 1\]", id="shared"),
         pytest.param({"lookahead": -1.0}, "lookahead must be from 0", id="lookahead-negative"),
         pytest.param({"lookahead": 2e6}, "lookahead must be from 0", id="lookahead-huge"),
+        pytest.param({"short_lookahead": -1.0}, "short_lookahead must be from 0", id="short"),
         pytest.param(
             {"lookahead_share": -0.1}, r"lookahead_share must be in \[0, 1\]", id="inherited"
         ),

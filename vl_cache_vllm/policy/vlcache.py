@@ -15,8 +15,8 @@ from vl_cache_vllm.policy.ranking import interleave
 class VLCachePolicy(EvictionPolicy):
     """Post-vision attention scores, layer budgets from post-vision attention density.
 
-    The defaults are the paper's. ``pooling``, ``uniform_mix``, ``shared_scores`` and ``lookahead``
-    are this project's additions; 1 turns the first off, 0 the others.
+    The defaults are the paper's. ``pooling``, ``uniform_mix``, ``shared_scores``, ``lookahead`` and
+    ``short_lookahead`` are this project's additions; 1 turns the first off, 0 the others.
     """
 
     name: ClassVar[str] = "vlcache"
@@ -30,7 +30,8 @@ class VLCachePolicy(EvictionPolicy):
     )
     shared_scores: float = parameter(
         0.0,
-        "share of a token's score that is its mean over all layers and KV heads; 0: the paper",
+        "share of a token's score that is its root mean square over all layers and KV heads; "
+        "0: the paper",
     )
     lookahead: float = parameter(
         0.0,
@@ -39,6 +40,9 @@ class VLCachePolicy(EvictionPolicy):
     )
     lookahead_share: float = parameter(
         0.5, "share of the kept tokens that is ranked so, where lookahead is not 0"
+    )
+    short_lookahead: float = parameter(
+        0.0, "the same for the rest of the kept tokens, with a length of its own; 0: the paper"
     )
     min_layer_budget: float = parameter(
         0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
@@ -50,8 +54,9 @@ class VLCachePolicy(EvictionPolicy):
         for name in ("uniform_mix", "shared_scores", "lookahead_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 0.0 <= self.lookahead <= 1e6:
-            raise ValueError(f"lookahead must be from 0 to 1e6 tokens, got {self.lookahead}")
+        for name in ("lookahead", "short_lookahead"):
+            if not 0.0 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be from 0 to 1e6 tokens, got {getattr(self, name)}")
         if not 0.0 < self.min_layer_budget <= 1.0:
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
@@ -59,12 +64,14 @@ class VLCachePolicy(EvictionPolicy):
         """Accumulated post-vision attention (paper section 3), smoothed when asked."""
         scores = attention
         if self.shared_scores:
-            mean = attention.mean((0, 1), keepdim=True)
-            scores = torch.lerp(attention, mean, self.shared_scores)
-        scores = average(scores, self.pooling)
+            # A few heads that are sure tell more than many that attend a little.
+            shared = attention.square().mean((0, 1), keepdim=True).sqrt()
+            scores = torch.lerp(attention, shared, self.shared_scores)
+        own = scores = average(scores, self.pooling)
+        if self.short_lookahead:
+            scores = look_ahead(own, self.short_lookahead)
         if self.lookahead:
-            inherited = look_ahead(scores, self.lookahead)
-            scores = interleave(scores, inherited, self.lookahead_share)
+            scores = interleave(scores, look_ahead(own, self.lookahead), self.lookahead_share)
         return scores
 
     def layer_weights(
@@ -84,8 +91,9 @@ class VLCachePolicy(EvictionPolicy):
 class VLCachePlusPolicy(VLCachePolicy):
     """VL-Cache with the settings that were best on the page reader's tuning split.
 
-    The last query alone observes, half of a score is shared by all layers and KV heads, three
-    quarters of the tokens are ranked by lookahead, and layers get equal budgets: docs/accuracy.md.
+    The last query alone observes, half of a score is shared by all layers and KV heads, most of
+    the tokens are ranked by a long lookahead and the rest by a short one, and layers get equal
+    budgets: docs/accuracy.md.
     """
 
     name: ClassVar[str] = "vlcache-plus"
@@ -94,5 +102,6 @@ class VLCachePlusPolicy(VLCachePolicy):
     max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 1)
     uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
     shared_scores: float = with_default(VLCachePolicy, "shared_scores", 0.55)
-    lookahead: float = with_default(VLCachePolicy, "lookahead", 60.0)
-    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.75)
+    lookahead: float = with_default(VLCachePolicy, "lookahead", 80.0)
+    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.7)
+    short_lookahead: float = with_default(VLCachePolicy, "short_lookahead", 1.0)
