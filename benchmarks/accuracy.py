@@ -222,11 +222,13 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:
-    """The results of earlier runs of different policies, also written as one."""
+    """The results of earlier runs of other policies or budgets, also written as one."""
     reports = [json.loads(path.read_text()) for path in options.report]
     results: dict[str, Any] = {}
     for report in reports:
-        results |= report["results"]
+        for policy, cells in report["results"].items():
+            budgets = results.setdefault(policy, {}) | cells
+            results[policy] = dict(sorted(budgets.items(), key=lambda item: float(item[0])))
     if options.json:
         parts = {"command": [r["command"] for r in reports], "results": results}
         options.json.write_text(json.dumps(reports[0] | parts, indent=1) + "\n")

@@ -2,7 +2,7 @@
 """Many settings of a policy on the page reader's tuning split, without vLLM.
 
     python -m benchmarks.sweep vlcache:max_observation_tokens=1,recent_ratio=0.02 \\
-        --grid shared_scores=0.4,0.55,0.7 lookahead=50,60,80 lookahead_share=0.7,0.8
+        --grid shared_scores=0.4,0.55,0.7 lookahead=60,80,100 lookahead_share=0.7,0.8
 
 The pages of a document are read once, every setting evicts from the same cache with the product's
 own operations, and the answer is decoded with the right answer given so far: exact answers are
@@ -12,6 +12,8 @@ because nothing can derail. Use it to choose settings, and `benchmarks.accuracy`
 
 import argparse
 import itertools
+import json
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import MODEL, parse_policy
 from benchmarks.cases import SPLITS, Case, page_reader_cases
+from benchmarks.machine import describe
 from training.data import Encoder, normalised, patches
 from training.model import Reader, Shape, causal_mask, rotary
 from training.pages import TASKS
@@ -203,6 +206,7 @@ def settings(policies: Sequence[str], grid: Sequence[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -214,6 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=500, help="cases of each task")
     add("--split", choices=SPLITS, default="tune")
     add("--block-size", type=int, default=32)
+    add("--json", type=Path, metavar="OUT", help="write the results here")
     options = parser.parse_args(arguments)
     try:
         configs = {}
@@ -231,10 +236,19 @@ def main(arguments: list[str] | None = None) -> None:
         return min(results[name][task] - full[task] for task in full)
 
     print("worst gap, then per cent of " + ", ".join(full))
-    for name in sorted(results, key=gap, reverse=True):
+    ranked = sorted(results, key=gap, reverse=True)
+    for name in ranked:
         scores = " ".join(f"{100 * score:6.1f}" for score in results[name].values())
         print(f"{100 * gap(name):6.1f}  {scores}  {name}")
+    if options.json:
+        report = {
+            "command": shlex.join(["python", "-m", "benchmarks.sweep", *arguments]),
+            "machine": describe(),
+            "results": {name: results[name] for name in ranked},
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -198,6 +198,12 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| vlcache | 5.0 | 5.0 |",
     ]
     assert json.loads(merged.read_text()) == {"command": list(results), "results": results}
+    later = {"vlcache": {str(b): {"lookup": cell(b), "row": cell(0.5)} for b in (0.01, 0.1)}}
+    parts[0].write_text(json.dumps({"command": "later", "results": later}))
+    accuracy.main(["--report", str(merged), str(parts[0]), "--json", str(merged)])
+    together = json.loads(merged.read_text())["results"]
+    assert list(together["vlcache"]) == ["0.01", "0.05", "0.1"]
+    assert [c["row"]["score"] for c in together["vlcache"].values()] == [0.5, 0.05, 0.5]
     assert Image.open(tmp_path / "merged.png").size[0] > 600
 
 

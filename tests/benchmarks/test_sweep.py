@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The offline sweep keeps what vLLM keeps, and scores as the benchmark does."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -78,3 +81,21 @@ def test_bad_settings_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         sweep.main(["vlcache", "--grid", "lookahead=x"])
     assert "lookahead must be of type float" in capsys.readouterr().err
+
+
+def test_results_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results" / "sweep.json"
+    arguments = ["vlcache", "--grid", "lookahead=0,40", "--tasks", "lookup", "row"]
+    sweep.main([*arguments, "--samples", "2", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report["command"] == "python -m benchmarks.sweep " + " ".join(
+        [*arguments, "--samples", "2", "--json", str(out)]
+    )
+    assert set(report["results"]) == {"full cache", "vlcache:lookahead=0", "vlcache:lookahead=40"}
+    assert set(report["results"]["full cache"]) == {"lookup", "row"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "cache" if name == "full cache" else name for name in report["results"]
+    ]
