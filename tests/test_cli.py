@@ -54,14 +54,22 @@ def test_flags_and_python_agree(model: Path) -> None:
         model,
         "--kv-compress=vlcache",
         "--kv-compress-budget=0.2",
+        "--kv-compress-when=pressure",
         '--kv-compress-config={"pooling": 3, "uniform_mix": 0.8}',
     )
-    expected = {"policy": "vlcache", "budget": 0.2, "pooling": 3, "uniform_mix": 0.8}
+    expected = {
+        "policy": "vlcache",
+        "budget": 0.2,
+        "when": "pressure",
+        "pooling": 3,
+        "uniform_mix": 0.8,
+    }
     python = EngineArgs(
         model=str(model), max_model_len=1024, additional_config={"kv_compress": expected}
     ).create_engine_config()
     assert settings_of(flags) == settings_of(python)
     assert settings_of(flags).budget == 0.2
+    assert settings_of(flags).when == "pressure"
     for vllm_config in (flags, python):
         assert vllm_config.parallel_config.worker_cls.endswith("EvictionCPUWorker")
         assert vllm_config.scheduler_config.scheduler_cls.startswith("vl_cache_vllm.")
@@ -88,7 +96,13 @@ def test_help_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
         parser.parse_args(["--help=kv-compress"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in ("--kv-compress ", "--kv-compress-budget", "--kv-compress-config", "recent_ratio"):
+    for word in (
+        "--kv-compress ",
+        "--kv-compress-budget",
+        "--kv-compress-when",
+        "--kv-compress-config",
+        "recent_ratio",
+    ):
         assert word in text
 
 
@@ -100,6 +114,7 @@ def test_help_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv-compress-budget=7"], "greater than 0 and at most 1"),
         (["--kv-compress-budget=abc"], "'abc' is not a budget"),
         (["--kv-compress-budget=nan"], "'nan' is not a budget"),
+        (["--kv-compress-when=sometimes"], "invalid choice: 'sometimes'"),
         (["--kv-compress=snapcache"], "invalid choice: 'snapcache'"),
         (["--kv-compress-config={"], "not valid JSON"),
         (["--kv-compress-config=[1]"], "must be a JSON object"),
@@ -122,7 +137,12 @@ def test_bad_flag(
         (['--kv-compress-config={"treshold": 0.1}', "--kv-compress=vlcache"], "known for policy"),
         (['--kv-compress-config={"pooling": 2}', "--kv-compress=vlcache"], "odd"),
         (['--kv-compress-config={"budget": 0.2}', "--kv-compress=vlcache"], "--kv-compress-budget"),
+        (
+            ['--kv-compress-config={"when": "always"}', "--kv-compress=vlcache"],
+            "--kv-compress-when",
+        ),
         (["--kv-compress-budget=0.2"], "off"),
+        (["--kv-compress-when=pressure"], "off"),
         (
             ["--kv-compress=vlcache", '--additional-config={"kv_compress": {"policy": "vlcache"}}'],
             "use one of them",
@@ -293,7 +313,7 @@ def test_the_readme_lists_every_setting() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     fields = (*dataclasses.fields(VLCachePolicy), *dataclasses.fields(KVCompressConfig))
     for field in fields:
-        if field.name in ("policy", "budget"):
+        if field.name in ("policy", "budget", "when"):
             continue
         row = f"| `{field.name}` | {json.dumps(field.default)} | {field.metadata['help']} |"
         assert row in text, row

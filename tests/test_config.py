@@ -27,6 +27,9 @@ from vl_cache_vllm.policy.vlcache import VLCachePolicy
 EVERY_SETTING = {
     "policy": "vlcache",
     "budget": 0.25,
+    "when": "pressure",
+    "pressure_high": 0.8,
+    "pressure_low": 0.5,
     "min_prompt_tokens": 100,
     "trace_path": "/tmp/trace.jsonl",
     "trace_positions": True,
@@ -62,6 +65,7 @@ def test_defaults() -> None:
     assert config == KVCompressConfig()
     assert config.policy == VLCachePolicy()
     assert config.budget == DEFAULT_BUDGET == 0.1
+    assert (config.when, config.pressure_high, config.pressure_low) == ("always", 0.9, 0.7)
     assert config.min_prompt_tokens == 0
     assert config.trace_path is None
     assert config.trace_positions is False
@@ -84,6 +88,9 @@ def test_every_setting_is_parsed() -> None:
             min_layer_budget=0.05,
         ),
         budget=0.25,
+        when="pressure",
+        pressure_high=0.8,
+        pressure_low=0.5,
         min_prompt_tokens=100,
         trace_path="/tmp/trace.jsonl",
         trace_positions=True,
@@ -166,6 +173,25 @@ def test_negative_min_prompt_tokens() -> None:
         parse(min_prompt_tokens=-1)
 
 
+@pytest.mark.parametrize("when", ["", "Always", "never"])
+def test_unknown_when(when: str) -> None:
+    with pytest.raises(ValueError, match=f"when must be one of always, pressure, got '{when}'"):
+        parse(when=when)
+
+
+@pytest.mark.parametrize(
+    ("high", "low"), [(0.5, 0.6), (1.1, 0.5), (0.5, -0.1), (float("nan"), 0.1), (0.5, float("nan"))]
+)
+def test_pressure_thresholds_out_of_range(high: float, low: float) -> None:
+    with pytest.raises(ValueError, match="the first not above the second"):
+        KVCompressConfig(pressure_high=high, pressure_low=low)
+
+
+def test_pressure_thresholds_may_be_equal() -> None:
+    config = parse(when="pressure", pressure_high=0.5, pressure_low=0.5)
+    assert config.pressure_high == config.pressure_low
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -245,6 +271,9 @@ CONFIGS = st.builds(
         min_layer_budget=st.floats(1e-6, 1.0),
     ),
     budget=st.floats(1e-6, 1.0),
+    when=st.sampled_from(["always", "pressure"]),
+    pressure_high=st.floats(0.5, 1.0),
+    pressure_low=st.floats(0.0, 0.5),
     min_prompt_tokens=st.integers(0, 10**6),
     trace_path=st.none() | st.text(max_size=20),
     trace_positions=st.booleans(),
@@ -267,6 +296,9 @@ def test_settings_tell_configurations_apart() -> None:
     base = KVCompressConfig.from_dict(EVERY_SETTING)
     changed = {
         "budget": 0.3,
+        "when": "always",
+        "pressure_high": 0.7,
+        "pressure_low": 0.4,
         "min_prompt_tokens": 101,
         "trace_path": None,
         "trace_positions": False,
@@ -373,7 +405,7 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
     assert set(described) == {"every policy", *POLICIES}
     defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
     found = described["every policy"] | described.get(also[name], {}) | described[name]
-    assert found == {k: v for k, v in defaults.items() if k not in ("policy", "budget")}
+    assert found == {k: v for k, v in defaults.items() if k not in ("policy", "budget", "when")}
 
 
 def test_a_request_without_settings_has_the_engines() -> None:

@@ -9,6 +9,7 @@ from vl_cache_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
     DEFAULT_BUDGET,
     OFF,
+    WHEN,
     KVCompressConfig,
     describe_settings,
 )
@@ -40,6 +41,13 @@ def add_cli_args(parser: Any) -> Any:
         f"at most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
     )
     group.add_argument(
+        "--kv-compress-when",
+        choices=WHEN,
+        default=argparse.SUPPRESS,
+        help="always: evict every prompt that can be; pressure: only those whose prefill ends "
+        f"while blocks are scarce, so that a light load keeps every token. (default: {WHEN[0]})",
+    )
+    group.add_argument(
         "--kv-compress-config",
         type=_json_object,
         default=argparse.SUPPRESS,
@@ -57,14 +65,14 @@ def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
     """
     policy = getattr(args, "kv_compress", None)
     given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
-    if "policy" in given or "budget" in given:
+    if given.keys() & {"policy", "budget", "when"}:
         raise ValueError(
-            "give the policy and the budget as --kv-compress and --kv-compress-budget, "
-            "not in --kv-compress-config"
+            "give policy, budget and when as --kv-compress, --kv-compress-budget and "
+            "--kv-compress-when, not in --kv-compress-config"
         )
-    budget = getattr(args, "kv_compress_budget", None)
-    if budget is not None:
-        given["budget"] = budget
+    for name in ("budget", "when"):
+        if (value := getattr(args, f"kv_compress_{name}", None)) is not None:
+            given[name] = value
     if policy is None and not given:
         return
     settings = {"policy": policy or OFF, **given}

@@ -25,6 +25,7 @@ from vl_cache_vllm.policy.vlcache import VLCachePolicy
 ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
 DEFAULT_BUDGET = 0.1
+WHEN = ("always", "pressure")
 REQUEST_BUDGET = "kv_budget"
 REQUEST_OPTIONS = "kv_policy_options"
 
@@ -37,6 +38,17 @@ class KVCompressConfig:
     budget: float = parameter(
         DEFAULT_BUDGET, "share of a prompt's KV cache blocks that is kept; 1 evicts nothing"
     )
+    when: str = parameter(
+        WHEN[0],
+        "always: evict every prompt that can be; pressure: only those whose prefill ends while "
+        "blocks are scarce",
+    )
+    pressure_high: float = parameter(
+        0.9,
+        "pressure begins when running requests' blocks and what waiting ones will ask for reach "
+        "this share of the pool",
+    )
+    pressure_low: float = parameter(0.7, "and ends when they have fallen to this share")
     min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
     trace_path: str | None = parameter(
         None,
@@ -49,6 +61,13 @@ class KVCompressConfig:
 
     def __post_init__(self) -> None:
         _check_budget("the KV cache budget", self.budget)
+        if self.when not in WHEN:
+            raise ValueError(f"when must be one of {', '.join(WHEN)}, got {self.when!r}")
+        if not 0.0 <= self.pressure_low <= self.pressure_high <= 1.0:
+            raise ValueError(
+                "pressure_low and pressure_high are shares of the block pool, from 0 to 1, the "
+                f"first not above the second; got {self.pressure_low} and {self.pressure_high}"
+            )
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
@@ -171,7 +190,8 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
 
 def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
-    own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in ("policy", "budget")]
+    flags = ("policy", "budget", "when")
+    own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in flags]
     lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
     for name in POLICIES:
         try:

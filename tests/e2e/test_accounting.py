@@ -169,9 +169,30 @@ def test_four_times_as_many_sequences(model: Path) -> None:
         return most
 
     stock = most_running(None)
-    ours = most_running({"policy": "vlcache", "budget": 0.1})
     assert stock >= 2
-    assert ours >= 4 * stock
+    for when in ("always", "pressure"):
+        assert most_running({"policy": "vlcache", "budget": 0.1, "when": when}) >= 4 * stock
+
+
+def test_under_pressure_requests_keep_their_cache_until_blocks_are_scarce(model: Path) -> None:
+    """One after another none is evicted; all at once the later ones are; and then none again."""
+    settings = {"policy": "vlcache", "budget": 0.1, "when": "pressure"}
+    requests = [harness.image_request("llava", LONG, [seed]) for seed in range(8)]
+    with harness.engine(
+        model, settings, **pool_of(100), max_num_batched_tokens=2048, enable_prefix_caching=False
+    ) as llm:
+        manager = harness.manager(llm)
+
+        def evicted(batch: list[Any]) -> int:
+            before = manager.num_evicted
+            llm.generate(batch, harness.greedy(BLOCK), use_tqdm=False)
+            assert_pool_is_whole(llm)
+            return manager.num_evicted - before
+
+        assert [evicted([request]) for request in requests[:3]] == [0, 0, 0]
+        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_pressure": 3}
+        assert evicted(requests) >= 6
+        assert evicted(requests[:1]) == 0
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

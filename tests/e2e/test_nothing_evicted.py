@@ -29,6 +29,7 @@ def stock(model: Path) -> list[list[Any]]:
         pytest.param(None, id="plugin loaded, not asked for"),
         pytest.param({"policy": "none"}, id="policy none"),
         pytest.param({"policy": "vlcache", "budget": 1.0}, id="budget 1"),
+        pytest.param({"policy": "vlcache", "budget": 0.1, "when": "pressure"}, id="no pressure"),
         pytest.param({"policy": "vlcache", "budget": 0.1, "min_prompt_tokens": 2000}, id="short"),
     ],
 )

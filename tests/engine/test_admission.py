@@ -106,6 +106,7 @@ def test_reasons_have_names_for_metrics() -> None:
         "pool_too_small",
         "no_decode",
         "streaming_input",
+        "no_pressure",
     }
 
 

@@ -423,6 +423,7 @@ class Expected:
     num_prompt: int = 0  # N
     num_kept: int = 0  # M; 0: not evicted
     skip: Skip | None = None
+    num_possible: int = 0  # M under pressure
     is_decided: bool = False
     is_freed: bool = False
 
@@ -439,6 +440,7 @@ class BlockAccounting(RuleBasedStateMachine):
         max_observation_tokens=st.sampled_from([None, None, 1, 3]),
         max_steps_in_flight=st.sampled_from([2, 1]),
         must_fit=st.booleans(),
+        when=st.sampled_from(["always", "pressure"]),
     )
     def start(
         self,
@@ -448,6 +450,7 @@ class BlockAccounting(RuleBasedStateMachine):
         max_observation_tokens: int | None,
         max_steps_in_flight: int,
         must_fit: bool,
+        when: str,
     ) -> None:
         self.budget = Fraction(budget)
         self.min_prompt_tokens = min_prompt_tokens
@@ -458,8 +461,10 @@ class BlockAccounting(RuleBasedStateMachine):
         config = KVCompressConfig(
             policy=VLCachePolicy(max_observation_tokens=max_observation_tokens),
             budget=float(budget),
+            when=when,
             min_prompt_tokens=min_prompt_tokens,
         )
+        self.by_pressure = when == "pressure"
         self.harness = EvictionHarness(
             make_kv_cache_manager(config, num_blocks, BLOCK_SIZE, MAX_MODEL_LEN)
         )
@@ -567,6 +572,9 @@ class BlockAccounting(RuleBasedStateMachine):
         self.schedule(data)
 
     def schedule(self, data: st.DataObject) -> None:
+        if self.by_pressure and data.draw(st.integers(0, 2)) == 0:
+            gauge = self.harness.manager.pressure
+            gauge.is_on = not gauge.is_on
         step: list[tuple[Request, int]] = []
         index, someone_was_preempted = 0, False
         while index < len(self.running):
@@ -703,6 +711,14 @@ class BlockAccounting(RuleBasedStateMachine):
             skip = Skip.NO_DECODE
         expected.prompt_tokens, expected.num_prompt = tokens, num_prompt
         expected.num_kept, expected.skip = (0 if skip else num_kept), skip
+        expected.num_possible = expected.num_kept
+
+    def decide_by_pressure(self, expected: Expected) -> None:
+        """What a step says of a prefill that has not ended before it."""
+        if self.by_pressure and not expected.is_decided and expected.num_possible:
+            is_on = self.harness.manager.pressure.is_on
+            expected.num_kept = expected.num_possible if is_on else 0
+            expected.skip = None if is_on else Skip.NO_PRESSURE
 
     def prefix_key(self, expected: Expected, num_tokens: int) -> PrefixKey:
         tokens = tuple(expected.request.all_token_ids[:num_tokens])
@@ -753,6 +769,7 @@ class BlockAccounting(RuleBasedStateMachine):
     ) -> bool:
         """Call vLLM, predict the outcome, compare; True if the blocks were allocated."""
         expected = self.expected[request.request_id]
+        self.decide_by_pressure(expected)
         hit_ids = hit_blocks.get_block_ids()[0] if hit_blocks is not None else []
         is_admission = hit_blocks is not None
         computed = request.num_computed_tokens + hit

@@ -32,7 +32,9 @@ class WorkerAgreement(BlockAccounting):
     def on_step(self, step: list[tuple[Request, int]]) -> None:
         if self.worker is None:
             policy = VLCachePolicy(max_observation_tokens=self.max_observation_tokens)
-            config = KVCompressConfig(policy, float(self.budget), self.min_prompt_tokens)
+            config = KVCompressConfig(
+                policy, float(self.budget), min_prompt_tokens=self.min_prompt_tokens
+            )
             self.worker = RecordingWorker(config, BLOCK_SIZE)
             self.start_runner()
         rows, numbers = self.run_step(step)

@@ -28,6 +28,7 @@ class Skip(Enum):
     POOL_TOO_SMALL = "pool_too_small"
     NO_DECODE = "no_decode"
     STREAMING_INPUT = "streaming_input"
+    NO_PRESSURE = "no_pressure"
 
 
 @dataclass(frozen=True)

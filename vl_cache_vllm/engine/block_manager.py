@@ -20,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import (
     EvictionPlan,
     Skip,
@@ -27,6 +28,7 @@ from vl_cache_vllm.engine.admission import (
     post_vision_start,
     request_config,
 )
+from vl_cache_vllm.engine.pressure import PressureGauge
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -34,7 +36,8 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self._config = kv_cache_spec.kv_compress
+        self._config: KVCompressConfig = kv_cache_spec.kv_compress
+        self.pressure = PressureGauge(self._config.pressure_high, self._config.pressure_low)
         self._lookup: Callable[[str], Request | None] = lambda _: None
         # Decided plans, also the negative ones: vLLM's end of prefill moves along with a decoding
         # request, so a rule asked again later would answer for tokens the worker has long decoded.
@@ -51,6 +54,13 @@ class CompressedAttentionManager(FullAttentionManager):
         """The decision about a request, or what it would be if its prefill ended now."""
         if decided := self._decided.get(request.request_id):
             return decided
+        plan = self._possible_plan(request)
+        if plan.kept_blocks and self.decides_by_pressure and not self.pressure.is_on:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_PRESSURE)
+        return plan
+
+    def _possible_plan(self, request: Request) -> EvictionPlan:
+        """The plan as far as the request alone decides it."""
         plan = plan_eviction(
             request_config(self._config, request.sampling_params),
             self.block_size,
@@ -65,12 +75,24 @@ class CompressedAttentionManager(FullAttentionManager):
             return replace(plan, kept_blocks=0, skip=Skip.NO_DECODE)
         return plan
 
+    @property
+    def decides_by_pressure(self) -> bool:
+        return self._config.when == "pressure"
+
+    def missing_blocks(self, request: Request) -> int:
+        """Blocks that a request's prefill still has to be given, without the kept ones."""
+        if request.request_id in self._decided:
+            return 0
+        held = len(self.req_to_blocks.get(request.request_id, ()))
+        return max(0, cdiv(request.num_tokens, self.block_size) - held)
+
     def max_hit_tokens(self, request: Request) -> int | None:
         """Longest prefix-cache hit that leaves all observed queries to be computed.
 
-        None where the request will not be evicted and any hit is welcome.
+        None where the request will not be evicted and any hit is welcome. Under ``pressure`` that
+        is not known before the prefill ends, so a request that may be is treated as one that will.
         """
-        plan = self.plan(request)
+        plan = self._possible_plan(request)
         if not plan.kept_blocks:
             return None
         vision_end = post_vision_start(request.mm_features)

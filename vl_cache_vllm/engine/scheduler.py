@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's schedulers, with their requests shown to our block manager and prefix hits trimmed."""
 
+from collections.abc import Iterator
+from itertools import chain
+
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -18,6 +22,20 @@ class _EvictionMixin:
         assert isinstance(manager, CompressedAttentionManager)
         manager.bind_requests(self.requests.get)  # type: ignore[attr-defined]
         self._eviction_manager = manager
+
+    def schedule(self, *args, **kwargs) -> SchedulerOutput:
+        if self._eviction_manager.decides_by_pressure:
+            pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+            total = pool.num_gpu_blocks - 1  # one is the null block
+            self._eviction_manager.pressure.update(
+                total - pool.get_num_free_blocks(), self._demands(), total
+            )
+        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def _demands(self) -> Iterator[int]:
+        """Blocks that each unfinished prefill still asks for, running ones first."""
+        requests = chain(self.running, self.kv_holding_waiting, self.waiting)  # type: ignore[attr-defined]
+        return map(self._eviction_manager.missing_blocks, requests)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Trim the hit so that the observed queries are computed, not taken from the cache."""
