@@ -52,9 +52,10 @@ class Server:
         with self.post("/v1/chat/completions", body) as response:
             return json.load(response)
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric's samples."""
-        pattern = rf"^{re.escape(name)}(?:{{.*}})? ([0-9.e+-]+)$"
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of a metric's samples, of those with a label such as ``layer="0"``."""
+        labels = rf"(?:{{.*{re.escape(label)}.*}})" + ("" if label else "?")
+        pattern = rf"^{re.escape(name)}{labels} ([0-9.e+-]+)$"
         return sum(float(v) for v in re.findall(pattern, self.get("/metrics"), re.MULTILINE))
 
     def num_blocks(self) -> int:

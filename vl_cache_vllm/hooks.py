@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first four are in place, and they only add flags, look at one
+With ``--kv-compress none`` only the first five are in place, and they only add flags, look at one
 key of ``additional_config`` and refuse requests that ask for eviction.
 """
 
@@ -62,6 +62,13 @@ HOOKS: tuple[Hook, ...] = (
         "kv_policy_options",
         "checks a request's own settings where an error is still an HTTP 400; custom logits "
         "processors could check too, but make V1 copy every sampled token to the host",
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "wrap",
+        "processes that create an engine's config; acts on engines with eviction",
+        "adds our metrics to every front end; plugins of vLLM's group for stat loggers reach only "
+        "AsyncLLM, and come after loggers that ours must precede",
     ),
     Hook(
         "vllm.config:ParallelConfig.worker_cls",
@@ -146,6 +153,7 @@ def install() -> None:
         vllm_config = create_engine_config(self, *args, **kwargs)
         enable(vllm_config)
         _check_requests()
+        _add_metrics()
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
@@ -184,6 +192,31 @@ def _check_requests() -> None:
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
     InputProcessor.process_inputs = process_inputs_with_ours  # type: ignore[method-assign]
+
+
+def _add_metrics() -> None:
+    """Let front ends of engines with eviction export its metrics, once per process."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from vl_cache_vllm.config import settings_of
+
+    if getattr(StatLoggerManager, "_vl_cache_installed", False):
+        return
+    StatLoggerManager._vl_cache_installed = True  # type: ignore[attr-defined]
+    init = StatLoggerManager.__init__
+
+    def init_with_ours(
+        self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        if settings_of(vllm_config) is not None:
+            from vl_cache_vllm.metrics import KVCompressStatLogger
+
+            see_all = kwargs.get("client_count", 1) == 1
+            ours = KVCompressStatLogger(vllm_config, self.engine_indexes, log_lines=see_all)
+            self.stat_loggers.insert(0, ours)
+
+    StatLoggerManager.__init__ = init_with_ours  # type: ignore[method-assign]
 
 
 def _forget_images(processor: Any, prompt: Any) -> None:

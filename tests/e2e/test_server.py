@@ -75,6 +75,31 @@ def test_chat_completion(server: Server, model: Path, trace: Path) -> None:
     assert records[-1]["kept_blocks"] < records[-1]["prompt_blocks"] // 4
 
 
+def test_metrics(server: Server, model: Path, trace: Path) -> None:
+    names = ("evicted_requests_total", "freed_blocks_total", "retained_share_sum")
+    times = ("observation_seconds_sum", "compaction_seconds_sum")
+
+    def metric(name: str, label: str = "") -> float:
+        return server.metric(f"vllm:kv_compress_{name}", label)
+
+    before = {name: metric(name) for name in (*names, *times)}
+    server.chat(ask(model, 5))
+    record = list(read_trace(trace).values())[-1]
+    after = {name: metric(name) - before[name] for name in (*names, *times)}
+    kept, prompt = record["kept_blocks"], record["prompt_blocks"]
+    assert after["evicted_requests_total"] == 1
+    assert after["freed_blocks_total"] == prompt - kept
+    assert after["retained_share_sum"] == pytest.approx(kept / prompt)
+    assert 0 < after["compaction_seconds_sum"] < 5 and 0 < after["observation_seconds_sum"] < 5
+    for layer, tokens in enumerate(record["kept_tokens"]):
+        share = metric("layer_retained_share", f'layer="{layer}"')
+        assert share == pytest.approx(tokens / record["prompt_tokens"])
+    server.chat({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4})
+    assert metric("skipped_requests_total", 'reason="text_only"') >= 1
+    wait_until_idle(server)
+    assert metric("blocks_held") == 0
+
+
 def test_streaming_gives_the_same_text(server: Server, model: Path) -> None:
     body = ask(model, 2)
     assert "".join(stream(server, body)) == server.chat(body)["choices"][0]["message"]["content"]

@@ -32,6 +32,7 @@ from tests.engine.blocks import (
 )
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import Skip
+from vl_cache_vllm.engine.stats import EvictionStats
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 BLOCK_SIZE = 4
@@ -481,6 +482,8 @@ class BlockAccounting(RuleBasedStateMachine):
         self.key_of_block: dict[int, PrefixKey] = {}
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
+        self.num_freed = 0
+        self.reported = EvictionStats()
 
     # Requests come and go.
 
@@ -790,6 +793,7 @@ class BlockAccounting(RuleBasedStateMachine):
                 self.seen["shared prompt freed"] += any(self.refs[block] for block in prompt)
                 expected.row[: expected.num_prompt] = [0] * expected.num_prompt
                 expected.is_freed = True
+                self.num_freed += expected.num_prompt - expected.num_kept
                 self.seen["prompt freed"] += 1
             else:
                 self.seen["freeing waits for a step in flight"] += 1
@@ -858,6 +862,19 @@ class BlockAccounting(RuleBasedStateMachine):
         self.check_hashes()
         assert self.harness.manager.num_evicted == self.num_evicted
         assert self.harness.manager.num_skipped == self.num_skipped
+        self.check_stats()
+
+    def check_stats(self) -> None:
+        manager = self.harness.manager
+        held = [e for e in self.expected.values() if e.is_decided and e.num_kept]
+        assert manager.blocks_held == sum(block > 0 for e in held for block in e.row)
+        if (stats := manager.take_stats()) is not None:
+            self.reported.add(stats)
+            assert manager.take_stats() is None
+        assert self.reported.evicted == self.num_evicted
+        assert self.reported.skipped == {s.value: n for s, n in self.num_skipped.items()}
+        assert self.reported.blocks_held == manager.blocks_held
+        assert self.reported.freed_blocks == self.num_freed
 
     def check_rows(self) -> None:
         for expected in self.expected.values():

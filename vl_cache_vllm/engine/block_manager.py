@@ -14,6 +14,7 @@ Does not own: which tokens survive, how the M x L pages are dealt to the layers 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -29,6 +30,7 @@ from vl_cache_vllm.engine.admission import (
     request_config,
 )
 from vl_cache_vllm.engine.pressure import PressureGauge
+from vl_cache_vllm.engine.stats import EvictionStats
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -45,6 +47,8 @@ class CompressedAttentionManager(FullAttentionManager):
         self._prompt_freed: set[str] = set()
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
+        self._stats = EvictionStats()
+        self._reported = EvictionStats()  # what a report of no news would say
 
     def bind_requests(self, lookup: Callable[[str], Request | None]) -> None:
         """Give the manager the scheduler's requests, which vLLM's interface does not pass."""
@@ -85,6 +89,32 @@ class CompressedAttentionManager(FullAttentionManager):
             return 0
         held = len(self.req_to_blocks.get(request.request_id, ()))
         return max(0, cdiv(request.num_tokens, self.block_size) - held)
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks of requests that are evicted or being so."""
+        return sum(
+            len(self.req_to_blocks.get(request_id, ()))
+            - (plan.prompt_blocks if request_id in self._prompt_freed else 0)
+            for request_id, plan in self._decided.items()
+            if plan.kept_blocks
+        )
+
+    def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
+        """Count what the worker has done."""
+        self._stats.add_reports(reports)
+
+    def take_stats(self) -> EvictionStats | None:
+        """What happened since the last call; None if nothing did."""
+        held = self.blocks_held
+        stats = replace(self._stats, blocks_held=held)
+        if self.decides_by_pressure:
+            stats.pressure = self.pressure.is_on
+        if stats == self._reported:
+            return None
+        self._reported = replace(EvictionStats(), blocks_held=held, pressure=stats.pressure)
+        self._stats = EvictionStats()
+        return stats
 
     def max_hit_tokens(self, request: Request) -> int | None:
         """Longest prefix-cache hit that leaves all observed queries to be computed.
@@ -139,6 +169,7 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def _decide(self, request_id: str, plan: EvictionPlan) -> None:
         self._decided[request_id] = plan
+        self._stats.decided(plan, self.block_size)
         if plan.skip:
             self.num_skipped[plan.skip] += 1
         else:
@@ -173,6 +204,7 @@ class CompressedAttentionManager(FullAttentionManager):
             # The step that compacted is done: nobody reads this request's prompt pages any more.
             self._remove_blocks_in_range(request_id, 0, plan.prompt_blocks)
             self._prompt_freed.add(request_id)
+            self._stats.freed_blocks += plan.prompt_blocks - plan.kept_blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._decided.pop(request_id, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers, with their requests shown to our block manager and prefix hits trimmed."""
+"""vLLM's schedulers; our block manager sees their requests, load and outputs."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -8,9 +8,14 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
+from vl_cache_vllm.engine.stats import put
+from vl_cache_vllm.worker import report
 
 
 class _EvictionMixin:
@@ -31,6 +36,19 @@ class _EvictionMixin:
                 total - pool.get_num_free_blocks(), self._demands(), total
             )
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self._eviction_manager.add_reports(report.detach(model_runner_output))
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        eviction = self._eviction_manager.take_stats()  # even if nobody asked: it would pile up
+        if stats is not None and eviction is not None:
+            put(stats, eviction)
+        return stats
 
     def _demands(self) -> Iterator[int]:
         """Blocks that each unfinished prefill still asks for, running ones first."""

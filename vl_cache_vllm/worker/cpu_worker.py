@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU worker with eviction; chosen through ``ParallelConfig.worker_cls``."""
 
+from typing import Any
+
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vl_cache_vllm import hooks
 from vl_cache_vllm.config import settings_of
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
+from vl_cache_vllm.worker import report
 from vl_cache_vllm.worker.attach import build_eviction_worker
 
 
@@ -35,3 +38,14 @@ class EvictionCPUWorker(CPUWorker):
             hooks.attach_v2(self.model_runner, self.eviction, layer_index)
         else:
             hooks.attach_v1(self.model_runner, self.eviction, layer_index)
+
+    def execute_model(self, *args, **kwargs) -> Any:
+        return self._with_reports(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args, **kwargs) -> Any:
+        return self._with_reports(super().sample_tokens(*args, **kwargs))
+
+    def _with_reports(self, output: Any) -> Any:
+        if output is None:  # it follows from `sample_tokens`
+            return None
+        return report.attach(output, self.eviction.take_reports())

@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 from vl_cache_vllm.ops.observe import observe
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.choice import choose
+from vl_cache_vllm.worker.report import EvictionReport
 from vl_cache_vllm.worker.step import (
     BatchRow,
     EvictionStep,
@@ -51,6 +53,7 @@ class EvictionWorker:
         self.num_heads = num_heads
         self.requests = RequestTable()
         self._trace_file = _open_trace(config.trace_path)
+        self._reports: list[EvictionReport] = []
         device, num_layers = pool.pages.device, pool.num_layers
         # Row 0 stays zero: it serves requests that are not evicted.
         self._kept_pages = torch.zeros(
@@ -150,6 +153,7 @@ class EvictionWorker:
             softcap: logit soft cap, 0 for none.
         """
         for observation in step.observations:
+            began = time.perf_counter()
             state = observation.state
             if state.column_sums is None:
                 shape = (self.pool.num_layers, self.pool.num_kv_heads, state.prefill_tokens)
@@ -169,12 +173,19 @@ class EvictionWorker:
                 state.column_sums[layer],
                 state.dense_entries[layer],
             )
+            state.observation_seconds += time.perf_counter() - began
         step.layers_done += 1
         if step.layers_done == self.pool.num_layers:
             for finish in step.finishes:
                 self._evict(step, finish)
 
+    def take_reports(self) -> list[EvictionReport]:
+        """The evictions since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
     def _evict(self, step: EvictionStep, finish: Finish) -> None:
+        began = time.perf_counter()
         state, pool = finish.state, self.pool
         policy, budget = state.config.policy, state.config.budget
         assert finish.prompt_tokens == state.prefill_tokens
@@ -200,6 +211,14 @@ class EvictionWorker:
             self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[state.slot] = kept_pages
         state.column_sums = state.dense_entries = None
+        kept_tokens = (kept_pages * pool.block_size).tolist()
+        self._reports.append(
+            EvictionReport(
+                state.observation_seconds,
+                time.perf_counter() - began,
+                [tokens / finish.prompt_tokens for tokens in kept_tokens],
+            )
+        )
         if self._trace_file is not None:
             self._trace(finish, choice.density, kept_pages, positions)
 

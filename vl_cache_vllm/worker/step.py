@@ -28,6 +28,7 @@ class RequestState:
     # While observing: attention sums [L, K, prefill_tokens] and dense entries [L].
     column_sums: torch.Tensor | None = None
     dense_entries: torch.Tensor | None = None
+    observation_seconds: float = 0.0
 
     # After eviction, all in tokens or blocks of the logical sequence; 0 before.
     evicted_tokens: int = 0  # E

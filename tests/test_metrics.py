@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics and the log line, without an engine."""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import SchedulerStats
+
+from tests.engine.test_stats import some_stats
+from vl_cache_vllm.engine.stats import EvictionStats, put
+from vl_cache_vllm.metrics import KVCompressStatLogger, summary
+
+
+def make_logger(**kwargs: Any) -> KVCompressStatLogger:
+    unregister_vllm_metrics()
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="reader"))
+    return KVCompressStatLogger(config, [0, 1], **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stat_logger() -> Iterator[KVCompressStatLogger]:
+    yield make_logger()
+    unregister_vllm_metrics()
+
+
+def value(name: str, engine: int = 0, **labels: str) -> float | None:
+    labels |= {"model_name": "reader", "engine": str(engine)}
+    return REGISTRY.get_sample_value(f"vllm:kv_compress_{name}", labels)
+
+
+def record(stat_logger: KVCompressStatLogger, stats: EvictionStats, engine: int = 0) -> None:
+    carrier = SchedulerStats()
+    put(carrier, stats)
+    stat_logger.record(carrier, None, engine_idx=engine)
+    assert carrier.kv_connector_stats is None  # vLLM's loggers would take it for a connector's
+
+
+def test_metrics_start_at_zero(stat_logger: KVCompressStatLogger) -> None:
+    for engine in (0, 1):
+        for name in ("evicted_requests_total", "freed_blocks_total", "freed_tokens_total"):
+            assert value(name, engine) == 0
+        for name in ("retained_share", "observation_seconds", "compaction_seconds"):
+            assert value(f"{name}_count", engine) == 0
+        assert value("blocks_held", engine) == 0
+
+
+def test_record(stat_logger: KVCompressStatLogger) -> None:
+    record(stat_logger, some_stats(), engine=1)
+    record(stat_logger, some_stats(), engine=1)
+    record(stat_logger, EvictionStats(freed_blocks=7, blocks_held=3, pressure=False), engine=1)
+    stat_logger.record(SchedulerStats(), None, engine_idx=1)
+    stat_logger.record(None, None, engine_idx=1)
+    assert value("evicted_requests_total", 1) == 2
+    assert value("skipped_requests_total", 1, reason="text_only") == 4
+    assert value("freed_tokens_total", 1) == 36
+    assert value("freed_blocks_total", 1) == 7
+    assert value("retained_share_sum", 1) == pytest.approx(4 / 7)
+    assert value("observation_seconds_sum", 1) == pytest.approx(0.02)
+    assert value("compaction_seconds_count", 1) == 2
+    assert [value("layer_retained_share", 1, layer=str(i)) for i in (0, 1, 2)] == [0.1, 0.3, None]
+    assert (value("blocks_held", 1), value("pressure", 1)) == (3, 0)
+    assert value("evicted_requests_total", 0) == 0
+
+
+def test_summary() -> None:
+    stats = some_stats()
+    stats.freed_blocks = 5
+    assert summary(stats) == (
+        "KV compression: evicted 1 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
+        "retained 28.6%, freed 5 blocks, observation 10.0 ms, compaction 2.0 ms, blocks held 5"
+    )
+    assert summary(EvictionStats(skipped=stats.skipped)) == (
+        "KV compression: evicted 0 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
+        "blocks held 0"
+    )
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    written: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.vl_cache.metrics"),
+        "info",
+        lambda text, *arguments: written.append(text % arguments),
+    )
+    return written
+
+
+def test_log_lines_are_of_one_interval(stat_logger: KVCompressStatLogger, lines: list[str]) -> None:
+    stat_logger.log()
+    assert not lines
+    record(stat_logger, some_stats(), engine=1)
+    stat_logger.log()
+    stat_logger.log()
+    assert lines == [f"Engine 001: {summary(some_stats())}"]
+
+
+def test_a_front_end_that_sees_a_part_logs_nothing(lines: list[str]) -> None:
+    stat_logger = make_logger(log_lines=False)
+    record(stat_logger, some_stats())
+    stat_logger.log()
+    assert not lines
+    assert value("evicted_requests_total") == 1
+    unregister_vllm_metrics()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports ride on a step's output, whether it is there already or not."""
+
+import pickle
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from vl_cache_vllm.worker.report import EvictionReport, attach, detach
+
+REPORT = EvictionReport(0.01, 0.002, [0.1, 0.3])
+PLAIN = {"observation_seconds": 0.01, "compaction_seconds": 0.002, "layers_retained": [0.1, 0.3]}
+
+
+def output() -> ModelRunnerOutput:
+    return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+
+def test_a_finished_output() -> None:
+    carrier = output()
+    assert detach(carrier) == []
+    assert attach(carrier, [REPORT]) is carrier
+    assert detach(carrier) == [PLAIN]
+    assert detach(pickle.loads(pickle.dumps(carrier))) == [PLAIN]  # from another process
+
+
+def test_an_output_without_reports_is_left_alone() -> None:
+    carrier = output()
+    assert attach(carrier, []) is carrier
+    assert vars(carrier) == vars(output())
+
+
+def test_an_output_that_is_not_there_yet() -> None:
+    class Later(AsyncModelRunnerOutput):
+        def get_output(self) -> ModelRunnerOutput:
+            return output()
+
+    later = Later()
+    assert attach(later, []) is later
+    assert detach(attach(later, [REPORT]).get_output()) == [PLAIN]

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker tells the scheduler about its evictions, on the outputs of its steps."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+_ATTRIBUTE = "kv_compress_reports"
+
+
+@dataclass(frozen=True)
+class EvictionReport:
+    """One eviction; times are of the host's clock."""
+
+    observation_seconds: float
+    compaction_seconds: float
+    layers_retained: list[float]  # kept tokens / prompt tokens, by layer
+
+
+class _OutputWithReports(AsyncModelRunnerOutput):
+    """An output that is not there yet."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, reports: list[EvictionReport]) -> None:
+        self._output, self._reports = output, reports
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        attach(output, self._reports)
+        return output
+
+
+def attach(output: Any, reports: list[EvictionReport]) -> Any:
+    """The output of a step, with what was evicted in it."""
+    if not reports:
+        return output
+    if isinstance(output, AsyncModelRunnerOutput):
+        return _OutputWithReports(output, reports)
+    setattr(output, _ATTRIBUTE, [asdict(report) for report in reports])
+    return output
+
+
+def detach(output: ModelRunnerOutput) -> list[dict[str, Any]]:
+    """The reports on an output as plain data; none on most."""
+    return getattr(output, _ATTRIBUTE, [])
