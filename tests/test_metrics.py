@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics and the log line, without an engine."""
 
+import inspect
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.v1.metrics import loggers
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -107,3 +111,32 @@ def test_a_front_end_that_sees_a_part_logs_nothing(lines: list[str]) -> None:
     assert not lines
     assert value("evicted_requests_total") == 1
     unregister_vllm_metrics()
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(stat_logger: KVCompressStatLogger) -> None:
+    """Ours by their full names, vLLM's by those its own logger registers."""
+    text = (Path(__file__).parents[1] / "examples" / "grafana.json").read_text()
+    asked = set(re.findall(r"vllm:\w+", text))
+    ours = {name for name in asked if name.startswith("vllm:kv_compress_")}
+    record(stat_logger, some_stats())
+    exported = {sample.name for metric in REGISTRY.collect() for sample in metric.samples}
+    assert ours <= exported
+    families = {name for name in exported if name.startswith("vllm:kv_compress_")}
+    shown = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in families}
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours} >= shown - {
+        "vllm:kv_compress_evicted_requests",
+        "vllm:kv_compress_skipped_requests",
+        "vllm:kv_compress_freed_blocks",
+        "vllm:kv_compress_freed_tokens",  # the created-at samples of counters
+        "vllm:kv_compress_freed_tokens_total",
+    }
+    source = inspect.getsource(loggers)
+    assert all(name.removesuffix("_total") in source for name in asked - ours)
+
+
+def test_the_readme_lists_every_metric(stat_logger: KVCompressStatLogger) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    listed = set(re.findall(r"\| `(vllm:kv_compress_\w+)` \|", text))
+    record(stat_logger, some_stats())
+    families = [m for m in REGISTRY.collect() if m.name.startswith("vllm:kv_compress_")]
+    assert listed == {m.name + "_total" * (m.type == "counter") for m in families}
