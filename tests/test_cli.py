@@ -100,6 +100,7 @@ def test_help_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
         "--kv-compress ",
         "--kv-compress-budget",
         "--kv-compress-when",
+        "--kv-compress-text",
         "--kv-compress-config",
         "recent_ratio",
     ):
@@ -143,6 +144,8 @@ def test_bad_flag(
         ),
         (["--kv-compress-budget=0.2"], "off"),
         (["--kv-compress-when=pressure"], "off"),
+        (["--kv-compress-text"], "off"),
+        (["--kv-compress-text", "--kv-compress=vlcache"], "not defined for text-only prompts"),
         (
             ["--kv-compress=vlcache", '--additional-config={"kv_compress": {"policy": "vlcache"}}'],
             "use one of them",
@@ -313,7 +316,7 @@ def test_the_readme_lists_every_setting() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     fields = (*dataclasses.fields(VLCachePolicy), *dataclasses.fields(KVCompressConfig))
     for field in fields:
-        if field.name in ("policy", "budget", "when"):
+        if field.name in ("policy", "budget", "when", "text"):
             continue
         row = f"| `{field.name}` | {json.dumps(field.default)} | {field.metadata['help']} |"
         assert row in text, row

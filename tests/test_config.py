@@ -30,6 +30,7 @@ EVERY_SETTING = {
     "when": "pressure",
     "pressure_high": 0.8,
     "pressure_low": 0.5,
+    "text": False,
     "min_prompt_tokens": 100,
     "trace_path": "/tmp/trace.jsonl",
     "trace_positions": True,
@@ -185,6 +186,18 @@ def test_unknown_when(when: str) -> None:
 def test_pressure_thresholds_out_of_range(high: float, low: float) -> None:
     with pytest.raises(ValueError, match="the first not above the second"):
         KVCompressConfig(pressure_high=high, pressure_low=low)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "h2o", "streamingllm", "random"])
+def test_text(policy: str) -> None:
+    assert parse(policy=policy, text=True).text
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
+def test_text_needs_a_policy_for_it(policy: str) -> None:
+    with pytest.raises(ValueError, match="not defined for text-only prompts") as error:
+        parse(policy=policy, text=True)
+    assert str(error.value).endswith("these are: h2o, pyramidkv, random, snapkv, streamingllm")
 
 
 def test_pressure_thresholds_may_be_equal() -> None:
@@ -405,7 +418,9 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
     assert set(described) == {"every policy", *POLICIES}
     defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
     found = described["every policy"] | described.get(also[name], {}) | described[name]
-    assert found == {k: v for k, v in defaults.items() if k not in ("policy", "budget", "when")}
+    assert found == {
+        k: v for k, v in defaults.items() if k not in ("policy", "budget", "when", "text")
+    }
 
 
 def test_a_request_without_settings_has_the_engines() -> None:

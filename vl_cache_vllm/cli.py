@@ -48,6 +48,13 @@ def add_cli_args(parser: Any) -> Any:
         f"while blocks are scarce, so that a light load keeps every token. (default: {WHEN[0]})",
     )
     group.add_argument(
+        "--kv-compress-text",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Evict text-only prompts too; with policies that are defined for them: "
+        f"{', '.join(POLICIES.for_text())}.",
+    )
+    group.add_argument(
         "--kv-compress-config",
         type=_json_object,
         default=argparse.SUPPRESS,
@@ -65,12 +72,13 @@ def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
     """
     policy = getattr(args, "kv_compress", None)
     given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
-    if given.keys() & {"policy", "budget", "when"}:
+    flags = ("budget", "when", "text")
+    if given.keys() & {"policy", *flags}:
         raise ValueError(
-            "give policy, budget and when as --kv-compress, --kv-compress-budget and "
-            "--kv-compress-when, not in --kv-compress-config"
+            "give policy, budget, when and text as --kv-compress, --kv-compress-budget, "
+            "--kv-compress-when and --kv-compress-text, not in --kv-compress-config"
         )
-    for name in ("budget", "when"):
+    for name in flags:
         if (value := getattr(args, f"kv_compress_{name}", None)) is not None:
             given[name] = value
     if policy is None and not given:

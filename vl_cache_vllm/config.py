@@ -49,6 +49,7 @@ class KVCompressConfig:
         "this share of the pool",
     )
     pressure_low: float = parameter(0.7, "and ends when they have fallen to this share")
+    text: bool = parameter(False, "evict text-only prompts too")
     min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
     trace_path: str | None = parameter(
         None,
@@ -67,6 +68,11 @@ class KVCompressConfig:
             raise ValueError(
                 "pressure_low and pressure_high are shares of the block pool, from 0 to 1, the "
                 f"first not above the second; got {self.pressure_low} and {self.pressure_high}"
+            )
+        if self.text and not self.policy.for_text:
+            raise ValueError(
+                f"policy {self.policy.name!r} is not defined for text-only prompts "
+                f"(--kv-compress-text); these are: {', '.join(POLICIES.for_text())}"
             )
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
@@ -190,7 +196,7 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
 
 def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
-    flags = ("policy", "budget", "when")
+    flags = ("policy", "budget", "when", "text")
     own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in flags]
     lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
     for name in POLICIES:

@@ -11,6 +11,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import EvictionPlan, Skip, plan_eviction, post_vision_start
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
 def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
@@ -37,8 +38,11 @@ def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
     ],
 )
 def test_post_vision_start(features: list[MultiModalFeatureSpec], expected: int | None) -> None:
-    assert post_vision_start(features) == expected
-    assert post_vision_start(tuple(features)) == expected
+    config = KVCompressConfig()
+    assert post_vision_start(config, features) == expected
+    assert post_vision_start(config, tuple(features)) == expected
+    text_too = KVCompressConfig(policy=SnapKVPolicy(), text=True)
+    assert post_vision_start(text_too, features) == (expected or 0)
 
 
 def plan(

@@ -58,7 +58,8 @@ class WorkerAgreement(BlockAccounting):
                 assert finish.prompt_blocks == expected.num_prompt
                 assert finish.kept_blocks == expected.num_kept
                 observed_from = self.worker.config.policy.observation_start(
-                    post_vision_start(request.mm_features) or 0, expected.prompt_tokens
+                    post_vision_start(self.worker.config, request.mm_features) or 0,
+                    expected.prompt_tokens,
                 )
                 window = list(range(observed_from, expected.prompt_tokens))
                 assert self.observed[row.state] == window
@@ -105,7 +106,7 @@ class V2Agreement(WorkerAgreement):
                 state = table.start(
                     request.request_id,
                     self.worker.config.for_request(request.sampling_params.extra_args),
-                    post_vision_start(request.mm_features),
+                    post_vision_start(self.worker.config, request.mm_features),
                     request.num_tokens,
                 )
                 self.states[request.request_id] = expected, state

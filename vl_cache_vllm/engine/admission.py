@@ -46,9 +46,12 @@ def request_config(config: KVCompressConfig, params: SamplingParams | None) -> K
     return config.for_request(params.extra_args if params else None)
 
 
-def post_vision_start(features: Sequence[MultiModalFeatureSpec]) -> int | None:
-    """Position after the last visual token, or None without images or videos.
+def post_vision_start(
+    config: KVCompressConfig, features: Sequence[MultiModalFeatureSpec]
+) -> int | None:
+    """Position after the last visual token.
 
+    Without images or videos it is 0 where text-only prompts are evicted too, and otherwise None.
     Structural tokens inside an image's placeholder range (row breaks, end markers) belong to it.
     """
     ends = [
@@ -56,7 +59,7 @@ def post_vision_start(features: Sequence[MultiModalFeatureSpec]) -> int | None:
         for f in features
         if f.modality in VISUAL_MODALITIES
     ]
-    return max(ends, default=None)
+    return max(ends, default=0 if config.text else None)
 
 
 def plan_eviction(

@@ -69,7 +69,7 @@ class CompressedAttentionManager(FullAttentionManager):
             request_config(self._config, request.sampling_params),
             self.block_size,
             request.num_tokens,
-            post_vision_start(request.mm_features),
+            post_vision_start(self._config, request.mm_features),
             usable_blocks=self.block_pool.num_gpu_blocks - 1,  # one is the null block
             num_prompt_tokens=request.num_prompt_tokens,
         )
@@ -125,7 +125,7 @@ class CompressedAttentionManager(FullAttentionManager):
         plan = self._possible_plan(request)
         if not plan.kept_blocks:
             return None
-        vision_end = post_vision_start(request.mm_features)
+        vision_end = post_vision_start(self._config, request.mm_features)
         assert vision_end is not None
         policy = request_config(self._config, request.sampling_params).policy
         start = policy.observation_start(vision_end, plan.prompt_tokens)

@@ -34,6 +34,8 @@ class EvictionPolicy(ABC):
 
     name: ClassVar[str]
     """The value of ``--kv-compress``."""
+    for_text: ClassVar[bool] = False
+    """Whether it is defined for prompts without images (``--kv-compress-text``)."""
 
     threshold: float = parameter(
         0.01, "p: an attention entry counts as dense iff it reaches p times its row's maximum"

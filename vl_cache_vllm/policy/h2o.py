@@ -18,6 +18,7 @@ class H2OPolicy(EvictionPolicy):
     """
 
     name: ClassVar[str] = "h2o"
+    for_text: ClassVar[bool] = True
 
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.5)
     post_vision_only: bool = with_default(EvictionPolicy, "post_vision_only", False)

@@ -19,6 +19,7 @@ class RandomPolicy(EvictionPolicy):
     """
 
     name: ClassVar[str] = "random"
+    for_text: ClassVar[bool] = True
 
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
     seed: int = parameter(0, "seed of the scores")

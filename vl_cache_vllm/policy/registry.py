@@ -44,6 +44,17 @@ class Registry(Mapping[str, type[EvictionPolicy]]):
             )
         return policy
 
+    def for_text(self) -> list[str]:
+        """Names of the policies for prompts without images; what cannot be loaded is left out."""
+
+        def is_for_text(name: str) -> bool:
+            try:
+                return self[name].for_text
+            except ValueError:
+                return False
+
+        return [name for name in self if is_for_text(name)]
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

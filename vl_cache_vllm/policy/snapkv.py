@@ -15,6 +15,7 @@ class SnapKVPolicy(EvictionPolicy):
     """Attention of the prompt's last tokens, smoothed; these tokens are kept; uniform budgets."""
 
     name: ClassVar[str] = "snapkv"
+    for_text: ClassVar[bool] = True
 
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.0)
     max_observation_tokens: int | None = parameter(

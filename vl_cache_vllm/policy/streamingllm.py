@@ -14,6 +14,7 @@ class StreamingLLMPolicy(EvictionPolicy):
     """Attention sinks first, then the most recent tokens; uniform budgets; no attention needed."""
 
     name: ClassVar[str] = "streamingllm"
+    for_text: ClassVar[bool] = True
 
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.0)
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)

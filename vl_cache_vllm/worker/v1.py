@@ -72,7 +72,7 @@ class V1Adapter:
             state = self._worker.requests.start(
                 req_id,
                 request_config(self._worker.config, record.sampling_params),
-                post_vision_start(record.mm_features or ()),
+                post_vision_start(self._worker.config, record.mm_features or ()),
                 record.num_prompt_tokens + len(record.output_token_ids),
             )
         return state

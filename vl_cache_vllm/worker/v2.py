@@ -40,7 +40,7 @@ class V2Adapter:
         self._worker.requests.start(
             new_req_data.req_id,
             request_config(self._worker.config, new_req_data.sampling_params),
-            post_vision_start(new_req_data.mm_features or ()),
+            post_vision_start(self._worker.config, new_req_data.mm_features or ()),
             len(tokens),
         )
 

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--kv-compress-text``: prompts without images."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tiny_models
+from benchmarks.engine import read_trace
+from tests.e2e import engine as harness
+
+BLOCK = 32
+TEXT = {"prompt": "USER: " + "Once upon a time there was a cache that kept everything. " * 9}
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build("llava", models_dir / "llava")
+
+
+@pytest.mark.both_runners
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "h2o", "streamingllm"])
+def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: str) -> None:
+    trace = tmp_path / "trace.jsonl"
+    settings = {"policy": policy, "budget": 0.25, "trace_path": str(trace), "trace_positions": True}
+    image = harness.image_request("llava", "What is it? " * 9, [1])
+    with harness.engine(
+        model, settings | {"text": True}, max_num_batched_tokens=128, enable_chunked_prefill=True
+    ) as llm:
+        outputs = [
+            llm.generate([request], harness.greedy(2 * BLOCK), use_tqdm=False)[0]
+            for request in (TEXT, image, TEXT)  # the second time from the prefix cache
+        ]
+        assert harness.manager(llm).num_evicted == 3
+    first, _, again = read_trace(trace).values()
+    tokens = len(outputs[0].prompt_token_ids)
+    assert first["prompt_tokens"] == tokens > 400
+    assert first["kept_blocks"] == -(-first["prompt_blocks"] // 4)
+    assert again["kept_positions"] == first["kept_positions"]
+    assert harness.token_ids(outputs[2]) == harness.token_ids(outputs[0])
+    assert (outputs[2].num_cached_tokens > 0) == (policy != "h2o")  # which observes everything
+    if policy == "streamingllm":
+        kept = first["kept_blocks"] * BLOCK
+        expected = [*range(4), *range(tokens - kept + 4, tokens)]
+        for layer in first["kept_positions"]:
+            assert all(sorted(head) == expected for head in layer)
+
+
+def test_without_the_flag_they_are_left_alone(model: Path) -> None:
+    with harness.engine(model, {"policy": "snapkv", "budget": 0.25}) as llm:
+        llm.generate([TEXT], harness.greedy(4), use_tqdm=False)
+        skipped = harness.manager(llm).num_skipped
+        assert {skip.value: n for skip, n in skipped.items()} == {"text_only": 1}
