@@ -49,6 +49,7 @@ class Prompt:
     cache: Cache
     queries: list[Tensor]  # of the question, each layer's [tokens, heads, head_size]
     pages: int  # tokens up to the last visual one
+    visual: tuple[tuple[int, int], ...]  # (first, end) positions of each page
     first: int  # the answer's first token, as the model says it
 
     @property
@@ -88,7 +89,10 @@ class OfflineReader:
             (torch.cat([k, own_k], 1), torch.cat([v, own_v], 1))
             for (k, v), (own_k, own_v) in zip(pages, own, strict=True)
         ]
-        return Prompt(cache, queries, pages[0][0].shape[1], first)
+        num_read, num_pages = pages[0][0].shape[1], len(case.load_images())
+        each = num_read // num_pages  # a page and the token before it
+        visual = tuple((end - each + 1, end) for end in range(each, num_read + 1, each))
+        return Prompt(cache, queries, num_read, visual, first)
 
     @torch.no_grad()
     def score(self, prompt: Prompt, cache: Cache, case: Case) -> float:
@@ -148,7 +152,15 @@ def evict(prompt: Prompt, config: KVCompressConfig, block_size: int) -> list[Ten
         observe(observed, keys, start, scale, policy.threshold, 0.0, sums[i], dense[i])
     num_heads = prompt.queries[0].shape[1]
     choice = choose(
-        policy, config.budget, sums, dense, num_heads, start, plan.kept_blocks, block_size
+        policy,
+        config.budget,
+        sums,
+        dense,
+        num_heads,
+        start,
+        plan.kept_blocks,
+        block_size,
+        prompt.visual,
     )
     sizes = (choice.kept_pages * block_size).tolist()
     return [row[:, :size] for row, size in zip(choice.positions, sizes, strict=True)]

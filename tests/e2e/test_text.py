@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--kv-compress-text``: prompts without images."""
+"""Text tokens: ``--kv-compress-text`` for prompts without images, ``keep_text`` for the others."""
 
 from pathlib import Path
 
@@ -51,3 +51,23 @@ def test_without_the_flag_they_are_left_alone(model: Path) -> None:
         llm.generate([TEXT], harness.greedy(4), use_tqdm=False)
         skipped = harness.manager(llm).num_skipped
         assert {skip.value: n for skip, n in skipped.items()} == {"text_only": 1}
+
+
+@pytest.mark.both_runners
+def test_keep_text(model: Path, tmp_path: Path) -> None:
+    """Text around two images stays in every layer and KV head; the scores choose visual tokens."""
+    trace = tmp_path / "trace.jsonl"
+    settings = {"policy": "vlcache", "budget": 0.25, "uniform_mix": 1.0, "keep_text": True}
+    request = harness.image_request("llava", "What is it? " * 3, [1, 2])
+    with harness.engine(
+        model, settings | {"trace_path": str(trace), "trace_positions": True}
+    ) as llm:
+        image_token = llm.model_config.hf_config.image_token_index
+        (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
+    (record,) = read_trace(trace).values()
+    ids = output.prompt_token_ids
+    text = {i for i, token in enumerate(ids) if token != image_token}
+    assert 10 < len(text) < min(record["kept_tokens"])
+    heads = [set(head) for layer in record["kept_positions"] for head in layer]
+    assert all(text <= head for head in heads)
+    assert len({frozenset(head) for head in heads}) > 1

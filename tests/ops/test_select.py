@@ -103,3 +103,31 @@ def test_every_entry_is_a_position_even_where_meaningless() -> None:
     result = select(scores, torch.tensor([1, 12]), 0.1, 12)
     assert result.min() >= 0
     assert result.max() < 13
+
+
+@pytest.mark.parametrize("recent_ratio", ["0", "0.25"])
+@pytest.mark.parametrize("kept", [1, 6, 20, 40])
+def test_precedence_is_sorted_before_scores(recent_ratio: str, kept: int) -> None:
+    generator = torch.Generator().manual_seed(kept)
+    scores = torch.randint(3, (2, 2, 50), generator=generator).float()
+    scores[0, 0, 7], scores[1, 1, 9] = torch.inf, -torch.inf
+    precedence = torch.randint(3, (50,), generator=generator)
+    result = select(scores, torch.tensor([kept, kept]), float(recent_ratio), kept, precedence)
+    recent = math.ceil(Fraction(recent_ratio) * kept)
+    window = list(range(50 - recent, 50))
+    for layer in range(2):
+        for head in range(2):
+            row = scores[layer, head].tolist()
+            rest = sorted(range(50 - recent), key=lambda p: (-precedence[p], -row[p], p))
+            expected = sorted([*rest[: kept - recent], *window])
+            assert result[layer, head].tolist() == expected
+
+
+def test_equal_precedence_changes_nothing() -> None:
+    scores = torch.rand(2, 3, 63)
+    kept = torch.tensor([10, 30])
+    for level in (0, 2):
+        alike = select(scores, kept, 0.1, 30, torch.full((63,), level))
+        plain = select(scores, kept, 0.1, 30)
+        for layer, count in enumerate(kept.tolist()):
+            assert torch.equal(alike[layer, :, :count], plain[layer, :, :count])

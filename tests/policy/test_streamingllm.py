@@ -22,7 +22,8 @@ from vl_cache_vllm.policy.streamingllm import StreamingLLMPolicy
 def test_kept_tokens(sinks: int, kept: int, expected: list[int]) -> None:
     policy = StreamingLLMPolicy(sink_tokens=sinks)
     scores = policy.token_scores(torch.rand(2, 3, 10))
-    positions = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept)
+    precedence = policy.precedence(10, [(2, 5)], scores.device)
+    positions = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
     assert positions.tolist() == [[expected] * 3] * 2
 
 

@@ -246,6 +246,22 @@ def test_limits_themselves_are_accepted() -> None:
     VLCachePolicy(recent_ratio=1.0, uniform_mix=0.0, max_observation_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        pytest.param({}, None, id="all-alike"),
+        pytest.param({"sink_tokens": 2}, [2, 2, 0, 0, 0, 0, 0, 0], id="sinks"),
+        pytest.param({"keep_text": True}, [1, 0, 0, 1, 0, 0, 1, 1], id="text"),
+        pytest.param({"keep_text": True, "sink_tokens": 2}, [2, 2, 0, 1, 0, 0, 1, 1], id="both"),
+        pytest.param({"sink_tokens": 99}, [2] * 8, id="more-sinks-than-tokens"),
+    ],
+)
+def test_precedence(parameters: dict[str, Any], expected: list[int] | None) -> None:
+    policy = VLCachePolicy(**parameters)
+    groups = policy.precedence(8, [(1, 3), (4, 6)], torch.device("cpu"))
+    assert (None if groups is None else groups.tolist()) == expected
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_registry_is_consistent(name: str) -> None:
     policy_cls = POLICIES[name]

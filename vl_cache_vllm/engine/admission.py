@@ -46,19 +46,26 @@ def request_config(config: KVCompressConfig, params: SamplingParams | None) -> K
     return config.for_request(params.extra_args if params else None)
 
 
+def visual_ranges(features: Sequence[MultiModalFeatureSpec]) -> tuple[tuple[int, int], ...]:
+    """(first, end) positions of each image or video of a prompt.
+
+    Structural tokens inside an image's placeholder range (row breaks, end markers) belong to it.
+    """
+    return tuple(
+        (f.mm_position.offset, f.mm_position.offset + f.mm_position.length)
+        for f in features
+        if f.modality in VISUAL_MODALITIES
+    )
+
+
 def post_vision_start(
     config: KVCompressConfig, features: Sequence[MultiModalFeatureSpec]
 ) -> int | None:
     """Position after the last visual token.
 
     Without images or videos it is 0 where text-only prompts are evicted too, and otherwise None.
-    Structural tokens inside an image's placeholder range (row breaks, end markers) belong to it.
     """
-    ends = [
-        f.mm_position.offset + f.mm_position.length
-        for f in features
-        if f.modality in VISUAL_MODALITIES
-    ]
+    ends = (end for _, end in visual_ranges(features))
     return max(ends, default=0 if config.text else None)
 
 

@@ -8,6 +8,7 @@ mechanism's work (`vl_cache_vllm.ops`), the same for every policy.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,8 +52,14 @@ class EvictionPolicy(ABC):
         "observe only queries after the last visual token; false: the prompt's last "
         "max_observation_tokens queries whatever they are (SnapKV's window), or all (H2O)",
     )
+    sink_tokens: int = parameter(
+        0, "so many first tokens of the prompt are kept before all but the recent ones"
+    )
+    keep_text: bool = parameter(False, "text tokens are kept before all visual ones")
 
     def __post_init__(self) -> None:
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0.0 <= self.recent_ratio <= 1.0:
@@ -81,6 +88,27 @@ class EvictionPolicy(ABC):
         Returns:
             Scores of the same shape; higher is kept first, ties go to the lower position.
         """
+
+    def precedence(
+        self, tokens: int, visual: Sequence[tuple[int, int]], device: torch.device
+    ) -> torch.Tensor | None:
+        """Groups of tokens, kept whole before any of a lower group: sinks, text, the rest.
+
+        Args:
+            tokens: of the prompt.
+            visual: (first, end) positions of each image.
+            device: of the result.
+
+        Returns:
+            int64 ``[tokens]``, 0 or more; None where all tokens are alike.
+        """
+        if not (self.sink_tokens or self.keep_text):
+            return None
+        groups = torch.full((tokens,), int(self.keep_text), device=device)
+        for first, end in visual:
+            groups[first:end] = 0
+        groups[: self.sink_tokens] = 2
+        return groups
 
     def layer_weights(
         self, density: torch.Tensor, budget: float, prompt_tokens: int

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an eviction keeps, from what was observed: a policy's decisions made whole pages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ def choose(
     first_query: int,
     kept_blocks: int,
     block_size: int,
+    visual: Sequence[tuple[int, int]],
 ) -> Choice:
     """The layers' pages and each KV head's tokens.
 
@@ -42,6 +44,7 @@ def choose(
         first_query: position of the first observed query.
         kept_blocks: of the prompt.
         block_size: tokens of a page.
+        visual: (first, end) positions of each image of the prompt.
     """
     num_layers, _, prompt_tokens = column_sums.shape
     full_pages = prompt_tokens // block_size
@@ -56,5 +59,6 @@ def choose(
         kept_pages * block_size,
         policy.recent_ratio,
         min(full_pages, total_pages - num_layers + 1) * block_size,
+        policy.precedence(prompt_tokens, visual, column_sums.device),
     )
     return Choice(density, kept_pages, positions)

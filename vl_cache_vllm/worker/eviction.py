@@ -201,6 +201,7 @@ class EvictionWorker:
             policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
             finish.kept_blocks,
             pool.block_size,
+            state.visual,
         )
         kept_pages, positions = choice.kept_pages, choice.positions
         row = step.block_table[finish.row].long()

@@ -24,6 +24,7 @@ class RequestState:
     config: KVCompressConfig  # the engine's, with what the request changed
     vision_end: int | None  # position after the last visual token
     prefill_tokens: int  # tokens known when prefill (re)started
+    visual: Sequence[tuple[int, int]] = ()  # (first, end) positions of each image
 
     # While observing: attention sums [L, K, prefill_tokens] and dense entries [L].
     column_sums: torch.Tensor | None = None
@@ -170,13 +171,15 @@ class RequestTable:
         config: KVCompressConfig,
         vision_end: int | None,
         prefill_tokens: int,
+        visual: Sequence[tuple[int, int]] = (),
     ) -> RequestState:
         """A fresh state for a request that starts or restarts its prefill."""
         self.drop(request_id)
         if not self._free_slots:
             self._free_slots.append(self._num_slots)
             self._num_slots += 1
-        state = RequestState(request_id, self._free_slots.pop(), config, vision_end, prefill_tokens)
+        slot = self._free_slots.pop()
+        state = RequestState(request_id, slot, config, vision_end, prefill_tokens, visual)
         self._states[request_id] = state
         return state
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.engine.admission import post_vision_start, request_config
+from vl_cache_vllm.engine.admission import post_vision_start, request_config, visual_ranges
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, RequestState
@@ -69,10 +69,12 @@ class V1Adapter:
         state = self._worker.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
+            features = record.mm_features or ()
             state = self._worker.requests.start(
                 req_id,
                 request_config(self._worker.config, record.sampling_params),
-                post_vision_start(self._worker.config, record.mm_features or ()),
+                post_vision_start(self._worker.config, features),
                 record.num_prompt_tokens + len(record.output_token_ids),
+                visual_ranges(features),
             )
         return state
