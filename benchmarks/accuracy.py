@@ -224,6 +224,8 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 def merge(options: argparse.Namespace) -> dict[str, Any]:
     """The results of earlier runs of other policies or budgets, also written as one."""
     reports = [json.loads(path.read_text()) for path in options.report]
+    if len({report.get("split") for report in reports}) > 1:
+        raise ValueError("--report: these are of different splits or data, and cannot be one table")
     results: dict[str, Any] = {}
     for report in reports:
         for policy, cells in report["results"].items():
@@ -353,7 +355,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = arguments
-    results = merge(options) if options.report else measure(options, _cases(parser, options))
+    try:
+        results = merge(options) if options.report else measure(options, _cases(parser, options))
+    except ValueError as error:
+        if options.report:
+            parser.error(str(error))
+        raise
     print(table(results) if options.markdown is None else markdown(results, options.markdown))
     if options.json or options.plot:
         plot(results, options.plot or options.json.with_suffix(".png"))

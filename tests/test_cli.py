@@ -218,6 +218,13 @@ def test_refusal(model: Path, name: str) -> None:
     assert str(error.value).count("\n  - ") == 1
 
 
+def test_the_rust_front_end_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_config = _with_settings(config(model))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="unset VLLM_USE_RUST_FRONTEND"):
+        hooks.enable(vllm_config)
+
+
 def test_all_reasons_come_in_one_message(model: Path) -> None:
     vllm_config = _with_settings(config(model))
     for name in ("tensor parallel", "quantised cache", "speculative decoding"):

@@ -204,6 +204,11 @@ def test_text_needs_a_policy_for_it(policy: str) -> None:
     assert str(error.value).endswith("these are: h2o, pyramidkv, random, snapkv, streamingllm")
 
 
+def test_pressure_thresholds_without_pressure() -> None:
+    with pytest.raises(ValueError, match="no effect without --kv-compress-when pressure"):
+        parse(pressure_high=0.5, pressure_low=0.2)
+
+
 def test_pressure_thresholds_may_be_equal() -> None:
     config = parse(when="pressure", pressure_high=0.5, pressure_low=0.5)
     assert config.pressure_high == config.pressure_low
@@ -288,7 +293,7 @@ CONFIGS = st.builds(
         min_layer_budget=st.floats(1e-6, 1.0),
     ),
     budget=st.floats(1e-6, 1.0),
-    when=st.sampled_from(["always", "pressure"]),
+    when=st.just("pressure"),
     pressure_high=st.floats(0.5, 1.0),
     pressure_low=st.floats(0.0, 0.5),
     min_prompt_tokens=st.integers(0, 10**6),
@@ -313,7 +318,6 @@ def test_settings_tell_configurations_apart() -> None:
     base = KVCompressConfig.from_dict(EVERY_SETTING)
     changed = {
         "budget": 0.3,
-        "when": "always",
         "pressure_high": 0.7,
         "pressure_low": 0.4,
         "min_prompt_tokens": 101,

@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.test_stats import some_stats
 from vl_cache_vllm.engine.stats import EvictionStats, put
-from vl_cache_vllm.metrics import KVCompressStatLogger, summary
+from vl_cache_vllm.metrics import Interval, KVCompressStatLogger
 
 
 def make_logger(**kwargs: Any) -> KVCompressStatLogger:
@@ -71,16 +71,28 @@ def test_record(stat_logger: KVCompressStatLogger) -> None:
     assert value("evicted_requests_total", 0) == 0
 
 
-def test_summary() -> None:
+def interval(*stats: EvictionStats) -> str:
+    total = Interval()
+    for each in stats:
+        total.add(each)
+    return str(total)
+
+
+def test_the_line_of_an_interval() -> None:
     stats = some_stats()
     stats.freed_blocks = 5
-    assert summary(stats) == (
+    assert interval(stats) == (
         "KV compression: evicted 1 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
         "retained 28.6%, freed 5 blocks, observation 10.0 ms, compaction 2.0 ms, blocks held 5"
     )
-    assert summary(EvictionStats(skipped=stats.skipped)) == (
+    assert interval(EvictionStats(skipped=stats.skipped)) == (
         "KV compression: evicted 0 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
         "blocks held 0"
+    )
+    more = EvictionStats(evicted=3, retained=[0.1, 0.1, 0.2], freed_blocks=4, blocks_held=1)
+    assert interval(stats, more) == (
+        "KV compression: evicted 4 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
+        "retained 17.1%, freed 9 blocks, observation 10.0 ms, compaction 2.0 ms, blocks held 1"
     )
 
 
@@ -101,7 +113,7 @@ def test_log_lines_are_of_one_interval(stat_logger: KVCompressStatLogger, lines:
     record(stat_logger, some_stats(), engine=1)
     stat_logger.log()
     stat_logger.log()
-    assert lines == [f"Engine 001: {summary(some_stats())}"]
+    assert lines == [f"Engine 001: {interval(some_stats())}"]
 
 
 def test_a_front_end_that_sees_a_part_logs_nothing(lines: list[str]) -> None:

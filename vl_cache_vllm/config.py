@@ -26,6 +26,7 @@ ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
 DEFAULT_BUDGET = 0.1
 WHEN = ("always", "pressure")
+PRESSURE = (0.9, 0.7)
 REQUEST_BUDGET = "kv_budget"
 REQUEST_OPTIONS = "kv_policy_options"
 
@@ -44,11 +45,11 @@ class KVCompressConfig:
         "blocks are scarce",
     )
     pressure_high: float = parameter(
-        0.9,
+        PRESSURE[0],
         "pressure begins when running requests' blocks and what waiting ones will ask for reach "
         "this share of the pool",
     )
-    pressure_low: float = parameter(0.7, "and ends when they have fallen to this share")
+    pressure_low: float = parameter(PRESSURE[1], "and ends when they have fallen to this share")
     text: bool = parameter(False, "evict text-only prompts too")
     min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
     trace_path: str | None = parameter(
@@ -73,6 +74,10 @@ class KVCompressConfig:
             raise ValueError(
                 f"policy {self.policy.name!r} is not defined for text-only prompts "
                 f"(--kv-compress-text); these are: {', '.join(POLICIES.for_text())}"
+            )
+        if self.when == "always" and (self.pressure_high, self.pressure_low) != PRESSURE:
+            raise ValueError(
+                "pressure_high and pressure_low have no effect without --kv-compress-when pressure"
             )
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")

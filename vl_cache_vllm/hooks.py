@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first five are in place, and they only add flags, look at one
+With ``--kv-compress none`` only the first four are in place, and they only add flags, look at one
 key of ``additional_config`` and refuse requests that ask for eviction.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
         "wrap",
-        "processes that create an engine's config; acts on engines with eviction",
+        "processes that create the config of an engine with eviction; acts on such engines",
         "adds our metrics to every front end; plugins of vLLM's group for stat loggers reach only "
         "AsyncLLM, and come after loggers that ours must precede",
     ),
@@ -133,6 +134,7 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vl_cache_vllm import cli
+    from vl_cache_vllm.config import settings_of
 
     if getattr(EngineArgs, "_vl_cache_installed", False):
         return
@@ -153,7 +155,8 @@ def install() -> None:
         vllm_config = create_engine_config(self, *args, **kwargs)
         enable(vllm_config)
         _check_requests()
-        _add_metrics()
+        if settings_of(vllm_config) is not None:
+            _add_metrics()
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
@@ -195,10 +198,17 @@ def _check_requests() -> None:
 
 
 def _add_metrics() -> None:
-    """Let front ends of engines with eviction export its metrics, once per process."""
+    """Let front ends of engines with eviction export its metrics, once per process.
+
+    Engine cores send counts only if the front end that started them takes them out: vLLM's own
+    loggers would stumble over them where a finished config was handed to another process.
+    """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
     from vl_cache_vllm.config import settings_of
+    from vl_cache_vllm.engine.stats import SEND
+
+    os.environ[SEND] = "1"
 
     if getattr(StatLoggerManager, "_vl_cache_installed", False):
         return
@@ -212,8 +222,9 @@ def _add_metrics() -> None:
         if settings_of(vllm_config) is not None:
             from vl_cache_vllm.metrics import KVCompressStatLogger
 
-            see_all = kwargs.get("client_count", 1) == 1
-            ours = KVCompressStatLogger(vllm_config, self.engine_indexes, log_lines=see_all)
+            log_lines = kwargs.get("enable_default_loggers", True)
+            log_lines = log_lines and kwargs.get("client_count", 1) == 1
+            ours = KVCompressStatLogger(vllm_config, self.engine_indexes, log_lines=log_lines)
             self.stat_loggers.insert(0, ours)
 
     StatLoggerManager.__init__ = init_with_ours  # type: ignore[method-assign]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import prometheus_client
@@ -33,7 +35,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         self, vllm_config: VllmConfig, engine_indexes: Sequence[int], log_lines: bool = True
     ) -> None:
         self._log_lines = log_lines
-        self._interval: dict[int, EvictionStats] = {i: EvictionStats() for i in engine_indexes}
+        self._intervals = {i: Interval() for i in engine_indexes}
         names = ["model_name", "engine"]
         model_name = vllm_config.model_config.served_model_name
         self._labels = {i: (model_name, str(i)) for i in engine_indexes}
@@ -54,12 +56,14 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
                 f"vllm:kv_compress_{name}", text, names, buckets=buckets
             )
 
-        self._evicted = counter("evicted_requests", "Prefills that ended with an eviction.")
+        self._evicted = counter("evicted_requests", "Prefills decided to end with an eviction.")
         self._skipped = counter(
-            "skipped_requests", "Prefills that ended with their whole cache, by reason.", "reason"
+            "skipped_requests",
+            "Prefills decided to end with their whole cache, by reason.",
+            "reason",
         )
         self._freed_blocks = counter(
-            "freed_blocks", "KV cache blocks returned to the pool, without those kept instead."
+            "freed_blocks", "Prompt blocks that evictions returned to the pool."
         )
         self._freed_tokens = counter(
             "freed_tokens", "Prompt tokens evicted: mean over layers and KV heads."
@@ -68,7 +72,9 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             "retained_share", "Kept share of an evicted prompt's KV cache blocks.", SHARES
         )
         self._observation = histogram(
-            "observation_seconds", "Time to observe a prompt's attention, all layers.", SECONDS
+            "observation_seconds",
+            "Time to observe an evicted prompt's attention, all layers.",
+            SECONDS,
         )
         self._compaction = histogram(
             "compaction_seconds", "Time to choose and move a prompt's kept tokens.", SECONDS
@@ -117,33 +123,51 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             self._pressure.labels(*labels).set(stats.pressure)
         for layer, shares in enumerate(zip(*stats.layers_retained, strict=True)):
             self._layer.labels(*labels, layer).set(sum(shares) / len(shares))
-        self._interval[engine_idx].add(stats)
+        self._intervals[engine_idx].add(stats)
 
     def log(self) -> None:
         """One line for each engine that decided anything since the last."""
-        for index, stats in self._interval.items():
-            if self._log_lines and (stats.evicted or stats.skipped):
-                logger.info("Engine %03d: %s", index, summary(stats))
-            self._interval[index] = EvictionStats()
+        for index, interval in self._intervals.items():
+            if self._log_lines and (interval.evicted or interval.skipped):
+                logger.info("Engine %03d: %s", index, interval)
+            self._intervals[index] = Interval()
 
     def log_engine_initialized(self) -> None:
         pass
 
 
-def summary(stats: EvictionStats) -> str:
-    """What happened, in a line."""
-    skipped = ", ".join(f"{count} {reason}" for reason, count in stats.skipped.most_common())
-    parts = [f"KV compression: evicted {stats.evicted} reqs"]
-    parts.append(f"left alone {stats.skipped.total()}" + (f" ({skipped})" if skipped else ""))
-    if stats.evicted:
-        parts.append(f"retained {100 * _mean(stats.retained):.1f}%")
-        parts.append(f"freed {stats.freed_blocks} blocks")
-    if stats.compaction_seconds:
-        parts.append(f"observation {1000 * _mean(stats.observation_seconds):.1f} ms")
-        parts.append(f"compaction {1000 * _mean(stats.compaction_seconds):.1f} ms")
-    parts.append(f"blocks held {stats.blocks_held}")
-    return ", ".join(parts)
+@dataclass
+class Interval:
+    """Between two log lines: sums only, since not every front end logs."""
 
+    evicted: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    retained: float = 0.0
+    freed_blocks: int = 0
+    compactions: int = 0
+    observation_seconds: float = 0.0
+    compaction_seconds: float = 0.0
+    blocks_held: int = 0
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    def add(self, stats: EvictionStats) -> None:
+        self.evicted += stats.evicted
+        self.skipped += stats.skipped
+        self.retained += sum(stats.retained)
+        self.freed_blocks += stats.freed_blocks
+        self.compactions += len(stats.compaction_seconds)
+        self.observation_seconds += sum(stats.observation_seconds)
+        self.compaction_seconds += sum(stats.compaction_seconds)
+        self.blocks_held = stats.blocks_held
+
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        parts = [f"KV compression: evicted {self.evicted} reqs"]
+        parts.append(f"left alone {self.skipped.total()}" + (f" ({skipped})" if skipped else ""))
+        if self.evicted:
+            parts.append(f"retained {100 * self.retained / self.evicted:.1f}%")
+            parts.append(f"freed {self.freed_blocks} blocks")
+        if self.compactions:
+            parts.append(f"observation {1000 * self.observation_seconds / self.compactions:.1f} ms")
+            parts.append(f"compaction {1000 * self.compaction_seconds / self.compactions:.1f} ms")
+        parts.append(f"blocks held {self.blocks_held}")
+        return ", ".join(parts)

@@ -22,6 +22,7 @@ _OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention"
 def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, ...]) -> list[str]:
     """All reasons why this engine cannot evict, with what to change where that helps; or none."""
     import vllm
+    from vllm import envs
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
@@ -71,6 +72,10 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
     refuse(
         vllm_config.attention_config.hisparse_config is not None,
         "HiSparse: remove the attention config's hisparse_config",
+    )
+    refuse(
+        envs.VLLM_USE_RUST_FRONTEND,
+        "vLLM's Rust front end, which knows no plugins: unset VLLM_USE_RUST_FRONTEND",
     )
     refuse(vllm_config.is_mm_encoder_only, "encoder-only serving: remove --mm-encoder-only")
     return reasons + _model_reasons(vllm_config.model_config)

@@ -207,6 +207,14 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Image.open(tmp_path / "merged.png").size[0] > 600
 
 
+def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("tune", "test"):
+        (tmp_path / split).write_text(json.dumps({"split": split, "results": {}}))
+    with pytest.raises(SystemExit):
+        accuracy.main(["--report", str(tmp_path / "tune"), str(tmp_path / "test")])
+    assert "different splits" in capsys.readouterr().err
+
+
 def test_readme_has_the_committed_numbers() -> None:
     root = Path(__file__).parents[2]
     report = json.loads((root / "benchmarks/results/accuracy.json").read_text())

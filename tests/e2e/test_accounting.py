@@ -195,6 +195,16 @@ def test_under_pressure_requests_keep_their_cache_until_blocks_are_scarce(model:
         assert evicted(requests[:1]) == 0
 
 
+def test_requests_that_wait_for_a_seat_are_no_pressure(model: Path) -> None:
+    """`max_num_seqs` holds them back, not blocks: evicting would gain nothing."""
+    settings = {"policy": "vlcache", "budget": 0.1, "when": "pressure"}
+    requests = [harness.image_request("llava", LONG, [seed]) for seed in range(8)]
+    with harness.engine(model, settings, **pool_of(200), max_num_seqs=2) as llm:
+        llm.generate(requests, harness.greedy(BLOCK), use_tqdm=False)
+        manager = harness.manager(llm)
+        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_pressure": 8}
+
+
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_a_small_pool_does_not_thrash(small_image_model: Path, async_scheduling: bool) -> None:
     """The first decode block is scheduled while prompt blocks are held: it must be there."""

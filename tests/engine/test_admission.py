@@ -42,7 +42,7 @@ def test_post_vision_start(features: list[MultiModalFeatureSpec], expected: int 
     assert post_vision_start(config, features) == expected
     assert post_vision_start(config, tuple(features)) == expected
     text_too = KVCompressConfig(policy=SnapKVPolicy(), text=True)
-    assert post_vision_start(text_too, features) == (expected or 0)
+    assert post_vision_start(text_too, features) == (expected if features else 0)
 
 
 def plan(

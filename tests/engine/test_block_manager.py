@@ -32,7 +32,6 @@ from tests.engine.blocks import (
 )
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import Skip
-from vl_cache_vllm.engine.stats import EvictionStats
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 BLOCK_SIZE = 4
@@ -378,6 +377,19 @@ def test_a_prompt_that_could_never_fit_with_its_kept_blocks_is_not_evicted() -> 
     assert engine.harness.manager.num_skipped == Counter({Skip.POOL_TOO_SMALL: 1})
 
 
+def test_missing_blocks_are_those_that_a_prefill_takes_from_the_pool() -> None:
+    engine = Engine()
+    manager = engine.harness.manager
+    first, second, other = engine.add(), engine.add(), engine.add(variant=1)
+    assert [manager.missing_blocks(r) for r in (first, second, other)] == [7, 7, 7]
+    assert engine.step(first, 16)
+    assert [manager.missing_blocks(r) for r in (first, second, other)] == [3, 3, 7]
+    assert engine.step(first, 10)
+    assert [manager.missing_blocks(r) for r in (first, second, other)] == [0, 1, 7]
+    engine.free(first)
+    assert [manager.missing_blocks(r) for r in (first, second, other)] == [7, 7, 7]
+
+
 def test_freeing_an_unknown_or_unallocated_request() -> None:
     engine = Engine()
     engine.free(engine.add())
@@ -483,7 +495,7 @@ class BlockAccounting(RuleBasedStateMachine):
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
         self.num_freed = 0
-        self.reported = EvictionStats()
+        self.reported: Counter[str] = Counter()
 
     # Requests come and go.
 
@@ -793,7 +805,7 @@ class BlockAccounting(RuleBasedStateMachine):
                 self.seen["shared prompt freed"] += any(self.refs[block] for block in prompt)
                 expected.row[: expected.num_prompt] = [0] * expected.num_prompt
                 expected.is_freed = True
-                self.num_freed += expected.num_prompt - expected.num_kept
+                self.num_freed += sum(not self.refs[block] for block in prompt)
                 self.seen["prompt freed"] += 1
             else:
                 self.seen["freeing waits for a step in flight"] += 1
@@ -869,12 +881,14 @@ class BlockAccounting(RuleBasedStateMachine):
         held = [e for e in self.expected.values() if e.is_decided and e.num_kept]
         assert manager.blocks_held == sum(block > 0 for e in held for block in e.row)
         if (stats := manager.take_stats()) is not None:
-            self.reported.add(stats)
+            self.reported["evicted"] += stats.evicted
+            self.reported["freed"] += stats.freed_blocks
+            self.reported["held"] = stats.blocks_held
+            self.reported.update({f"skip {reason}": n for reason, n in stats.skipped.items()})
             assert manager.take_stats() is None
-        assert self.reported.evicted == self.num_evicted
-        assert self.reported.skipped == {s.value: n for s, n in self.num_skipped.items()}
-        assert self.reported.blocks_held == manager.blocks_held
-        assert self.reported.freed_blocks == self.num_freed
+        expected = Counter({f"skip {s.value}": n for s, n in self.num_skipped.items()})
+        expected.update(evicted=self.num_evicted, freed=self.num_freed, held=manager.blocks_held)
+        assert self.reported == expected
 
     def check_rows(self) -> None:
         for expected in self.expected.values():

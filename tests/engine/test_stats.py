@@ -52,13 +52,3 @@ def test_another_carriers_data_stay() -> None:
     stats = SchedulerStats(kv_connector_stats={"connector": 1})
     assert take(stats) is None
     assert stats.kv_connector_stats == {"connector": 1}
-
-
-def test_later_counts_are_added_and_later_states_replace() -> None:
-    total = some_stats()
-    total.add(EvictionStats(evicted=2, retained=[0.5], blocks_held=1, pressure=False))
-    total.add(some_stats())
-    assert total.evicted == 4
-    assert total.retained == [2 / 7, 0.5, 2 / 7]
-    assert total.skipped == {"text_only": 4, "no_post_vision_tokens": 2}
-    assert (total.blocks_held, total.pressure) == (5, True)

@@ -63,10 +63,10 @@ def post_vision_start(
 ) -> int | None:
     """Position after the last visual token.
 
-    Without images or videos it is 0 where text-only prompts are evicted too, and otherwise None.
+    Without images or videos it is None; but 0 of text alone where such prompts are evicted too.
     """
     ends = (end for _, end in visual_ranges(features))
-    return max(ends, default=0 if config.text else None)
+    return max(ends, default=0 if config.text and not features else None)
 
 
 def plan_eviction(

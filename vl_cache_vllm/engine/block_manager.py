@@ -14,10 +14,11 @@ Does not own: which tokens survive, how the M x L pages are dealt to the layers 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -84,11 +85,20 @@ class CompressedAttentionManager(FullAttentionManager):
         return self._config.when == "pressure"
 
     def missing_blocks(self, request: Request) -> int:
-        """Blocks that a request's prefill still has to be given, without the kept ones."""
+        """Blocks that a request's prefill still takes from the pool, without the kept ones.
+
+        Those of its prefix that others hold are there already.
+        """
         if request.request_id in self._decided:
             return 0
         held = len(self.req_to_blocks.get(request.request_id, ()))
+        if not held:
+            held = sum(1 for _ in takewhile(self._is_held, request.block_hashes))
         return max(0, cdiv(request.num_tokens, self.block_size) - held)
+
+    def _is_held(self, block_hash: BlockHash) -> bool:
+        cached = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
+        return cached is not None and cached[0].ref_cnt > 0
 
     @property
     def blocks_held(self) -> int:
@@ -202,9 +212,10 @@ class CompressedAttentionManager(FullAttentionManager):
             return
         if processed_computed_tokens >= plan.prompt_tokens:
             # The step that compacted is done: nobody reads this request's prompt pages any more.
+            before = self.block_pool.get_num_free_blocks()
             self._remove_blocks_in_range(request_id, 0, plan.prompt_blocks)
             self._prompt_freed.add(request_id)
-            self._stats.freed_blocks += plan.prompt_blocks - plan.kept_blocks
+            self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._decided.pop(request_id, None)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's schedulers; our block manager sees their requests, load and outputs."""
 
+import os
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -14,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
-from vl_cache_vllm.engine.stats import put
+from vl_cache_vllm.engine.stats import SEND, put
 from vl_cache_vllm.worker import report
 
 
@@ -46,13 +47,19 @@ class _EvictionMixin:
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         eviction = self._eviction_manager.take_stats()  # even if nobody asked: it would pile up
-        if stats is not None and eviction is not None:
+        if stats is not None and eviction is not None and SEND in os.environ:
             put(stats, eviction)
         return stats
 
     def _demands(self) -> Iterator[int]:
-        """Blocks that each unfinished prefill still asks for, running ones first."""
-        requests = chain(self.running, self.kv_holding_waiting, self.waiting)  # type: ignore[attr-defined]
+        """Blocks that each unfinished prefill still asks for, running ones first.
+
+        Of the waiting ones, as many as may run beside them: others do not wait for blocks.
+        """
+        running = self.running  # type: ignore[attr-defined]
+        waiting = chain(self.kv_holding_waiting, self.waiting)  # type: ignore[attr-defined]
+        room = max(0, self.max_num_active_reqs - len(running))  # type: ignore[attr-defined]
+        requests = chain(running, islice(waiting, room))
         return map(self._eviction_manager.missing_blocks, requests)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

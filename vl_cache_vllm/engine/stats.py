@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vl_cache_vllm.engine.admission import EvictionPlan
 
 KEY = "kv_compress"
+SEND = "_VL_CACHE_VLLM_SEND_STATS"  # environment variable of a front end, inherited by its engines
 
 
 @dataclass
@@ -23,7 +24,7 @@ class EvictionStats:
 
     evicted: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by the name of the reason
-    freed_blocks: int = 0
+    freed_blocks: int = 0  # prompt blocks that returned to the pool
     freed_tokens: int = 0  # per layer and KV head, on average
     retained: list[float] = field(default_factory=list)  # kept blocks / prompt blocks
     observation_seconds: list[float] = field(default_factory=list)  # of one prompt, all layers
@@ -47,12 +48,6 @@ class EvictionStats:
             self.observation_seconds.append(report["observation_seconds"])
             self.compaction_seconds.append(report["compaction_seconds"])
             self.layers_retained.append(report["layers_retained"])
-
-    def add(self, later: "EvictionStats") -> None:
-        """Count what came after."""
-        for name, value in vars(later).items():
-            now = name in ("blocks_held", "pressure")
-            setattr(self, name, value if now else getattr(self, name) + value)
 
 
 def put(stats: SchedulerStats, eviction: EvictionStats) -> None:
