@@ -226,3 +226,16 @@ def test_kept_share() -> None:
     kept, reached = accuracy._kept_share(record, [2, 3, 7, 10])
     assert kept == pytest.approx((0.5 + 0.25 + 0 + 0) / 4)
     assert reached == 0.5
+
+
+def test_the_guide_has_the_committed_numbers() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/accuracy.json").read_text())["results"]
+    guide = (root / "docs" / "guide.md").read_text()
+    rows = results["vlcache-plus"] | results["full cache"]
+    assert len(rows) == 6
+    for budget, cells in rows.items():
+        cells = [cells[task] for task in ("lookup", "hop", "row", "which", "dump")]
+        kept = sum(cell["retained"] for cell in cells) / len(cells)
+        scores = " | ".join(f"{100 * cell['score']:.1f}" for cell in cells)
+        assert f"| {100 * float(budget):.0f} % | {100 * kept:.0f} % | {scores} |" in guide
