@@ -14,9 +14,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vl_cache_vllm.engine import report
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
 from vl_cache_vllm.engine.stats import SEND, put
-from vl_cache_vllm.worker import report
 
 
 class _EvictionMixin:

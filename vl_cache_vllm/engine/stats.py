@@ -43,7 +43,7 @@ class EvictionStats:
         self.freed_tokens += max(0, plan.prompt_tokens - plan.kept_blocks * block_size)
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Count evictions that a worker has done (`vl_cache_vllm.worker.report`)."""
+        """Count evictions that a worker has done (`vl_cache_vllm.engine.report`)."""
         for report in reports:
             self.observation_seconds.append(report["observation_seconds"])
             self.compaction_seconds.append(report["compaction_seconds"])

@@ -8,8 +8,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vl_cache_vllm import hooks
 from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.engine import report
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
-from vl_cache_vllm.worker import report
 from vl_cache_vllm.worker.attach import build_eviction_worker
 
 

@@ -10,12 +10,12 @@ import torch
 from vllm.logger import init_logger
 
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.engine.report import EvictionReport
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 from vl_cache_vllm.ops.observe import observe
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.choice import choose
-from vl_cache_vllm.worker.report import EvictionReport
 from vl_cache_vllm.worker.step import (
     BatchRow,
     EvictionStep,
