@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import SPLITS, Case, answer_positions, jsonl_cases, page_reader_cases
-from benchmarks.machine import describe
+from benchmarks.machine import write_report
 from benchmarks.scoring import SCORES, interval
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
@@ -211,14 +211,10 @@ def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any
 
 
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    report = {
-        "command": "python -m benchmarks.accuracy " + " ".join(options.arguments),
-        "machine": describe(),
-        "split": options.split if options.data is None else str(options.data.name),
-        "results": results,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    split = options.split if options.data is None else str(options.data.name)
+    write_report(
+        options.json, "benchmarks.accuracy", options.arguments, split=split, results=results
+    )
 
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:

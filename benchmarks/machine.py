@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result was measured on."""
+"""What a result was measured on, and the file that says so."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def describe() -> dict[str, object]:
@@ -19,3 +23,14 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }
+
+
+def write_report(path: Path, module: str, arguments: Sequence[str], **contents: Any) -> None:
+    """Write results as JSON, with the command and the machine; makes the folder."""
+    report = {
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "machine": describe(),
+        **contents,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")

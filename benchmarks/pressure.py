@@ -12,9 +12,7 @@ and the most sequences that decoded at once.
 
 import argparse
 import itertools
-import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 from benchmarks.accuracy import MODEL, parse_policy
 from benchmarks.cases import Case, page_reader_cases
-from benchmarks.machine import describe
+from benchmarks.machine import write_report
 from benchmarks.scoring import SCORES
 
 MODES = ("stock", "always", "pressure")
@@ -162,13 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     results = measure(options)
     if options.json:
-        report = {
-            "command": shlex.join(["python", "-m", "benchmarks.pressure", *arguments]),
-            "machine": describe(),
-            "results": results,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, "benchmarks.pressure", arguments, results=results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ because nothing can derail. Use it to choose settings, and `benchmarks.accuracy`
 
 import argparse
 import itertools
-import json
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -29,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import MODEL, parse_policy
 from benchmarks.cases import SPLITS, Case, page_reader_cases
-from benchmarks.machine import describe
+from benchmarks.machine import write_report
 from training.data import Encoder, normalised, patches
 from training.model import Reader, Shape, causal_mask, rotary
 from training.pages import TASKS
@@ -253,13 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
         scores = " ".join(f"{100 * score:6.1f}" for score in results[name].values())
         print(f"{100 * gap(name):6.1f}  {scores}  {name}")
     if options.json:
-        report = {
-            "command": shlex.join(["python", "-m", "benchmarks.sweep", *arguments]),
-            "machine": describe(),
-            "results": {name: results[name] for name in ranked},
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        in_order = {name: results[name] for name in ranked}
+        write_report(options.json, "benchmarks.sweep", arguments, results=in_order)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from vl_cache_vllm.config import (
     DEFAULT_BUDGET,
     OFF,
     WHEN,
+    WITH_FLAGS,
     KVCompressConfig,
     describe_settings,
 )
@@ -72,13 +73,12 @@ def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
     """
     policy = getattr(args, "kv_compress", None)
     given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
-    flags = ("budget", "when", "text")
-    if given.keys() & {"policy", *flags}:
+    if given.keys() & set(WITH_FLAGS):
         raise ValueError(
             "give policy, budget, when and text as --kv-compress, --kv-compress-budget, "
             "--kv-compress-when and --kv-compress-text, not in --kv-compress-config"
         )
-    for name in flags:
+    for name in WITH_FLAGS[1:]:  # all but the policy
         if (value := getattr(args, f"kv_compress_{name}", None)) is not None:
             given[name] = value
     if policy is None and not given:

@@ -27,6 +27,7 @@ OFF = "none"
 DEFAULT_BUDGET = 0.1
 WHEN = ("always", "pressure")
 PRESSURE = (0.9, 0.7)
+WITH_FLAGS = ("policy", "budget", "when", "text")  # settings that have flags of their own
 REQUEST_BUDGET = "kv_budget"
 REQUEST_OPTIONS = "kv_policy_options"
 
@@ -201,8 +202,7 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
 
 def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
-    flags = ("policy", "budget", "when", "text")
-    own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in flags]
+    own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in WITH_FLAGS]
     lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
     for name in POLICIES:
         try:

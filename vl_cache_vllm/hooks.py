@@ -134,7 +134,6 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vl_cache_vllm import cli
-    from vl_cache_vllm.config import settings_of
 
     if getattr(EngineArgs, "_vl_cache_installed", False):
         return
@@ -155,8 +154,6 @@ def install() -> None:
         vllm_config = create_engine_config(self, *args, **kwargs)
         enable(vllm_config)
         _check_requests()
-        if settings_of(vllm_config) is not None:
-            _add_metrics()
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
@@ -267,6 +264,7 @@ def enable(vllm_config: VllmConfig) -> None:
     scheduler_config.scheduler_cls = (
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )
+    _add_metrics()
     init_logger("vllm.vl_cache").info(
         "KV compression: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items())
     )

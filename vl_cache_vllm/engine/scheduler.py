@@ -28,6 +28,7 @@ class _EvictionMixin:
         assert isinstance(manager, CompressedAttentionManager)
         manager.bind_requests(self.requests.get)  # type: ignore[attr-defined]
         self._eviction_manager = manager
+        self._sends_stats = SEND in os.environ
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         if self._eviction_manager.decides_by_pressure:
@@ -47,7 +48,7 @@ class _EvictionMixin:
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         eviction = self._eviction_manager.take_stats()  # even if nobody asked: it would pile up
-        if stats is not None and eviction is not None and SEND in os.environ:
+        if stats is not None and eviction is not None and self._sends_stats:
             put(stats, eviction)
         return stats
 

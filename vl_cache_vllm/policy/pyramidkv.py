@@ -15,7 +15,6 @@ class PyramidKVPolicy(SnapKVPolicy):
     """SnapKV's scores with layer budgets that fall linearly with depth."""
 
     name: ClassVar[str] = "pyramidkv"
-    for_text: ClassVar[bool] = True
 
     beta: float = parameter(
         20.0,

@@ -221,16 +221,15 @@ class EvictionWorker:
             )
         )
         if self._trace_file is not None:
-            self._trace(finish, choice.density, kept_pages, positions)
+            self._trace(finish, choice.density, kept_tokens, positions)
 
     def _trace(
         self,
         finish: Finish,
         density: torch.Tensor,
-        kept_pages: torch.Tensor,
+        kept_tokens: list[int],
         positions: torch.Tensor,
     ) -> None:
-        kept_tokens = (kept_pages * self.pool.block_size).tolist()
         record = {
             "request_id": finish.state.request_id,
             "budget": finish.state.config.budget,
