@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,20 +35,22 @@ from training.pages import TASKS
 from training.tokenizer import build_tokenizer
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
-from vl_cache_vllm.ops.observe import observe
+from vl_cache_vllm.policy import PatchGrid, Prompt
 from vl_cache_vllm.worker.choice import choose
+from vl_cache_vllm.worker.observed import Observed
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [kv_heads, tokens, head_size]
 
 
 @dataclass
-class Prompt:
+class Asked:
     """A question after its pages: what eviction works on."""
 
     cache: Cache
     queries: list[Tensor]  # of the question, each layer's [tokens, heads, head_size]
     pages: int  # tokens up to the last visual one
     visual: tuple[tuple[int, int], ...]  # (first, end) positions of each page
+    grids: tuple[PatchGrid, ...]  # their patches
     first: int  # the answer's first token, as the model says it
 
     @property
@@ -78,7 +81,7 @@ class OfflineReader:
         return self._run(x[: positions[-1] + 1], [])[1]
 
     @torch.no_grad()
-    def ask(self, pages: Cache, case: Case) -> Prompt:
+    def ask(self, pages: Cache, case: Case) -> Asked:
         asked = [self.encoder.newline, *self._tokens(case)[0]]
         x = self.model.model.language_model.embed_tokens(torch.tensor(asked))
         hidden, own, queries = self._run(x, pages)
@@ -90,10 +93,12 @@ class OfflineReader:
         num_read, num_pages = pages[0][0].shape[1], len(case.load_images())
         each = num_read // num_pages  # a page and the token before it
         visual = tuple((end - each + 1, end) for end in range(each, num_read + 1, each))
-        return Prompt(cache, queries, num_read, visual, first)
+        side = isqrt(each - 1)
+        grids = tuple(PatchGrid(begin, side, side, side) for begin, _ in visual)
+        return Asked(cache, queries, num_read, visual, grids, first)
 
     @torch.no_grad()
-    def score(self, prompt: Prompt, cache: Cache, case: Case) -> float:
+    def score(self, prompt: Asked, cache: Cache, case: Case) -> float:
         """Of the answer decoded from ``cache``, a part of the prompt's."""
         answer = self._tokens(case)[1]
         x = self.model.model.language_model.embed_tokens(torch.tensor(answer[:-1]))
@@ -130,7 +135,7 @@ class OfflineReader:
         return language.norm(x[0]), own, queries
 
 
-def evict(prompt: Prompt, config: KVCompressConfig, block_size: int) -> list[Tensor] | None:
+def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tensor] | None:
     """Kept positions of each layer, [kv_heads, kept]; None where nothing would be saved.
 
     Raises ValueError for a policy that observes queries of the pages: they are not recorded.
@@ -142,23 +147,21 @@ def evict(prompt: Prompt, config: KVCompressConfig, block_size: int) -> list[Ten
     start = policy.observation_start(prompt.pages, tokens)
     if start < prompt.pages:
         raise ValueError(f"{policy.name}: only settings that observe the question can be swept")
-    sums = torch.zeros(num_layers, prompt.cache[0][0].shape[0], tokens)
-    dense = torch.zeros(num_layers, dtype=torch.int64)
+    num_kv_heads = prompt.cache[0][0].shape[0]
+    observed = Observed(policy, num_layers, num_kv_heads, tokens, torch.device("cpu"))
     for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
-        observed = queries[start - prompt.pages :]
         scale = keys.shape[-1] ** -0.5
-        observe(observed, keys, start, scale, policy.threshold, 0.0, sums[i], dense[i])
+        observed.add(i, queries[start - prompt.pages :], keys, start, scale, 0.0)
     num_heads = prompt.queries[0].shape[1]
     choice = choose(
         policy,
         config.budget,
-        sums,
-        dense,
+        observed,
+        Prompt(tokens, prompt.visual, prompt.grids),
         num_heads,
         start,
         plan.kept_blocks,
         block_size,
-        prompt.visual,
     )
     sizes = (choice.kept_pages * block_size).tolist()
     return [row[:, :size] for row, size in zip(choice.positions, sizes, strict=True)]

@@ -34,13 +34,17 @@ EVERY_SETTING = {
     "min_prompt_tokens": 100,
     "trace_path": "/tmp/trace.jsonl",
     "trace_positions": True,
+    "trace_scores": True,
     "threshold": 0.02,
     "recent_ratio": 0.2,
     "max_observation_tokens": 50,
     "post_vision_only": False,
     "sink_tokens": 4,
     "keep_text": True,
+    "elite_window": 0.9,
+    "diversity": 0.5,
     "pooling": 3,
+    "pooling_2d": True,
     "uniform_mix": 0.8,
     "shared_scores": 0.5,
     "lookahead": 40.0,
@@ -71,7 +75,7 @@ def test_defaults() -> None:
     assert (config.when, config.pressure_high, config.pressure_low) == ("always", 0.9, 0.7)
     assert config.min_prompt_tokens == 0
     assert config.trace_path is None
-    assert config.trace_positions is False
+    assert config.trace_positions is config.trace_scores is False
 
 
 def test_every_setting_is_parsed() -> None:
@@ -84,7 +88,10 @@ def test_every_setting_is_parsed() -> None:
             post_vision_only=False,
             sink_tokens=4,
             keep_text=True,
+            elite_window=0.9,
+            diversity=0.5,
             pooling=3,
+            pooling_2d=True,
             uniform_mix=0.8,
             shared_scores=0.5,
             lookahead=40.0,
@@ -99,6 +106,7 @@ def test_every_setting_is_parsed() -> None:
         min_prompt_tokens=100,
         trace_path="/tmp/trace.jsonl",
         trace_positions=True,
+        trace_scores=True,
     )
     assert config is not None
     assert set(config.to_dict()) == set(EVERY_SETTING)
@@ -299,6 +307,7 @@ CONFIGS = st.builds(
     min_prompt_tokens=st.integers(0, 10**6),
     trace_path=st.none() | st.text(max_size=20),
     trace_positions=st.booleans(),
+    trace_scores=st.booleans(),
 )
 
 
@@ -323,9 +332,13 @@ def test_settings_tell_configurations_apart() -> None:
         "min_prompt_tokens": 101,
         "trace_path": None,
         "trace_positions": False,
+        "trace_scores": False,
         "threshold": 0.03,
         "recent_ratio": 0.3,
-        "max_observation_tokens": None,
+        "max_observation_tokens": 51,
+        "elite_window": 0.8,
+        "diversity": 0.6,
+        "pooling_2d": False,
         "sink_tokens": 0,
         "keep_text": False,
         "pooling": 5,

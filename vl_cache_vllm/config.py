@@ -61,6 +61,11 @@ class KVCompressConfig:
     trace_positions: bool = parameter(
         False, "also trace the kept positions of every layer and KV head"
     )
+    trace_scores: bool = parameter(
+        False,
+        "also trace the attention that every token received and the score it ranks by, of every "
+        "layer and KV head",
+    )
 
     def __post_init__(self) -> None:
         _check_budget("the KV cache budget", self.budget)

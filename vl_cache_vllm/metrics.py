@@ -144,6 +144,7 @@ class Interval:
     skipped: Counter[str] = field(default_factory=Counter)
     retained: float = 0.0
     freed_blocks: int = 0
+    observations: int = 0
     compactions: int = 0
     observation_seconds: float = 0.0
     compaction_seconds: float = 0.0
@@ -154,6 +155,7 @@ class Interval:
         self.skipped += stats.skipped
         self.retained += sum(stats.retained)
         self.freed_blocks += stats.freed_blocks
+        self.observations += len(stats.observation_seconds)
         self.compactions += len(stats.compaction_seconds)
         self.observation_seconds += sum(stats.observation_seconds)
         self.compaction_seconds += sum(stats.compaction_seconds)
@@ -166,8 +168,11 @@ class Interval:
         if self.evicted:
             parts.append(f"retained {100 * self.retained / self.evicted:.1f}%")
             parts.append(f"freed {self.freed_blocks} blocks")
+        if self.observations:
+            parts.append(
+                f"observation {1000 * self.observation_seconds / self.observations:.1f} ms"
+            )
         if self.compactions:
-            parts.append(f"observation {1000 * self.observation_seconds / self.compactions:.1f} ms")
             parts.append(f"compaction {1000 * self.compaction_seconds / self.compactions:.1f} ms")
         parts.append(f"blocks held {self.blocks_held}")
         return ", ".join(parts)

@@ -41,6 +41,17 @@ def test_architecture(models_dir: Path, tmp_path: Path, kind: str) -> None:
     model = tiny_models.build(kind, models_dir / kind)
     records = serve(model, kind, tmp_path / "trace")
     assert any(len(set(record["kept_tokens"])) > 1 for record in records)
+    for record in records:
+        grids = record["grids"]
+        if kind == "llava-next":  # several resolutions: not known
+            assert grids == []
+        else:  # every visual token lies on one
+            assert [[first, first + rows * stride] for first, rows, _, stride in grids] == [
+                [*image] for image in record["visual"]
+            ]
+            assert all(columns == stride for *_, columns, stride in grids)
+            sides = {rows > columns for _, rows, columns, _ in grids}
+            assert kind == "llava" or sides == {len(grids) > 1}  # the second request's are upright
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

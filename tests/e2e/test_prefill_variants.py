@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """However a prompt's cache came to be, the same tokens are kept."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ def kept(
     trace: Path,
     requests: list[dict[str, Any]],
     one_by_one: bool = False,
+    options: Mapping[str, Any] = {},
     **kwargs: Any,
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The evictions in order of the requests, and the outputs."""
-    with harness.engine(model, {**SETTINGS, "trace_path": str(trace)}, **kwargs) as llm:
+    settings = {**SETTINGS, **options, "trace_path": str(trace)}
+    with harness.engine(model, settings, **kwargs) as llm:
         batches = [[r] for r in requests] if one_by_one else [requests]
         outputs = [
             output
@@ -80,6 +83,37 @@ def test_second_question_on_a_cached_image(model: Path, tmp_path: Path) -> None:
     for output in outputs[1:]:
         assert output.num_cached_tokens == vision_end // 32 * 32
         assert harness.token_ids(output) == harness.token_ids(fresh_outputs[0])
+
+
+@pytest.mark.both_runners
+def test_options_that_need_more_than_sums(models_dir: Path, tmp_path: Path) -> None:
+    """Queries held until the last one, keys, and grids of an image that the hit covers."""
+    model = tiny_models.build("qwen2-vl", models_dir / "qwen2-vl")
+    options = {
+        "elite_window": 0.5,
+        "max_observation_tokens": 150,
+        "diversity": 0.7,
+        "pooling": 3,
+        "pooling_2d": True,
+    }
+    requests = [harness.image_request("qwen2-vl", q + LONG, [7]) for q in ("First: ", "Then: ")]
+    fresh, _ = kept(
+        model, tmp_path / "fresh", requests, options=options, enable_prefix_caching=False
+    )
+    chunked, _ = kept(
+        model,
+        tmp_path / "chunked",
+        requests,
+        one_by_one=True,
+        options=options,
+        max_num_batched_tokens=64,
+    )
+    assert_same(chunked, fresh)
+    assert [record["grids"] for record in chunked] == [record["grids"] for record in fresh]
+    assert all(record["grids"] for record in fresh)
+    plain, _ = kept(model, tmp_path / "plain", requests)
+    for a, b in zip(plain, fresh, strict=True):
+        assert a["kept_positions"] != b["kept_positions"]
 
 
 def test_hit_of_a_request_that_is_not_evicted_is_whole(model: Path) -> None:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scheduler counts, and its way to the front end."""
 
+from dataclasses import asdict
+
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
+from vl_cache_vllm.engine.report import EvictionReport
 from vl_cache_vllm.engine.stats import EvictionStats, put, take
 
 REPORT = {
@@ -35,6 +38,12 @@ def test_decisions_are_counted() -> None:
     assert stats.freed_tokens == 26 - 8
     assert stats.freed_blocks == 0  # not yet: the step that compacts is not done
     assert stats.layers_retained == [[0.1, 0.3]]
+
+
+def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
+    stats = EvictionStats()
+    stats.add_reports([asdict(EvictionReport(0.02))])
+    assert stats == EvictionStats(observation_seconds=[0.02])
 
 
 def test_stats_survive_the_way_between_processes() -> None:

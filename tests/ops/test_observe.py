@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.pools import PACKINGS, PAGE_ORDERS, make_pool
-from vl_cache_vllm.ops.observe import observe
+from vl_cache_vllm.ops.observe import elite_queries, observe
 
 THRESHOLD = 0.01
 
@@ -215,3 +215,64 @@ def test_reads_keys_from_pages(page_order: str, packing: str, dtype: torch.dtype
         expected, expected_dense = naive_observe(query, key, 56, 0.2, THRESHOLD, 0.0)
         torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
         assert dense == expected_dense
+
+
+def naive_elite(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first: int,
+    softcap: float,
+    share: float,
+    scale: float = 0.2,
+) -> list[list[bool]]:
+    num_kv_heads = key.shape[0]
+    group = query.shape[1] // num_kv_heads
+    end = first + query.shape[0]
+    result = []
+    for kv_head in range(num_kv_heads):
+        received = [0.0] * end
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            logits = [scale * float(query[-1, head] @ key[kv_head, j]) for j in range(end)]
+            if softcap:
+                logits = [softcap * math.tanh(x / softcap) for x in logits]
+            total = math.fsum(math.exp(x) for x in logits)
+            received = [r + math.exp(x) / total for r, x in zip(received, logits, strict=True)]
+        most = max(received[first:])
+        result.append([r >= share * most for r in received[first:]])
+    return result
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.5], ids=["no-softcap", "softcap"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize(("num_queries", "first"), [(1, 62), (20, 43), (63, 0)])
+def test_elite_queries(softcap: float, share: float, num_queries: int, first: int) -> None:
+    query, key = random_case(num_queries, 63, 2, 3, 16)
+    found = elite_queries(query, key, first, 0.2, softcap, share)
+    assert found.tolist() == naive_elite(query, key, first, softcap, share)
+    assert found.any(-1).all()
+
+
+def test_weights_of_queries_count_in_the_sums_only() -> None:
+    query, key = random_case(9, 63, 2, 3, 16)
+    elite = torch.zeros(2, 9, dtype=torch.bool)
+    elite[0, [1, 4]] = elite[1, 8] = True
+    sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
+    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sums, dense, elite)
+    expected = torch.zeros(2, 63)
+    for head, position in ((0, 1), (0, 4), (1, 8)):
+        one, _ = run(query[position : position + 1], key, 54 + position, columns=63)
+        expected[head] += one[head]
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)
+    assert int(dense) == run(query, key, 54)[1]
+
+
+def test_weights_are_sliced_with_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = random_case(9, 63, 2, 3, 16)
+    elite = torch.rand(2, 9) < 0.5
+    whole = torch.zeros(2, 63)
+    observe(query, key, 54, 0.2, THRESHOLD, 0.0, whole, torch.zeros((), dtype=torch.int64), elite)
+    module = importlib.import_module("vl_cache_vllm.ops.observe")
+    monkeypatch.setattr(module, "_MAX_LOGITS", 2 * 6 * 63)  # two queries at a time
+    sliced = torch.zeros(2, 63)
+    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sliced, torch.zeros((), dtype=torch.int64), elite)
+    torch.testing.assert_close(sliced, whole)

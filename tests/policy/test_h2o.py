@@ -4,7 +4,7 @@
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy import POLICIES, Prompt
 from vl_cache_vllm.policy.h2o import H2OPolicy
 
 
@@ -18,9 +18,14 @@ def test_all_queries_observe() -> None:
 def test_half_heavy_hitters_half_recent() -> None:
     policy = H2OPolicy()
     attention = torch.tensor([[[0.0, 9.0, 1.0, 8.0, 2.0, 0.0, 0.0, 0.0]]])
-    positions = select(policy.token_scores(attention), torch.tensor([4]), policy.recent_ratio, 4)
+    positions = select(
+        policy.token_scores(attention, Prompt(8)),
+        torch.tensor([4]),
+        policy.recent_ratio,
+        4,
+    )
     assert positions.tolist() == [[[1, 3, 6, 7]]]
 
 
 def test_uniform_budgets() -> None:
-    assert H2OPolicy().layer_weights(torch.rand(3).double(), 0.1, 100).tolist() == [1.0] * 3
+    assert H2OPolicy().layer_weights(torch.rand(3).double(), 0.1, Prompt(100)).tolist() == [1.0] * 3

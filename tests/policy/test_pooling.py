@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 
-from vl_cache_vllm.policy.pooling import average, look_ahead
+from vl_cache_vllm.policy.pooling import average, look_ahead, smooth
+from vl_cache_vllm.policy.prompt import PatchGrid, Prompt
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 TOKENS = pytest.mark.parametrize("tokens", [1, 2, 63, 64, 200])
 
@@ -40,3 +43,59 @@ def test_what_precedes_inherits_nothing() -> None:
     scores = torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]])
     found = look_ahead(scores, 2.0)[0, 0].tolist()
     assert found == pytest.approx([0, 0, 1, math.exp(-0.5), math.exp(-1)])
+
+
+def naive_on_grid(row: list[float], grid: PatchGrid, width: int) -> dict[int, float]:
+    """The smoothed score of each position of a grid."""
+    result, near = {}, range(-(width // 2), width // 2 + 1)
+    for r in range(grid.rows):
+        for c in range(grid.columns):
+            total = 0.0
+            for y in (r + d for d in near):
+                for x in (c + d for d in near):
+                    if 0 <= y < grid.rows and 0 <= x < grid.columns:
+                        total += row[grid.first + y * grid.row_stride + x]
+            result[grid.first + r * grid.row_stride + c] = total / width**2
+    return result
+
+
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        (PatchGrid(3, 4, 7, 7),),
+        (PatchGrid(3, 4, 7, 8), PatchGrid(50, 3, 3, 3)),
+        (PatchGrid(0, 1, 1, 1), PatchGrid(1, 2, 30, 30)),
+    ],
+    ids=["one", "rows-with-ends-and-a-second", "tiny-and-flat"],
+)
+def test_neighbours_on_the_patch_grid(width: int, grids: tuple[PatchGrid, ...]) -> None:
+    scores = torch.rand(2, 3, 80)
+    along = average(scores, width)
+    found = smooth(scores, width, grids)
+    for layer in range(2):
+        for head in range(3):
+            expected = dict(enumerate(along[layer, head].tolist()))
+            for grid in grids:
+                expected |= naive_on_grid(scores[layer, head].tolist(), grid, width)
+            torch.testing.assert_close(found[layer, head], torch.tensor([*expected.values()]))
+
+
+def test_policies_that_average_can_do_so_on_the_grid() -> None:
+    prompt = Prompt(70, ((5, 30),), (PatchGrid(5, 5, 5, 5),))
+    attention = torch.rand(2, 3, 70)
+    expected = smooth(attention, 3, prompt.grids)
+    policy = VLCachePolicy(pooling=3, pooling_2d=True)
+    assert torch.equal(policy.token_scores(attention, prompt), expected)
+    attention[..., -9:] = 0  # SnapKV's window does not count
+    expected = smooth(attention, 3, prompt.grids)
+    snapkv = SnapKVPolicy(pooling=3, pooling_2d=True, max_observation_tokens=9)
+    assert torch.equal(snapkv.token_scores(attention, prompt), expected)
+    flat = SnapKVPolicy(pooling=3, max_observation_tokens=9)
+    assert not torch.equal(flat.token_scores(attention, prompt), expected)
+
+
+@pytest.mark.parametrize("policy", [VLCachePolicy, SnapKVPolicy])
+def test_a_grid_without_neighbours_is_refused(policy: type) -> None:
+    with pytest.raises(ValueError, match="pooling_2d has no effect with pooling 1"):
+        policy(pooling=1, pooling_2d=True)

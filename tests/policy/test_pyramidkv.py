@@ -4,13 +4,13 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy import POLICIES, Prompt
 from vl_cache_vllm.policy.pyramidkv import PyramidKVPolicy
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
 def weights(policy: PyramidKVPolicy, layers: int, budget: float, tokens: int) -> list[float]:
-    return policy.layer_weights(torch.rand(layers).double(), budget, tokens).tolist()
+    return policy.layer_weights(torch.rand(layers).double(), budget, Prompt(tokens)).tolist()
 
 
 def test_worked_example() -> None:
@@ -41,9 +41,10 @@ def test_nothing_beyond_the_window_is_divided_equally() -> None:
 
 def test_scores_are_snapkv() -> None:
     assert POLICIES["pyramidkv"] is PyramidKVPolicy
-    attention = torch.rand(2, 3, 99)
+    attention, prompt = torch.rand(2, 3, 99), Prompt(99)
     assert torch.equal(
-        PyramidKVPolicy().token_scores(attention), SnapKVPolicy().token_scores(attention)
+        PyramidKVPolicy().token_scores(attention, prompt),
+        SnapKVPolicy().token_scores(attention, prompt),
     )
 
 

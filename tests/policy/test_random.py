@@ -4,13 +4,13 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy import POLICIES, Prompt
 from vl_cache_vllm.policy.random import RandomPolicy
 
 
 def scores(seed: int = 0, layers: int = 4, heads: int = 3, tokens: int = 5000) -> torch.Tensor:
     attention = torch.rand(layers, heads, tokens)
-    return RandomPolicy(seed=seed).token_scores(attention)
+    return RandomPolicy(seed=seed).token_scores(attention, Prompt(attention.shape[-1]))
 
 
 def test_registered() -> None:
@@ -37,7 +37,7 @@ def test_heads_layers_seeds_and_neighbours_are_independent() -> None:
 
 
 def test_uniform_budgets() -> None:
-    weights = RandomPolicy().layer_weights(torch.tensor([0.1, 0.9, 0.5]).double(), 0.1, 100)
+    weights = RandomPolicy().layer_weights(torch.tensor([0.1, 0.9, 0.5]).double(), 0.1, Prompt(100))
     assert weights.tolist() == [1.0, 1.0, 1.0]
 
 

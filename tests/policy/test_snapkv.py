@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy import POLICIES, Prompt
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
@@ -39,9 +39,11 @@ def test_kept_tokens(tokens: int, window: int, pooling: int, kept: int) -> None:
     torch.manual_seed(tokens)
     attention = torch.rand(2, 3, tokens, dtype=torch.float64).float()
     policy = SnapKVPolicy(max_observation_tokens=window, pooling=pooling)
-    scores = policy.token_scores(attention)
+    prompt = Prompt(tokens)
+    scores = policy.token_scores(attention, prompt)
     assert scores.shape == attention.shape and scores.dtype == torch.float32
-    found = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept)
+    precedence = policy.precedence(prompt, scores.device)
+    found = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
     for layer in range(2):
         for head in range(3):
             row = attention[layer, head].tolist()
@@ -49,13 +51,16 @@ def test_kept_tokens(tokens: int, window: int, pooling: int, kept: int) -> None:
 
 
 def test_the_attention_of_a_huge_prompt_does_not_beat_the_window() -> None:
-    attention = torch.full((1, 1, 8), 1e9)
-    scores = SnapKVPolicy(max_observation_tokens=2).token_scores(attention)
-    assert scores[0, 0].argsort(descending=True)[:2].tolist() == [7, 6]
+    policy, prompt = SnapKVPolicy(max_observation_tokens=2, sink_tokens=1), Prompt(8)
+    scores = policy.token_scores(torch.full((1, 1, 8), 1e9), prompt)
+    precedence = policy.precedence(prompt, scores.device)
+    for kept, expected in ((1, [7]), (2, [6, 7]), (3, [0, 6, 7])):
+        found = select(scores, torch.tensor([kept]), 0.0, kept, precedence)
+        assert found[0, 0].tolist() == expected
 
 
 def test_uniform_budgets() -> None:
-    weights = SnapKVPolicy().layer_weights(torch.tensor([0.1, 0.9]).double(), 0.1, 1000)
+    weights = SnapKVPolicy().layer_weights(torch.tensor([0.1, 0.9]).double(), 0.1, Prompt(1000))
     assert weights.tolist() == [1.0, 1.0]
 
 

@@ -38,8 +38,9 @@ def test_it_is_found_with_its_parameters(installed: Path) -> None:
     code = """
 import torch
 from vl_cache_vllm.config import KVCompressConfig, describe_settings
+from vl_cache_vllm.policy import Prompt
 config = KVCompressConfig.from_dict({"policy": "keep-edges", "strength": 3, "budget": 0.2})
-print(config.policy.layer_weights(torch.ones(4, dtype=torch.float64), 0.2, 100).tolist())
+print(config.policy.layer_weights(torch.ones(4, dtype=torch.float64), 0.2, Prompt(100)).tolist())
 print(describe_settings())
 """
     result = run(installed, code)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy
+from vl_cache_vllm.policy import POLICIES, EvictionPolicy, Prompt
 from vl_cache_vllm.policy.pooling import look_ahead
 from vl_cache_vllm.policy.ranking import interleave
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
@@ -25,7 +25,11 @@ def naive_weights(
 
 
 def weights_of(policy: VLCachePolicy, density: list[float], budget: float) -> torch.Tensor:
-    return policy.layer_weights(torch.tensor(density, dtype=torch.float64), budget, 100)
+    return policy.layer_weights(torch.tensor(density, dtype=torch.float64), budget, Prompt(100))
+
+
+def scored(policy: VLCachePolicy, attention: torch.Tensor) -> torch.Tensor:
+    return policy.token_scores(attention, Prompt(attention.shape[-1]))
 
 
 DENSITIES = pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_defaults_are_the_paper() -> None:
     assert (policy.pooling, policy.uniform_mix, policy.min_layer_budget) == (1, 0.0, 0.01)
     assert (policy.shared_scores, policy.lookahead, policy.short_lookahead) == (0.0, 0.0, 0.0)
     attention = torch.rand(2, 3, 50)
-    assert torch.equal(policy.token_scores(attention), attention)
+    assert torch.equal(scored(policy, attention), attention)
     assert POLICIES["vlcache"] is VLCachePolicy
 
 
@@ -103,14 +107,14 @@ def test_weights_are_positive_whatever_the_density() -> None:
 
 def test_token_scores_are_accumulated_attention() -> None:
     attention = torch.rand(3, 2, 63, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(VLCachePolicy().token_scores(attention), attention)
+    assert torch.equal(scored(VLCachePolicy(), attention), attention)
 
 
 @pytest.mark.parametrize("pooling", [1, 3, 5, 63, 127])
 @pytest.mark.parametrize("num_tokens", [1, 2, 63])
 def test_pooling_averages_neighbours(pooling: int, num_tokens: int) -> None:
     attention = torch.rand(3, 2, num_tokens, generator=torch.Generator().manual_seed(1))
-    scores = VLCachePolicy(pooling=pooling).token_scores(attention)
+    scores = scored(VLCachePolicy(pooling=pooling), attention)
     assert scores.shape == attention.shape
     half = pooling // 2
     for layer in range(3):
@@ -125,26 +129,29 @@ def test_pooling_averages_neighbours(pooling: int, num_tokens: int) -> None:
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_shared_scores_are_root_mean_squares_over_layers_and_heads(share: float) -> None:
     attention = torch.rand(2, 3, 50)
-    scores = VLCachePolicy(shared_scores=share).token_scores(attention)
+    scores = scored(VLCachePolicy(shared_scores=share), attention)
     shared = (sum(attention[i, j] ** 2 for i in range(2) for j in range(3)) / 6) ** 0.5
     torch.testing.assert_close(scores, (1 - share) * attention + share * shared)
 
 
 def test_lookahead_ranks_a_share_of_the_tokens() -> None:
     attention = torch.rand(2, 3, 50)
-    pooled = VLCachePolicy(pooling=3).token_scores(attention)
+    pooled = scored(VLCachePolicy(pooling=3), attention)
     policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_share=0.3)
     expected = interleave(pooled, look_ahead(pooled, 4.0), 0.3)
-    assert torch.equal(policy.token_scores(attention), expected)
+    assert torch.equal(scored(policy, attention), expected)
 
 
 def test_short_lookahead_ranks_the_rest() -> None:
     attention = torch.rand(2, 3, 50)
     short = look_ahead(attention, 2.0)
-    assert torch.equal(VLCachePolicy(short_lookahead=2.0).token_scores(attention), short)
+    assert torch.equal(
+        scored(VLCachePolicy(short_lookahead=2.0), attention),
+        short,
+    )
     policy = VLCachePolicy(lookahead=9.0, lookahead_share=0.6, short_lookahead=2.0)
     expected = interleave(short, look_ahead(attention, 9.0), 0.6)
-    assert torch.equal(policy.token_scores(attention), expected)
+    assert torch.equal(scored(policy, attention), expected)
 
 
 def test_short_lookahead_keeps_the_successor_of_a_weak_token() -> None:
@@ -154,7 +161,7 @@ def test_short_lookahead_keeps_the_successor_of_a_weak_token() -> None:
 
     def kept(**parameters: float) -> set[int]:
         policy = VLCachePolicy(lookahead=60.0, lookahead_share=0.75, **parameters)
-        return set(policy.token_scores(attention)[0, 0].topk(40).indices.tolist())
+        return set(scored(policy, attention)[0, 0].topk(40).indices.tolist())
 
     assert 150 in kept()
     assert 151 not in kept()
@@ -164,7 +171,7 @@ def test_short_lookahead_keeps_the_successor_of_a_weak_token() -> None:
 def test_pooling_does_not_mix_layers_or_heads() -> None:
     attention = torch.zeros(2, 2, 9)
     attention[0, 1, 4] = 1.0
-    scores = VLCachePolicy(pooling=3).token_scores(attention)
+    scores = scored(VLCachePolicy(pooling=3), attention)
     assert scores[0, 1].tolist() == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0])
     assert not scores[0, 0].any()
     assert not scores[1].any()
@@ -174,8 +181,8 @@ def test_policy_does_not_change_its_inputs() -> None:
     attention, density = torch.rand(2, 2, 9), torch.rand(2, dtype=torch.float64)
     copies = attention.clone(), density.clone()
     policy = VLCachePolicy(pooling=3, uniform_mix=0.5)
-    policy.token_scores(attention)
-    policy.layer_weights(density, 0.1, 100)
+    scored(policy, attention)
+    policy.layer_weights(density, 0.1, Prompt(100))
     assert torch.equal(attention, copies[0])
     assert torch.equal(density, copies[1])
 
@@ -227,6 +234,15 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
         pytest.param(
             {"lookahead_share": -0.1}, r"lookahead_share must be in \[0, 1\]", id="inherited"
         ),
+        pytest.param({"diversity": 1.1}, r"diversity must be in \[0, 1\]", id="diversity"),
+        pytest.param(
+            {"elite_window": -0.1, "max_observation_tokens": 9},
+            r"elite_window must be in \[0, 1\]",
+            id="elite-negative",
+        ),
+        pytest.param(
+            {"elite_window": 0.9}, "elite_window needs max_observation_tokens", id="elite-unbounded"
+        ),
         pytest.param({"pooling": 0}, "pooling must be an odd number", id="pooling-zero"),
         pytest.param({"pooling": 2}, "pooling must be an odd number.*got 2", id="pooling-even"),
         pytest.param({"pooling": -1}, "pooling must be an odd number", id="pooling-negative"),
@@ -258,7 +274,7 @@ def test_limits_themselves_are_accepted() -> None:
 )
 def test_precedence(parameters: dict[str, Any], expected: list[int] | None) -> None:
     policy = VLCachePolicy(**parameters)
-    groups = policy.precedence(8, [(1, 3), (4, 6)], torch.device("cpu"))
+    groups = policy.precedence(Prompt(8, ((1, 3), (4, 6))), torch.device("cpu"))
     assert (None if groups is None else groups.tolist()) == expected
 
 

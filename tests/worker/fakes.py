@@ -48,6 +48,7 @@ class FakeV1Runner:
     requests: dict[str, Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.model_config = SimpleNamespace(hf_config=SimpleNamespace())
         self.input_batch = SimpleNamespace(
             req_ids=[],
             num_reqs=0,

@@ -10,11 +10,13 @@ import torch
 
 from tests.ops.pools import PACKINGS, PAGE_ORDERS, key_of, make_pool, page_number, value_of
 from tests.ops.test_apportion import exact_apportion
-from tests.ops.test_observe import naive_observe
+from tests.ops.test_diversity import naive_mix
+from tests.ops.test_observe import naive_elite, naive_observe
 from tests.ops.test_select import naive_select
 from tests.policy.test_vlcache import naive_weights
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, EvictionStep, RequestState
@@ -102,6 +104,13 @@ def expected_eviction(
         key = pool.read_keys(layer, torch.tensor(prompt_row))
         window = query[layer, observed_from:PROMPT]
         sums, dense = naive_observe(window, key, observed_from, SCALE, policy.threshold, 0.0)
+        if policy.elite_window:
+            elite = naive_elite(window, key, observed_from, 0.0, policy.elite_window, SCALE)
+            sums = torch.zeros_like(sums)
+            for q, position in enumerate(range(observed_from, PROMPT)):
+                one, _ = naive_observe(window[q : q + 1], key, position, SCALE, 0.01, 0.0)
+                for head in range(NUM_KV_HEADS):
+                    sums[head, : position + 1] += one[head] * elite[head][q]
         density.append(dense / (NUM_HEADS * sum(range(observed_from + 1, PROMPT + 1))))
         half = policy.pooling // 2
         scores.append(
@@ -110,6 +119,9 @@ def expected_eviction(
                 for row in sums.tolist()
             ]
         )
+        if policy.diversity:
+            pairs = zip(scores[-1], key, strict=True)
+            scores[-1] = [naive_mix(row, k[:PROMPT], policy.diversity) for row, k in pairs]
     kept_blocks = -(-len(prompt_row) // 4)
     weights = naive_weights(density, budget, policy.uniform_mix)
     pages = exact_apportion(weights, kept_blocks * NUM_LAYERS, PROMPT // BLOCK_SIZE).pages
@@ -131,8 +143,18 @@ def expected_eviction(
         {"max_observation_tokens": 5},
         {"post_vision_only": False, "max_observation_tokens": 40},
         {"post_vision_only": False},
+        {"elite_window": 0.3, "max_observation_tokens": 11},
+        {"diversity": 1.0},
     ],
-    ids=["paper", "pooled-and-mixed", "last-five-queries", "last-forty-queries", "all-queries"],
+    ids=[
+        "paper",
+        "pooled-and-mixed",
+        "last-five-queries",
+        "last-forty-queries",
+        "all-queries",
+        "elite-queries",
+        "diverse-keys",
+    ],
 )
 def test_a_prompt_is_evicted_as_the_parts_say(
     page_order: str, packing: str, chunks: tuple[int, ...], policy: dict[str, Any]
@@ -182,7 +204,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     pages, positions = expected_eviction(source, row[:16], query, VLCachePolicy(**policy), 0.25)
     assert worker._kept_pages[state.slot].tolist() == pages
     assert len(set(pages)) > 1 or policy  # otherwise the case shows nothing
-    assert state.column_sums is state.dense_entries is None
+    assert state.observed is None
 
     # The next step reads the survivors and writes behind them.
     step = run_step(
@@ -260,11 +282,13 @@ def test_each_request_brings_its_own_settings() -> None:
 def test_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     pool = pool_of()
-    worker = make_worker(pool, trace_path=str(path), trace_positions=True)
+    worker = make_worker(pool, trace_path=str(path), trace_positions=True, trace_scores=True)
     query = queries(PROMPT, seed=3)
     source = pool_of()
     for name in ("a", "b"):
-        run_step(worker, [(start(worker, name), 0, PROMPT, list(range(20)))], query)
+        state = start(worker, name)
+        state.visual, state.grids = ((10, 50),), (PatchGrid(12, 6, 6, 6),)
+        run_step(worker, [(state, 0, PROMPT, list(range(20)))], query)
     pages, positions = expected_eviction(source, list(range(16)), query, VLCachePolicy(), 0.25)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["request_id"], second["request_id"]) == ("a", "b")
@@ -274,6 +298,35 @@ def test_trace(tmp_path: Path) -> None:
     assert first["kept_tokens"] == [count * BLOCK_SIZE for count in pages]
     assert first["kept_positions"] == positions
     assert all(0 < density <= 1 for density in first["density"])
+    assert first["visual"] == [[10, 50]]
+    assert first["grids"] == [[12, 6, 6, 6]]
+    sums, _ = naive_observe(
+        query[1, VISION_END:], source.read_keys(1, torch.arange(16)), VISION_END, SCALE, 0.01, 0.0
+    )
+    torch.testing.assert_close(
+        torch.tensor(first["attention"][1], dtype=torch.float64), sums, rtol=1e-3, atol=1e-9
+    )
+    assert first["scores"] == first["attention"]  # of this policy
+
+
+def test_reports() -> None:
+    """Of an eviction, and of a prompt that was observed but that the scheduler then left alone."""
+    worker = make_worker(pool_of())
+    evicted, declined = start(worker, "evicted"), start(worker, "declined")
+    batch = [(evicted, 0, PROMPT, list(range(20))), (declined, 0, PROMPT, list(range(30, 46)))]
+    run_step(worker, batch, torch.cat((queries(PROMPT, 3), queries(PROMPT, 4)), 1))
+    (report,) = worker.take_reports()
+    assert report.observation_seconds > 0
+    assert report.compaction_seconds is not None and report.compaction_seconds > 0
+    assert report.layers_retained is not None and len(report.layers_retained) == NUM_LAYERS
+    assert declined.observed is not None
+    for step in range(2):
+        row = list(range(30, 46 + step))
+        run_step(worker, [(declined, PROMPT + step, 1, row)], queries(1, 5))
+    assert declined.observed is None
+    (report,) = worker.take_reports()
+    assert report.observation_seconds > 0
+    assert report.compaction_seconds is report.layers_retained is None
 
 
 def test_more_requests_than_rows() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.worker.observed import Observed
 from vl_cache_vllm.worker.step import BatchRow, RequestState, RequestTable, StepNumbers, plan_step
 
 BLOCK_SIZE = 8
@@ -283,11 +284,11 @@ def test_table_start_get_drop() -> None:
 def test_table_restart_clears_everything() -> None:
     table = RequestTable()
     state = table.start("a", config(), 40, 63)
-    state.column_sums = torch.ones(3)
+    state.observed = Observed(state.config.policy, 2, 1, 63, torch.device("cpu"))
     plan([chunk(state, 0, 63, reserved=2)])
     again = table.start("a", config(), 40, 70)
     assert again is not state
-    assert again.column_sums is again.dense_entries is None
+    assert again.observed is None
     assert (again.evicted_tokens, again.prefill_tokens) == (0, 70)
     assert len(table) == 1
     assert table.get("a") is again

@@ -11,11 +11,11 @@ _ATTRIBUTE = "kv_compress_reports"
 
 @dataclass(frozen=True)
 class EvictionReport:
-    """One eviction; times are of the host's clock."""
+    """One prompt that was observed; times are of the host's clock."""
 
     observation_seconds: float
-    compaction_seconds: float
-    layers_retained: list[float]  # kept tokens / prompt tokens, by layer
+    compaction_seconds: float | None = None  # None: it was not evicted
+    layers_retained: list[float] | None = None  # kept tokens / prompt tokens, by layer
 
 
 class _OutputWithReports(AsyncModelRunnerOutput):

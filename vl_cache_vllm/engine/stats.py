@@ -46,8 +46,9 @@ class EvictionStats:
         """Count evictions that a worker has done (`vl_cache_vllm.engine.report`)."""
         for report in reports:
             self.observation_seconds.append(report["observation_seconds"])
-            self.compaction_seconds.append(report["compaction_seconds"])
-            self.layers_retained.append(report["layers_retained"])
+            if report["compaction_seconds"] is not None:
+                self.compaction_seconds.append(report["compaction_seconds"])
+                self.layers_retained.append(report["layers_retained"])
 
 
 def put(stats: SchedulerStats, eviction: EvictionStats) -> None:

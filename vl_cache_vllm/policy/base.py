@@ -8,11 +8,12 @@ mechanism's work (`vl_cache_vllm.ops`), the same for every policy.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+
+from vl_cache_vllm.policy.prompt import Prompt
 
 
 def parameter(default: Any, text: str) -> Any:
@@ -56,6 +57,18 @@ class EvictionPolicy(ABC):
         0, "so many first tokens of the prompt are kept before all but the recent ones"
     )
     keep_text: bool = parameter(False, "text tokens are kept before all visual ones")
+    elite_window: float = parameter(
+        0.0,
+        "of the observed queries only those score the tokens to which the last one pays at least "
+        "this share of the most attention that it pays to any of them, by KV head (AirCache: 0.9); "
+        "0: all; needs max_observation_tokens",
+    )
+    diversity: float = parameter(
+        0.0,
+        "favour tokens whose keys are unlike the others', in heads whose keys are alike: weight of "
+        "this against the policy's score, times the mean similarity of a head's keys (MixKV: 1); "
+        "0: none",
+    )
 
     def __post_init__(self) -> None:
         if self.sink_tokens < 0:
@@ -69,6 +82,14 @@ class EvictionPolicy(ABC):
                 "max_observation_tokens must be at least 1 or null, "
                 f"got {self.max_observation_tokens}"
             )
+        for name in ("elite_window", "diversity"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.elite_window and self.max_observation_tokens is None:
+            raise ValueError(
+                "elite_window needs max_observation_tokens: which queries are elite is known with "
+                "the last one, and so many are remembered until then"
+            )
 
     def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
         """Position of the first observed query; the last is ``prefill_tokens - 1``."""
@@ -78,25 +99,24 @@ class EvictionPolicy(ABC):
         return max(start, prefill_tokens - self.max_observation_tokens)
 
     @abstractmethod
-    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """Rank tokens by accumulated attention.
 
         Args:
             attention: attention that each key received from the observed queries, summed over
                 the queries and the KV head's group, float32 ``[num_layers, num_kv_heads, tokens]``.
+            prompt: what the tokens are.
 
         Returns:
-            Scores of the same shape; higher is kept first, ties go to the lower position.
+            Scores of the same shape, finite and not negative; higher is kept first, ties go to
+            the lower position.
         """
 
-    def precedence(
-        self, tokens: int, visual: Sequence[tuple[int, int]], device: torch.device
-    ) -> torch.Tensor | None:
+    def precedence(self, prompt: Prompt, device: torch.device) -> torch.Tensor | None:
         """Groups of tokens, kept whole before any of a lower group: sinks, text, the rest.
 
         Args:
-            tokens: of the prompt.
-            visual: (first, end) positions of each image.
+            prompt: what the tokens are.
             device: of the result.
 
         Returns:
@@ -104,22 +124,20 @@ class EvictionPolicy(ABC):
         """
         if not (self.sink_tokens or self.keep_text):
             return None
-        groups = torch.full((tokens,), int(self.keep_text), device=device)
-        for first, end in visual:
+        groups = torch.full((prompt.tokens,), int(self.keep_text), device=device)
+        for first, end in prompt.visual:
             groups[first:end] = 0
         groups[: self.sink_tokens] = 2
         return groups
 
-    def layer_weights(
-        self, density: torch.Tensor, budget: float, prompt_tokens: int
-    ) -> torch.Tensor:
+    def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """Divide the budget among layers; equally, unless a policy knows better.
 
         Args:
             density: share of observed causal attention entries that pass the row filter,
                 float64 ``[num_layers]``.
             budget: retained share of the prompt's KV cache, 0 < budget <= 1.
-            prompt_tokens: tokens of the prompt.
+            prompt: what the tokens are.
 
         Returns:
             Positive weights, float64 ``[num_layers]``; layers get pages in proportion.

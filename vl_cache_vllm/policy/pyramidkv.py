@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import parameter
+from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
@@ -26,16 +27,14 @@ class PyramidKVPolicy(SnapKVPolicy):
         if self.beta < 1.0:
             raise ValueError(f"beta must be at least 1, got {self.beta}")
 
-    def layer_weights(
-        self, density: torch.Tensor, budget: float, prompt_tokens: int
-    ) -> torch.Tensor:
+    def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """w + linear from 2B - B / beta to B / beta, where B is the mean budget minus the window w.
 
         A budget that does not exceed the window leaves nothing to divide: uniform.
         """
         assert self.max_observation_tokens is not None
         window = float(self.max_observation_tokens)
-        mean = max(0.0, budget * prompt_tokens - window)
+        mean = max(0.0, budget * prompt.tokens - window)
         least = mean / self.beta
         depth = torch.linspace(0, 1, len(density), dtype=density.dtype, device=density.device)
         return window + 2 * mean - least - 2 * (mean - least) * depth

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
+from vl_cache_vllm.policy.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RandomPolicy(EvictionPolicy):
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}")
 
-    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """A hash of each entry's index, uniform in 0 to 1."""
         layers, heads, tokens = attention.shape
 

@@ -12,8 +12,10 @@ def interleave(scores: torch.Tensor, other: torch.Tensor, share: float) -> torch
     Of the places, ``share`` goes down ``other``'s ranking and the rest down that of ``scores``; a
     token that both rank high takes one place.
 
+    The result is positive and falls like 1 / place.
+
     Args:
         scores, other: ``[layers, kv_heads, tokens]``; ties go to the lower position.
         share: 0 (``scores`` alone) to 1 (``other`` alone).
     """
-    return -torch.minimum((rank(scores) + 1) / (1.0 - share), (rank(other) + 1) / share)
+    return 1.0 / torch.minimum((rank(scores) + 1) / (1.0 - share), (rank(other) + 1) / share)

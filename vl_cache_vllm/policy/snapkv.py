@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
-from vl_cache_vllm.policy.pooling import average, check_width
+from vl_cache_vllm.policy.pooling import POOLING_2D, check_pooling, smooth
+from vl_cache_vllm.policy.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,30 @@ class SnapKVPolicy(EvictionPolicy):
     pooling: int = parameter(
         5, "odd width of an average over neighbouring positions, applied to the scores"
     )
+    pooling_2d: bool = parameter(False, POOLING_2D)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_observation_tokens is None:
             raise ValueError(f"{self.name} needs max_observation_tokens, its window, not null")
-        check_width(self.pooling)
+        check_pooling(self.pooling, self.pooling_2d)
 
-    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
-        """Smoothed attention of the tokens before the window; the window above them, last first."""
+    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """Smoothed attention of the tokens before the window."""
+        before = attention.clone()
+        before[..., self._window(prompt) :] = 0
+        return smooth(before, self.pooling, prompt.grids if self.pooling_2d else ())
+
+    def precedence(self, prompt: Prompt, device: torch.device) -> torch.Tensor | None:
+        """The window above all other groups; of its tokens, if not all fit, the last."""
+        groups = super().precedence(prompt, device)
+        if groups is None:
+            groups = torch.zeros(prompt.tokens, dtype=torch.int64, device=device)
+        window = groups[self._window(prompt) :]
+        window.copy_(torch.arange(3, 3 + len(window), device=device))
+        return groups
+
+    def _window(self, prompt: Prompt) -> int:
+        """Position of the window's first token."""
         assert self.max_observation_tokens is not None
-        tokens = attention.shape[-1]
-        before = max(0, tokens - self.max_observation_tokens)
-        # An empty part needs no smoothing, and pooling does not accept one.
-        scores = average(attention[..., :before], self.pooling) if before else attention[..., :0]
-        # Above any sum of attention: at most one for each query and head.
-        window = 1e30 * torch.arange(1, tokens - before + 1, device=attention.device)
-        return torch.cat((scores, window.to(scores.dtype).expand(*scores.shape[:2], -1)), dim=-1)
+        return max(0, prompt.tokens - self.max_observation_tokens)

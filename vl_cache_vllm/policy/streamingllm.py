@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, with_default
+from vl_cache_vllm.policy.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class StreamingLLMPolicy(EvictionPolicy):
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
     sink_tokens: int = with_default(EvictionPolicy, "sink_tokens", 4)
 
-    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """Later is better; of sinks that do not all fit, earlier."""
-        scores = torch.arange(attention.shape[-1], device=attention.device, dtype=attention.dtype)
-        scores[: self.sink_tokens] = torch.inf
-        return scores.expand_as(attention)
+        position = torch.arange(prompt.tokens, device=attention.device)
+        sinks = min(self.sink_tokens, prompt.tokens)
+        score = torch.where(position < sinks, prompt.tokens + sinks - position, position)
+        return score.to(attention.dtype).expand_as(attention)

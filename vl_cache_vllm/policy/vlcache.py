@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
-from vl_cache_vllm.policy.pooling import average, check_width, look_ahead
+from vl_cache_vllm.policy.pooling import POOLING_2D, check_pooling, look_ahead, smooth
+from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.ranking import interleave
 
 
@@ -15,8 +16,9 @@ from vl_cache_vllm.policy.ranking import interleave
 class VLCachePolicy(EvictionPolicy):
     """Post-vision attention scores, layer budgets from post-vision attention density.
 
-    The defaults are the paper's. ``pooling``, ``uniform_mix``, ``shared_scores``, ``lookahead`` and
-    ``short_lookahead`` are this project's additions; 1 turns the first off, 0 the others.
+    The defaults are the paper's. ``pooling``, ``pooling_2d``, ``uniform_mix``, ``shared_scores``,
+    ``lookahead`` and ``short_lookahead`` are this project's additions; 1 turns the first off, 0 the
+    others.
     """
 
     name: ClassVar[str] = "vlcache"
@@ -25,6 +27,7 @@ class VLCachePolicy(EvictionPolicy):
         1,
         "odd width of an average over neighbouring positions, applied to the scores; 1: the paper",
     )
+    pooling_2d: bool = parameter(False, POOLING_2D)
     uniform_mix: float = parameter(
         0.0, "share of the budget divided equally among layers; 0: the paper, 1: uniform budgets"
     )
@@ -50,7 +53,7 @@ class VLCachePolicy(EvictionPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_width(self.pooling)
+        check_pooling(self.pooling, self.pooling_2d)
         for name in ("uniform_mix", "shared_scores", "lookahead_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -60,23 +63,21 @@ class VLCachePolicy(EvictionPolicy):
         if not 0.0 < self.min_layer_budget <= 1.0:
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
-    def token_scores(self, attention: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention (paper section 3), smoothed when asked."""
         scores = attention
         if self.shared_scores:
             # A few heads that are sure tell more than many that attend a little.
             shared = attention.square().mean((0, 1), keepdim=True).sqrt()
             scores = torch.lerp(attention, shared, self.shared_scores)
-        own = scores = average(scores, self.pooling)
+        own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         if self.short_lookahead:
             scores = look_ahead(own, self.short_lookahead)
         if self.lookahead:
             scores = interleave(scores, look_ahead(own, self.lookahead), self.lookahead_share)
         return scores
 
-    def layer_weights(
-        self, density: torch.Tensor, budget: float, prompt_tokens: int
-    ) -> torch.Tensor:
+    def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """beta_l = clip(d_l / sum(d) * alpha * L, 0.01, 1) (paper, Algorithm 1)."""
         num_layers = density.shape[0]
         total = density.sum()

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs eviction on one worker: owns the device state, called by runner adapters and backends."""
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -13,9 +15,10 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.report import EvictionReport
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
-from vl_cache_vllm.ops.observe import observe
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.worker.choice import choose
+from vl_cache_vllm.policy import Prompt
+from vl_cache_vllm.worker.choice import Choice, choose
+from vl_cache_vllm.worker.observed import Observed
 from vl_cache_vllm.worker.step import (
     BatchRow,
     EvictionStep,
@@ -90,6 +93,9 @@ class EvictionWorker:
             for s in (row.state for row in rows)
         ]
         numbers = plan_step(rows, self.pool.block_size, self.pool.num_layers)
+        for state in numbers.declined:
+            self._reports.append(EvictionReport(state.observation_seconds))
+            state.observed = None
         if numbers.is_plain:
             return None
         block_table = block_table[:num_reqs]
@@ -155,23 +161,22 @@ class EvictionWorker:
         for observation in step.observations:
             began = time.perf_counter()
             state = observation.state
-            if state.column_sums is None:
-                shape = (self.pool.num_layers, self.pool.num_kv_heads, state.prefill_tokens)
-                state.column_sums = torch.zeros(shape, dtype=torch.float32, device=query.device)
-                state.dense_entries = torch.zeros(
-                    self.pool.num_layers, dtype=torch.int64, device=query.device
+            if state.observed is None:
+                state.observed = Observed(
+                    state.config.policy,
+                    self.pool.num_layers,
+                    self.pool.num_kv_heads,
+                    state.prefill_tokens,
+                    query.device,
                 )
-            assert state.dense_entries is not None
             row = step.block_table[observation.row, : observation.num_blocks]
-            observe(
+            state.observed.add(
+                layer,
                 query[observation.query_start : observation.query_end],
                 self.pool.read_keys(layer, row),
                 observation.first_position,
                 scale,
-                state.config.policy.threshold,
                 softcap,
-                state.column_sums[layer],
-                state.dense_entries[layer],
             )
             state.observation_seconds += time.perf_counter() - began
         step.layers_done += 1
@@ -187,21 +192,25 @@ class EvictionWorker:
     def _evict(self, step: EvictionStep, finish: Finish) -> None:
         began = time.perf_counter()
         state, pool = finish.state, self.pool
-        policy, budget = state.config.policy, state.config.budget
+        policy, observed = state.config.policy, state.observed
         assert finish.prompt_tokens == state.prefill_tokens
-        assert state.column_sums is not None and state.dense_entries is not None, (
+        assert observed is not None, (
             f"request {state.request_id} was given kept blocks but never observed"
         )
+        if getattr(policy, "pooling_2d", False) and len(state.grids) < len(state.visual):
+            logger.warning_once(
+                "pooling_2d: where the visual tokens of this model lie in an image is not known to "
+                "KV compression; they are averaged along the sequence"
+            )
         choice = choose(
             policy,
-            budget,
-            state.column_sums,
-            state.dense_entries,
+            state.config.budget,
+            observed,
+            Prompt(finish.prompt_tokens, state.visual, state.grids),
             self.num_heads,
             policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
             finish.kept_blocks,
             pool.block_size,
-            state.visual,
         )
         kept_pages, positions = choice.kept_pages, choice.positions
         row = step.block_table[finish.row].long()
@@ -211,7 +220,7 @@ class EvictionWorker:
         while state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
             self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[state.slot] = kept_pages
-        state.column_sums = state.dense_entries = None
+        state.observed = None
         kept_tokens = (kept_pages * pool.block_size).tolist()
         self._reports.append(
             EvictionReport(
@@ -221,14 +230,14 @@ class EvictionWorker:
             )
         )
         if self._trace_file is not None:
-            self._trace(finish, choice.density, kept_tokens, positions)
+            self._trace(finish, choice, observed, kept_tokens)
 
     def _trace(
         self,
         finish: Finish,
-        density: torch.Tensor,
+        choice: Choice,
+        observed: Observed,
         kept_tokens: list[int],
-        positions: torch.Tensor,
     ) -> None:
         record = {
             "request_id": finish.state.request_id,
@@ -238,16 +247,31 @@ class EvictionWorker:
             "block_size": self.pool.block_size,
             "prompt_blocks": finish.prompt_blocks,
             "kept_blocks": finish.kept_blocks,
-            "density": density.tolist(),
+            "density": choice.density.tolist(),
             "kept_tokens": kept_tokens,
+            "visual": finish.state.visual,
+            "grids": [dataclasses.astuple(grid) for grid in finish.state.grids],
         }
         if self.config.trace_positions:
             record["kept_positions"] = [
-                layer[:, :kept].tolist() for layer, kept in zip(positions, kept_tokens, strict=True)
+                layer[:, :kept].tolist()
+                for layer, kept in zip(choice.positions, kept_tokens, strict=True)
             ]
+        if self.config.trace_scores:
+            record["attention"] = _rounded(observed.column_sums)
+            record["scores"] = _rounded(choice.scores)
         assert self._trace_file is not None
         # One write: workers of several engines may share the file.
         os.write(self._trace_file, (json.dumps(record) + "\n").encode())
+
+
+def _rounded(values: torch.Tensor) -> Any:
+    """Nested lists of numbers of four digits."""
+
+    def shorten(value: Any) -> Any:
+        return [*map(shorten, value)] if isinstance(value, list) else float(f"{value:.3e}")
+
+    return shorten(values.tolist())
 
 
 def _open_trace(path: str | None) -> int | None:

@@ -13,6 +13,8 @@ from vllm.utils.math_utils import cdiv
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
 from vl_cache_vllm.ops.layer_tables import LayerTables
+from vl_cache_vllm.policy import PatchGrid
+from vl_cache_vllm.worker.observed import Observed
 
 
 @dataclass(eq=False)
@@ -24,11 +26,10 @@ class RequestState:
     config: KVCompressConfig  # the engine's, with what the request changed
     vision_end: int | None  # position after the last visual token
     prefill_tokens: int  # tokens known when prefill (re)started
-    visual: Sequence[tuple[int, int]] = ()  # (first, end) positions of each image
+    visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image
+    grids: tuple[PatchGrid, ...] = ()
 
-    # While observing: attention sums [L, K, prefill_tokens] and dense entries [L].
-    column_sums: torch.Tensor | None = None
-    dense_entries: torch.Tensor | None = None
+    observed: Observed | None = None  # from the first observed query to the eviction
     observation_seconds: float = 0.0
 
     # After eviction, all in tokens or blocks of the logical sequence; 0 before.
@@ -88,6 +89,7 @@ class StepNumbers:
 
     observations: list[Observation]
     finishes: list[Finish]
+    declined: list[RequestState]  # observed, but not evicted
     any_evicted: bool
     table_width: int  # bound of any layer's pages of any row
 
@@ -104,7 +106,7 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
     M kept blocks that the scheduler reserved. Updates the states of finishing rows, so that the
     next step sees them evicted.
     """
-    observations, finishes = [], []
+    observations, finishes, declined = [], [], []
     any_evicted, width, query_start = False, 1, 0
     for index, row in enumerate(rows):
         state, end = row.state, row.num_computed + row.num_scheduled
@@ -116,8 +118,8 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
             )
             width = max(width, kept_bound + cdiv(end - state.evicted_tokens, block_size))
         else:
-            if row.num_computed >= state.prefill_tokens:  # observed, but the scheduler declined
-                state.column_sums = state.dense_entries = None
+            if state.observed is not None and row.num_computed >= state.prefill_tokens:
+                declined.append(state)
             num_blocks = cdiv(end, block_size)
             width = max(width, num_blocks)
             observation = _observe_row(index, row, query_start, num_blocks, block_size)
@@ -131,7 +133,7 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
         state = finish.state
         state.evicted_tokens = finish.prompt_tokens
         state.prompt_blocks, state.kept_blocks = finish.prompt_blocks, finish.kept_blocks
-    return StepNumbers(observations, finishes, any_evicted, width)
+    return StepNumbers(observations, finishes, declined, any_evicted, width)
 
 
 def _observe_row(
@@ -171,7 +173,8 @@ class RequestTable:
         config: KVCompressConfig,
         vision_end: int | None,
         prefill_tokens: int,
-        visual: Sequence[tuple[int, int]] = (),
+        visual: tuple[tuple[int, int], ...] = (),
+        grids: tuple[PatchGrid, ...] = (),
     ) -> RequestState:
         """A fresh state for a request that starts or restarts its prefill."""
         self.drop(request_id)
@@ -179,7 +182,7 @@ class RequestTable:
             self._free_slots.append(self._num_slots)
             self._num_slots += 1
         slot = self._free_slots.pop()
-        state = RequestState(request_id, slot, config, vision_end, prefill_tokens, visual)
+        state = RequestState(request_id, slot, config, vision_end, prefill_tokens, visual, grids)
         self._states[request_id] = state
         return state
 

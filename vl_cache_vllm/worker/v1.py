@@ -6,6 +6,7 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vl_cache_vllm.engine.admission import post_vision_start, request_config, visual_ranges
+from vl_cache_vllm.engine.patch_grids import patch_grids
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, RequestState
@@ -65,7 +66,8 @@ class V1Adapter:
             attach_step(metadata, self._worker, step, self._layer_index)
 
     def _state(self, req_id: str) -> RequestState:
-        record = self._runner.requests[req_id]
+        runner = self._runner
+        record = runner.requests[req_id]
         state = self._worker.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
@@ -76,5 +78,6 @@ class V1Adapter:
                 post_vision_start(self._worker.config, features),
                 record.num_prompt_tokens + len(record.output_token_ids),
                 visual_ranges(features),
+                patch_grids(features, runner.model_config.hf_config),
             )
         return state

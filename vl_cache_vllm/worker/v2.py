@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vl_cache_vllm.engine.admission import post_vision_start, request_config, visual_ranges
+from vl_cache_vllm.engine.patch_grids import patch_grids
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow
@@ -44,6 +45,7 @@ class V2Adapter:
             post_vision_start(self._worker.config, features),
             len(tokens),
             visual_ranges(features),
+            patch_grids(features, self._runner.model_config.hf_config),
         )
 
     def remove_request(self, req_id: str) -> None:

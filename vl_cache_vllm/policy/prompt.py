@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What policies are told about a prompt, besides how it attends."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Visual tokens that lie on a rectangle of an image, a tile of one or a frame of a video.
+
+    The token of row r and column c is at ``first + r * row_stride + c``.
+    """
+
+    first: int
+    rows: int
+    columns: int
+    row_stride: int  # more than columns where structural tokens end the rows
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """int64 ``[rows, columns]``."""
+        rows = torch.arange(self.rows, device=device)[:, None] * self.row_stride
+        return self.first + rows + torch.arange(self.columns, device=device)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt by kind."""
+
+    tokens: int
+    visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image or video
+    grids: tuple[PatchGrid, ...] = ()  # of the images whose layout is known
