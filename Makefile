@@ -17,12 +17,14 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MAL
 env: $(STAMP)
 
 # torch first and by itself, so that nothing pulls a CUDA build in.
+# kvpress (parity tests) without its dependencies: it declares a transformers older than vLLM's.
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade ./tools/vllm-cpu-shim
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps ./tools/vllm-cpu-shim
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps kvpress==0.5.5
 	rm -f $(VENV)/stamp-*
 	touch $@
 
