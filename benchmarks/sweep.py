@@ -157,6 +157,7 @@ def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tens
         policy,
         config.budget,
         observed,
+        observed.dense_entries,
         Prompt(tokens, prompt.visual, prompt.grids),
         num_heads,
         start,

@@ -185,8 +185,6 @@ REFUSALS = {
         _set("parallel_config.prefill_context_parallel_size", 2),
         "context parallelism",
     ),
-    "tensor parallel": (_set("parallel_config.tensor_parallel_size", 2), "tensor or pipeline"),
-    "pipeline parallel": (_set("parallel_config.pipeline_parallel_size", 2), "tensor or pipeline"),
     "micro-batching": (_set("parallel_config.enable_dbo", True), "micro-batching"),
     "KV connector": (_set("kv_transfer_config", object()), "KV connectors"),
     "KV offloading": (_set("cache_config.kv_offloading_size", 1.0), "KV connectors"),
@@ -227,7 +225,7 @@ def test_the_rust_front_end_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
 
 def test_all_reasons_come_in_one_message(model: Path) -> None:
     vllm_config = _with_settings(config(model))
-    for name in ("tensor parallel", "quantised cache", "speculative decoding"):
+    for name in ("quantised cache", "speculative decoding", "micro-batching"):
         REFUSALS[name][0](vllm_config)
     with pytest.raises(ValueError) as error:
         hooks.enable(vllm_config)

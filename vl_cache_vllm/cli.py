@@ -3,7 +3,7 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vl_cache_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
@@ -15,9 +15,6 @@ from vl_cache_vllm.config import (
     describe_settings,
 )
 from vl_cache_vllm.policy import POLICIES
-
-if TYPE_CHECKING:
-    from vllm.engine.arg_utils import EngineArgs
 
 
 def add_cli_args(parser: Any) -> Any:
@@ -65,37 +62,38 @@ def add_cli_args(parser: Any) -> Any:
     return parser
 
 
-def fold_into(engine_args: "EngineArgs", args: argparse.Namespace) -> None:
-    """Store the parsed flags in ``engine_args.additional_config``.
+def fold(args: argparse.Namespace) -> None:
+    """Move the parsed flags into ``args.additional_config``.
+
+    That is where vLLM keeps them, also for the API server processes that it starts from ``args``:
+    they build their `EngineArgs` before they load plugins.
 
     Raises:
         ValueError: for flags that contradict each other or name unknown parameters.
     """
-    policy = getattr(args, "kv_compress", None)
-    given: dict[str, Any] = dict(getattr(args, "kv_compress_config", None) or {})
+    flags = vars(args)
+    policy = flags.pop("kv_compress", None)
+    given: dict[str, Any] = dict(flags.pop("kv_compress_config", None) or {})
     if given.keys() & set(WITH_FLAGS):
         raise ValueError(
             "give policy, budget, when and text as --kv-compress, --kv-compress-budget, "
             "--kv-compress-when and --kv-compress-text, not in --kv-compress-config"
         )
     for name in WITH_FLAGS[1:]:  # all but the policy
-        if (value := getattr(args, f"kv_compress_{name}", None)) is not None:
+        if (value := flags.pop(f"kv_compress_{name}", None)) is not None:
             given[name] = value
     if policy is None and not given:
         return
     settings = {"policy": policy or OFF, **given}
     config = KVCompressConfig.from_dict(settings)  # fail here, before the model config is read
-    if ADDITIONAL_CONFIG_KEY in engine_args.additional_config:
+    additional = flags.get("additional_config") or {}
+    if ADDITIONAL_CONFIG_KEY in additional:
         raise ValueError(
             f"KV compression is set both by --kv-compress flags and by "
             f"--additional-config's {ADDITIONAL_CONFIG_KEY!r}; use one of them"
         )
-    if config is None:
-        return
-    engine_args.additional_config = {
-        **engine_args.additional_config,
-        ADDITIONAL_CONFIG_KEY: settings,
-    }
+    if config is not None:
+        args.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: settings}
 
 
 def _budget(text: str) -> float:

@@ -48,7 +48,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.engine.arg_utils:EngineArgs.from_cli_args",
         "wrap",
         "every process that loads plugins",
-        "folds the flags into additional_config; the original drops flags it has no field for",
+        "moves the flags into additional_config; the original drops flags it has no field for",
     ),
     Hook(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
@@ -146,9 +146,8 @@ def install() -> None:
         return cli.add_cli_args(add_cli_args(parser))
 
     def from_cli_args_with_ours(cls: type[EngineArgs], args: Any) -> EngineArgs:
-        engine_args = from_cli_args(cls, args)
-        cli.fold_into(engine_args, args)
-        return engine_args
+        cli.fold(args)
+        return from_cli_args(cls, args)
 
     def create_engine_config_with_ours(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         vllm_config = create_engine_config(self, *args, **kwargs)

@@ -73,7 +73,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         )
         self._observation = histogram(
             "observation_seconds",
-            "Time to observe an evicted prompt's attention, all layers.",
+            "Time to observe a prompt's attention, all layers.",
             SECONDS,
         )
         self._compaction = histogram(
@@ -121,7 +121,8 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         self._blocks_held.labels(*labels).set(stats.blocks_held)
         if stats.pressure is not None:
             self._pressure.labels(*labels).set(stats.pressure)
-        for layer, shares in enumerate(zip(*stats.layers_retained, strict=True)):
+        for layer in stats.layers_retained[0] if stats.layers_retained else ():
+            shares = [retained[layer] for retained in stats.layers_retained]
             self._layer.labels(*labels, layer).set(sum(shares) / len(shares))
         self._intervals[engine_idx].add(stats)
 

@@ -48,10 +48,6 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         "eviction brings its own subclass of vLLM's scheduler",
     )
     refuse(
-        parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
-        "tensor or pipeline parallelism: use --tensor-parallel-size 1 --pipeline-parallel-size 1",
-    )
-    refuse(
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "context parallelism: use --decode-context-parallel-size 1 "
         "--prefill-context-parallel-size 1",

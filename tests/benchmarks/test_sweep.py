@@ -99,3 +99,19 @@ def test_results_are_printed_and_written(
     assert [line.split()[-1] for line in lines[1:]] == [
         "cache" if name == "full cache" else name for name in report["results"]
     ]
+
+
+def test_the_published_table_is_the_published_run() -> None:
+    """docs/accuracy.md, "Options from later work"."""
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/options.json").read_text())["results"]
+    section = (root / "docs/accuracy.md").read_text().split("## Options from later work")[1]
+    header, _, *rows = (
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in section.split("\n## ")[0].splitlines()
+        if line.startswith("|")
+    )
+    assert len(rows) > 10
+    for name, *scores in rows:
+        expected = [f"{100 * results[name][task]:.1f}" for task in header[1:]]
+        assert scores == expected, name

@@ -7,8 +7,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vl_cache_vllm.engine.report import EvictionReport, attach, detach
 
-REPORT = EvictionReport(0.01, 0.002, [0.1, 0.3])
-PLAIN = {"observation_seconds": 0.01, "compaction_seconds": 0.002, "layers_retained": [0.1, 0.3]}
+REPORT = EvictionReport(0.01, 0.002, {0: 0.1, 1: 0.3})
+PLAIN = {
+    "observation_seconds": 0.01,
+    "compaction_seconds": 0.002,
+    "layers_retained": {0: 0.1, 1: 0.3},
+}
 
 
 def output() -> ModelRunnerOutput:

@@ -15,7 +15,7 @@ from vl_cache_vllm.engine.stats import EvictionStats, put, take
 REPORT = {
     "observation_seconds": 0.01,
     "compaction_seconds": 0.002,
-    "layers_retained": [0.1, 0.3],
+    "layers_retained": {0: 0.1, 1: 0.3},
 }
 
 
@@ -37,7 +37,7 @@ def test_decisions_are_counted() -> None:
     assert stats.retained == [2 / 7]
     assert stats.freed_tokens == 26 - 8
     assert stats.freed_blocks == 0  # not yet: the step that compacts is not done
-    assert stats.layers_retained == [[0.1, 0.3]]
+    assert stats.layers_retained == [{0: 0.1, 1: 0.3}]
 
 
 def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:

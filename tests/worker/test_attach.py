@@ -65,7 +65,7 @@ def vllm_config(cache: KVCacheConfig, permute: tuple[int, ...] = (0, 1, 2, 3, 4)
         compilation_config=SimpleNamespace(static_forward_context=layers),
         scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
         model_config=SimpleNamespace(max_model_len=256),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1),
     )
 
 

@@ -15,7 +15,7 @@ class EvictionReport:
 
     observation_seconds: float
     compaction_seconds: float | None = None  # None: it was not evicted
-    layers_retained: list[float] | None = None  # kept tokens / prompt tokens, by layer
+    layers_retained: dict[int, float] | None = None  # by layer: kept tokens / prompt tokens
 
 
 class _OutputWithReports(AsyncModelRunnerOutput):

@@ -29,7 +29,8 @@ class EvictionStats:
     retained: list[float] = field(default_factory=list)  # kept blocks / prompt blocks
     observation_seconds: list[float] = field(default_factory=list)  # of one prompt, all layers
     compaction_seconds: list[float] = field(default_factory=list)
-    layers_retained: list[list[float]] = field(default_factory=list)  # kept tokens / prompt tokens
+    # By layer, kept tokens / prompt tokens; of the last stage's layers under pipeline parallelism.
+    layers_retained: list[dict[int, float]] = field(default_factory=list)
     blocks_held: int = 0  # now, by evicted requests
     pressure: bool | None = None  # now; None: evicts always
 

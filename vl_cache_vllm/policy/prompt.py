@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What policies are told about a prompt, besides how it attends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,14 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a prompt by kind."""
+    """The tokens of a prompt by kind.
+
+    ``mean_over_ranks`` is for policies that look at all KV heads at once: under tensor parallelism
+    each rank has some of them, and the mean of a tensor over the ranks is what makes the ranks
+    agree. All of them must ask for it, and equally often.
+    """
 
     tokens: int
     visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image or video
     grids: tuple[PatchGrid, ...] = ()  # of the images whose layout is known
+    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values

@@ -68,7 +68,7 @@ class VLCachePolicy(EvictionPolicy):
         scores = attention
         if self.shared_scores:
             # A few heads that are sure tell more than many that attend a little.
-            shared = attention.square().mean((0, 1), keepdim=True).sqrt()
+            shared = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
             scores = torch.lerp(attention, shared, self.shared_scores)
         own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         if self.short_lookahead:

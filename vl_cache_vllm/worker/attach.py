@@ -4,6 +4,7 @@
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -11,6 +12,7 @@ from vl_cache_vllm.attention.cpu import CompressedCPUAttentionMetadata, derive_p
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.ranks import tensor_parallel_ranks
 from vl_cache_vllm.worker.step import EvictionStep
 
 
@@ -86,5 +88,7 @@ def build_eviction_worker(
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_table_width=cdiv(max_model_len, spec.block_size) + 1,
+        ranks=tensor_parallel_ranks(vllm_config.parallel_config.tensor_parallel_size),
+        first_layer=min(map(extract_layer_index, placement.layers)),
     )
     return worker, {name: index for index, name in enumerate(placement.layers)}

@@ -31,6 +31,7 @@ def choose(
     policy: EvictionPolicy,
     budget: float,
     observed: Observed,
+    dense_entries: torch.Tensor,
     prompt: Prompt,
     num_heads: int,
     first_query: int,
@@ -42,18 +43,19 @@ def choose(
     Args:
         policy, budget: the request's.
         observed: the queries from ``first_query`` to the prompt's last.
+        dense_entries: the observed ones, of all ranks.
         prompt: what its tokens are.
-        num_heads: query heads of a layer.
+        num_heads: query heads of a layer, of all ranks.
         first_query: position of the first observed query.
         kept_blocks: of the prompt.
         block_size: tokens of a page.
     """
-    num_layers = len(observed.dense_entries)
+    num_layers = len(dense_entries)
     full_pages = prompt.tokens // block_size
     total_pages = kept_blocks * num_layers
     # Query at position t has t + 1 causal entries.
     entries = (prompt.tokens - first_query) * (first_query + 1 + prompt.tokens) // 2
-    density = observed.dense_entries.double() / (entries * num_heads)
+    density = dense_entries.double() / (entries * num_heads)
     weights = policy.layer_weights(density, budget, prompt)
     kept_pages = apportion(weights, total_pages, full_pages)
     scores = policy.token_scores(observed.column_sums, prompt)

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from vllm.distributed import get_pp_group
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -46,6 +47,9 @@ class EvictionCPUWorker(CPUWorker):
         return self._with_reports(super().sample_tokens(*args, **kwargs))
 
     def _with_reports(self, output: Any) -> Any:
+        if not get_pp_group().is_last_rank:  # the scheduler hears of the last stage only
+            self.eviction.take_reports()
+            return output
         if output is None:  # it follows from `sample_tokens`
             return None
         return report.attach(output, self.eviction.take_reports())

@@ -19,6 +19,7 @@ from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.worker.choice import Choice, choose
 from vl_cache_vllm.worker.observed import Observed
+from vl_cache_vllm.worker.ranks import Ranks
 from vl_cache_vllm.worker.step import (
     BatchRow,
     EvictionStep,
@@ -37,6 +38,8 @@ class EvictionWorker:
         config: settings.
         pool: the cache of this worker's layers.
         num_heads: query heads per layer on this worker.
+        ranks: the workers that hold the other heads of these layers.
+        first_layer: the model's index of the pool's first layer, for reports.
         max_num_reqs: requests the runner may hold at once.
         max_num_tokens: tokens of the largest step.
         max_table_width: pages that one layer of a request can hold.
@@ -50,10 +53,14 @@ class EvictionWorker:
         max_num_reqs: int,
         max_num_tokens: int,
         max_table_width: int,
+        ranks: Ranks = Ranks(),  # noqa: B008  frozen
+        first_layer: int = 0,
     ) -> None:
         self.config = config
         self.pool = pool
-        self.num_heads = num_heads
+        self.num_heads = num_heads * ranks.size
+        self.ranks = ranks
+        self.first_layer = first_layer
         self.requests = RequestTable()
         self._trace_file = _open_trace(config.trace_path)
         self._reports: list[EvictionReport] = []
@@ -180,23 +187,33 @@ class EvictionWorker:
             )
             state.observation_seconds += time.perf_counter() - began
         step.layers_done += 1
-        if step.layers_done == self.pool.num_layers:
-            for finish in step.finishes:
-                self._evict(step, finish)
+        if step.layers_done == self.pool.num_layers and step.finishes:
+            self._evict_all(step)
 
     def take_reports(self) -> list[EvictionReport]:
         """The evictions since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
-    def _evict(self, step: EvictionStep, finish: Finish) -> None:
+    def _evict_all(self, step: EvictionStep) -> None:
+        observed = []
+        for finish in step.finishes:
+            state = finish.state
+            assert finish.prompt_tokens == state.prefill_tokens
+            assert state.observed is not None, (
+                f"request {state.request_id} was given kept blocks but never observed"
+            )
+            observed.append(state.observed)
+        dense_entries = self.ranks.sum(torch.stack([one.dense_entries for one in observed]))
+        for arguments in zip(step.finishes, observed, dense_entries, strict=True):
+            self._evict(step, *arguments)
+
+    def _evict(
+        self, step: EvictionStep, finish: Finish, observed: Observed, dense_entries: torch.Tensor
+    ) -> None:
         began = time.perf_counter()
         state, pool = finish.state, self.pool
-        policy, observed = state.config.policy, state.observed
-        assert finish.prompt_tokens == state.prefill_tokens
-        assert observed is not None, (
-            f"request {state.request_id} was given kept blocks but never observed"
-        )
+        policy = state.config.policy
         if getattr(policy, "pooling_2d", False) and len(state.grids) < len(state.visual):
             logger.warning_once(
                 "pooling_2d: where the visual tokens of this model lie in an image is not known to "
@@ -206,7 +223,8 @@ class EvictionWorker:
             policy,
             state.config.budget,
             observed,
-            Prompt(finish.prompt_tokens, state.visual, state.grids),
+            dense_entries,
+            Prompt(finish.prompt_tokens, state.visual, state.grids, self.ranks.mean),
             self.num_heads,
             policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
             finish.kept_blocks,
@@ -226,7 +244,10 @@ class EvictionWorker:
             EvictionReport(
                 state.observation_seconds,
                 time.perf_counter() - began,
-                [tokens / finish.prompt_tokens for tokens in kept_tokens],
+                {
+                    layer: tokens / finish.prompt_tokens
+                    for layer, tokens in enumerate(kept_tokens, self.first_layer)
+                },
             )
         )
         if self._trace_file is not None:
@@ -241,6 +262,8 @@ class EvictionWorker:
     ) -> None:
         record = {
             "request_id": finish.state.request_id,
+            "rank": self.ranks.rank,
+            "first_layer": self.first_layer,
             "budget": finish.state.config.budget,
             "prompt_tokens": finish.prompt_tokens,
             "vision_end": finish.state.vision_end,
