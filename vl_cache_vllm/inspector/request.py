@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one request through vLLM's offline API, and again with its whole cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from vllm import SamplingParams
+
+from vl_cache_vllm.config import REQUEST_BUDGET, KVCompressConfig, settings_of
+from vl_cache_vllm.engine.admission import Skip, plan_eviction
+from vl_cache_vllm.inspector.layout import Box, Panel, panel, seen_area
+from vl_cache_vllm.inspector.trace import Eviction
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+TRACE = ("trace_path", "trace_positions", "trace_scores")
+_CONTEXT = 8  # tokens before one that its text may depend on
+
+
+class NotEvicted(ValueError):  # noqa: N818 - what happened, not what went wrong
+    """The request kept its whole cache; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that the picture and the page show."""
+
+    model: str
+    config: KVCompressConfig
+    question: str
+    answer: str
+    full_answer: str  # with the whole cache
+    cut: tuple[bool, bool]  # whether either answer ended at max_tokens
+    names: tuple[str, ...]  # of the images
+    images: tuple[Image.Image, ...]
+    areas: tuple[Box, ...]  # what the model sees of them
+    eviction: Eviction
+    tokens: tuple[str, ...]  # text of each token; of visual ones it means nothing
+
+    def panels(self) -> list[Panel]:
+        """How to draw the visual tokens, for each image of the prompt."""
+        result = []
+        for i, visual in enumerate(self.eviction.visual):
+            known = len(self.images) == len(self.eviction.visual)
+            size = self.images[i].size if known else None
+            area = self.areas[i] if known else Box(0, 0, 1, 1)
+            result.append(panel(visual, self.eviction.grids_of(i), size, area))
+        return result
+
+    def settings(self) -> list[tuple[str, Any]]:
+        """The policy's parameters and other settings that are not at their defaults."""
+        policy = self.config.policy
+        return [
+            (field.name, getattr(owner, field.name))
+            for owner, skipped in ((policy, ()), (self.config, ("policy", "budget", *TRACE)))
+            for field in dataclasses.fields(owner)
+            if field.name not in skipped and getattr(owner, field.name) != field.default
+        ]
+
+
+def inspect_request(
+    llm: LLM,
+    trace: Path,
+    model: str,
+    question: str,
+    images: Sequence[tuple[str, Image.Image]],
+    processor: Any,
+    max_tokens: int,
+) -> Inspection:
+    """Ask once with eviction and once without.
+
+    Args:
+        llm: an engine with eviction that traces positions and scores.
+        trace: the file that it traces to.
+        model: its name, to be shown.
+        question: the prompt's text; the model's chat template goes around it.
+        images: (name, RGB picture), put before the text.
+        processor: the model's Hugging Face image processor; None where it has none.
+        max_tokens: of an answer.
+
+    Raises:
+        NotEvicted: with the reason.
+    """
+    content: list[dict[str, Any]] = [
+        {"type": "image_pil", "image_pil": image} for _, image in images
+    ]
+    messages: Any = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+    def ask(extra: dict[str, Any] | None) -> RequestOutput:
+        parameters = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
+        (output,) = llm.chat(messages, parameters, use_tqdm=False)
+        return output
+
+    output = ask(None)
+    config = settings_of(llm.llm_engine.vllm_config)
+    assert config is not None
+    lines = trace.read_text().splitlines() if trace.exists() else []
+    ids = output.prompt_token_ids
+    assert ids is not None
+    if not lines:
+        raise NotEvicted(_reason(llm, config, len(ids), bool(images), max_tokens))
+    eviction = Eviction.from_records([json.loads(line) for line in lines])
+    assert eviction.prompt_tokens == len(ids)
+    full = ask({REQUEST_BUDGET: 1.0})
+    tokenizer = llm.get_tokenizer()
+    answers = (output.outputs[0], full.outputs[0])
+    return Inspection(
+        model,
+        config,
+        question,
+        answers[0].text,
+        answers[1].text,
+        (answers[0].finish_reason == "length", answers[1].finish_reason == "length"),
+        tuple(name for name, _ in images),
+        tuple(image for _, image in images),
+        tuple(seen_area(*image.size, processor) for _, image in images),
+        eviction,
+        tuple(token_texts(ids, tokenizer.decode)),
+    )
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text that each token adds to those before it."""
+    texts = []
+    for i in range(len(ids)):
+        before = list(ids[max(0, i - _CONTEXT) : i])
+        texts.append(decode([*before, ids[i]])[len(decode(before)) :])
+    return texts
+
+
+def _reason(
+    llm: LLM, config: KVCompressConfig, prompt_tokens: int, has_images: bool, max_tokens: int
+) -> str:
+    """Why a request was left alone, from what is known outside the engine."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    block_size, blocks = cache.block_size, cache.num_gpu_blocks
+    plan = plan_eviction(
+        config,
+        block_size,
+        prompt_tokens,
+        0 if has_images or config.text else None,
+        None if blocks is None else blocks - 1,
+    )
+    prompt = f"{prompt_tokens} prompt tokens are {plan.prompt_blocks} blocks of {block_size}"
+    smaller = f"a longer prompt, a smaller --block-size than {block_size} or a smaller budget helps"
+    reasons = {
+        Skip.TEXT_ONLY: "there is no image in the prompt: give --image (or --kv-compress-text with "
+        "a policy that evicts text)",
+        Skip.SHORT_PROMPT: f"{prompt_tokens} prompt tokens are fewer than min_prompt_tokens, "
+        f"{config.min_prompt_tokens}",
+        Skip.NO_SAVING: f"{prompt}, of which a budget of {config.budget} keeps "
+        f"{config.kept_blocks(plan.prompt_blocks)}: not one block would be saved; {smaller}",
+        Skip.POOL_TOO_SMALL: f"{prompt}, too many for a pool of {blocks}: give more "
+        "--kv-cache-memory-bytes",
+    }
+    if max_tokens < 2:
+        why = "--max-tokens 1 leaves nothing to decode"
+    elif plan.skip is not None:
+        why = reasons[plan.skip]
+    elif config.when == "pressure":
+        why = "--kv-compress-when pressure evicts only while blocks are scarce: leave it out here"
+    else:
+        why = "no text follows the image in this model's chat template: nothing observes it"
+    return f"the request kept its whole cache, so there is nothing to see: {why}"
