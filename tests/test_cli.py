@@ -9,6 +9,7 @@ import subprocess
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,7 +189,10 @@ REFUSALS = {
     "micro-batching": (_set("parallel_config.enable_dbo", True), "micro-batching"),
     "KV connector": (_set("kv_transfer_config", object()), "KV connectors"),
     "KV offloading": (_set("cache_config.kv_offloading_size", 1.0), "KV connectors"),
-    "speculative decoding": (_set("speculative_config", object()), "speculative decoding"),
+    "speculative decoding": (
+        _set("speculative_config", SimpleNamespace(method="eagle")),
+        "draft model",
+    ),
     "quantised cache": (_set("cache_config.cache_dtype", "fp8"), "quantised KV cache"),
     "HiSparse": (_set("attention_config.hisparse_config", object()), "HiSparse"),
     "other scheduler": (_set("scheduler_config.scheduler_cls", "a.B"), "--scheduler-cls"),

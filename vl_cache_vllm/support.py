@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from vl_cache_vllm.hooks import SUPPORTED_VLLM
 
@@ -19,9 +19,22 @@ if TYPE_CHECKING:
 _OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention", "mamba"}
 
 
+def unsupported_version() -> str | None:
+    """Why this vLLM is not supported; None if it is."""
+    import vllm
+
+    low, high = SUPPORTED_VLLM
+    try:
+        supported = low <= Version(Version(vllm.__version__).base_version) < high
+    except InvalidVersion:  # vLLM calls itself "dev" where its build wrote no version
+        supported = False
+    if supported:
+        return None
+    return f"vLLM {vllm.__version__}: this version of vl-cache-vllm supports >={low},<{high}"
+
+
 def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, ...]) -> list[str]:
     """All reasons why this engine cannot evict, with what to change where that helps; or none."""
-    import vllm
     from vllm import envs
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
@@ -32,11 +45,6 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         if condition:
             reasons.append(reason)
 
-    low, high = SUPPORTED_VLLM
-    refuse(
-        not low <= Version(Version(vllm.__version__).base_version) < high,
-        f"vLLM {vllm.__version__}: this version of vl-cache-vllm supports >={low},<{high}",
-    )
     refuse(
         parallel.worker_cls not in supported_workers,
         f"worker {parallel.worker_cls}: supported is vLLM's CPU worker; the CUDA attention backend "
@@ -57,9 +65,11 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
         "KV connectors and offloading: remove --kv-transfer-config and --kv-offloading-size",
     )
+    speculative = vllm_config.speculative_config
     refuse(
-        vllm_config.speculative_config is not None,
-        "speculative decoding: remove --speculative-config",
+        speculative is not None and speculative.method != "ngram",
+        "speculative decoding with a draft model, whose own cache is not evicted: remove "
+        '--speculative-config or use \'{"method": "ngram", ...}\'',
     )
     refuse(
         is_quantized_kv_cache(cache.cache_dtype),

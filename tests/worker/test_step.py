@@ -327,3 +327,12 @@ def test_slots_are_never_shared(actions: list[tuple[str, int]]) -> None:
             state = table.get(k)
             assert state is not None
             assert state.slot == slot
+
+
+def test_room_for_rejected_drafts_is_not_an_eviction() -> None:
+    """A decoding request may hold a block more than its tokens need."""
+    table = RequestTable()
+    state = table.start("a", config(), 40, 63)
+    plan([chunk(state, 0, 63)])
+    numbers = plan([BatchRow(state, 63, 1, -(-64 // BLOCK_SIZE) + 1)])
+    assert numbers.finishes == [] and state.evicted_tokens == 0

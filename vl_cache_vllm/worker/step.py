@@ -125,7 +125,8 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
             observation = _observe_row(index, row, query_start, num_blocks, block_size)
             if observation is not None:
                 observations.append(observation)
-            kept_blocks = row.num_blocks - num_blocks
+            # Longer rows elsewhere hold room for draft tokens that were rejected.
+            kept_blocks = row.num_blocks - num_blocks if end == state.prefill_tokens else 0
             if kept_blocks > 0:
                 finishes.append(Finish(index, state, end, num_blocks, kept_blocks))
         query_start += row.num_scheduled
