@@ -193,7 +193,7 @@ REFUSALS = {
         _set("speculative_config", SimpleNamespace(method="eagle")),
         "draft model",
     ),
-    "quantised cache": (_set("cache_config.cache_dtype", "fp8"), "quantised KV cache"),
+    "other cache": (_set("cache_config.cache_dtype", "fp8_inc"), "KV cache type fp8_inc"),
     "HiSparse": (_set("attention_config.hisparse_config", object()), "HiSparse"),
     "other scheduler": (_set("scheduler_config.scheduler_cls", "a.B"), "--scheduler-cls"),
     "other worker": (_set("parallel_config.worker_cls", "a.B"), "worker a.B"),
@@ -229,7 +229,7 @@ def test_the_rust_front_end_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
 
 def test_all_reasons_come_in_one_message(model: Path) -> None:
     vllm_config = _with_settings(config(model))
-    for name in ("quantised cache", "speculative decoding", "micro-batching"):
+    for name in ("other cache", "speculative decoding", "micro-batching"):
         REFUSALS[name][0](vllm_config)
     with pytest.raises(ValueError) as error:
         hooks.enable(vllm_config)
@@ -296,7 +296,7 @@ def _with_settings(vllm_config: VllmConfig) -> VllmConfig:
     [
         (["--kv-compress-budget=7"], "'7' is not a budget"),
         (['--kv-compress-config={"x": 1}'], "unknown KV compression setting(s) 'x'"),
-        (["--kv-cache-dtype=fp8"], "quantised KV cache fp8"),
+        (["--kv-cache-dtype=fp8_inc"], "KV cache type fp8_inc"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -305,7 +305,7 @@ CONFIGS = st.builds(
     pressure_high=st.floats(0.5, 1.0),
     pressure_low=st.floats(0.0, 0.5),
     min_prompt_tokens=st.integers(0, 10**6),
-    trace_path=st.none() | st.text(max_size=20),
+    trace_path=st.text(max_size=20),
     trace_positions=st.booleans(),
     trace_scores=st.booleans(),
 )
@@ -330,7 +330,7 @@ def test_settings_tell_configurations_apart() -> None:
         "pressure_high": 0.7,
         "pressure_low": 0.4,
         "min_prompt_tokens": 101,
-        "trace_path": None,
+        "trace_path": "/tmp/other.jsonl",
         "trace_positions": False,
         "trace_scores": False,
         "threshold": 0.03,
@@ -433,14 +433,14 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
         if match := re.fullmatch(r"- (\w+) \(default (.+?)\): .+", line):
             described[title][match[1]] = json.loads(match[2])
         else:
-            match = re.fullmatch(r"([\w -]+?)(?:, otherwise as ([\w-]+))?:", line)
+            match = re.fullmatch(r"- (?:POLICY )?([\w -]+?)(?:, otherwise as ([\w-]+))?:", line)
             assert match is not None, line
             title = match[1]
             also[title] = match[2]
             described[title] = {}
-    assert set(described) == {"every policy", *POLICIES}
+    assert set(described) == {"EVERY POLICY", *POLICIES}
     defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
-    found = described["every policy"] | described.get(also[name], {}) | described[name]
+    found = described["EVERY POLICY"] | described.get(also[name], {}) | described[name]
     assert found == {
         k: v for k, v in defaults.items() if k not in ("policy", "budget", "when", "text")
     }
@@ -453,7 +453,7 @@ def test_a_request_without_settings_has_the_engines() -> None:
 
 
 def test_a_requests_own_settings() -> None:
-    config = parse(pooling=5, trace_positions=True)
+    config = parse(pooling=5, trace_path="t", trace_positions=True)
     assert config.for_request({"kv_budget": 0.25}) == replace(config, budget=0.25)
     assert config.for_request({"kv_budget": 1}) == replace(config, budget=1.0)
     changed = replace(config, policy=replace(config.policy, max_observation_tokens=50))

@@ -85,6 +85,8 @@ class KVCompressConfig:
             raise ValueError(
                 "pressure_high and pressure_low have no effect without --kv-compress-when pressure"
             )
+        if self.trace_path is None and (self.trace_positions or self.trace_scores):
+            raise ValueError("trace_positions and trace_scores need trace_path, the file to write")
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
 
@@ -175,7 +177,7 @@ def _policy_options(policy: EvictionPolicy, options: Any) -> dict[str, Any]:
     if isinstance(options, str):
         try:
             options = json.loads(options)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{REQUEST_OPTIONS} is not valid JSON: {error}") from None
     if not isinstance(options, Mapping):
         raise ValueError(
@@ -208,17 +210,18 @@ def settings_of(vllm_config: Any) -> KVCompressConfig | None:
 def describe_settings() -> str:
     """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
     own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in WITH_FLAGS]
-    lines = ["every policy:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
+    # vLLM's help breaks lines at bullets only, so headings are bullets, too.
+    lines = ["- EVERY POLICY:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
     for name in POLICIES:
         try:
             cls = POLICIES[name]
         except ValueError as error:  # a package's that is broken: no reason to refuse the others
-            lines.append(f"{name}: {error}")
+            lines.append(f"- POLICY {name}: {error}")
             continue
         base: type[EvictionPolicy] = cls.__mro__[1]
         inherited = {(f.name, f.default) for f in dataclasses.fields(base)}
         alike = "" if base is EvictionPolicy else f", otherwise as {base.name}"
-        lines.append(f"{name}{alike}:")
+        lines.append(f"- POLICY {name}{alike}:")
         new = (f for f in dataclasses.fields(cls) if (f.name, f.default) not in inherited)
         lines += map(_describe, new)
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from vl_cache_vllm.hooks import SUPPORTED_VLLM
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention", "mamba"}
 
 
@@ -72,8 +73,8 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         '--speculative-config or use \'{"method": "ngram", ...}\'',
     )
     refuse(
-        is_quantized_kv_cache(cache.cache_dtype),
-        f"quantised KV cache {cache.cache_dtype}: use --kv-cache-dtype auto",
+        is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in _FP8,
+        f"KV cache type {cache.cache_dtype}: use --kv-cache-dtype auto, {', '.join(_FP8)}",
     )
     refuse(
         vllm_config.attention_config.hisparse_config is not None,

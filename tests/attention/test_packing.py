@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from vl_cache_vllm.attention.cpu import derive_packing
+from vl_cache_vllm.attention.cpu import derive_packing, number_type
 from vl_cache_vllm.ops.page_pool import PagePool
 
 ISAS = ["vec", "vec16", *(["amx"] if torch.cpu._is_amx_tile_supported() else [])]
@@ -53,6 +53,34 @@ def test_tokens_written_by_the_kernel_are_read_back(
     assert not values[:, num_tokens:].any()
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM needs AVX-512 for it")
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "vec16"])
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_bytes_of_an_fp8_cache_are_read_as_numbers(isa: str, cache_dtype: str) -> None:
+    num_blocks, block_size, head_size, scale = 3, 32, 64, 0.5
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 70, 2, head_size, generator=generator).bfloat16()
+    cache = torch.zeros(num_blocks, 2, 2 * block_size, head_size, dtype=torch.uint8)
+    ops.cpu_attn_reshape_and_cache(
+        key, value, *cache.chunk(2, dim=2), torch.arange(70), isa, scale, scale, cache_dtype
+    )
+    pool = PagePool(
+        cache.view(num_blocks, 2, -1),
+        derive_packing(isa, block_size, head_size, torch.bfloat16, cache_dtype),
+        num_layers=1,
+        layer_stride=num_blocks,
+        block_stride=1,
+        number_type=number_type(cache_dtype),
+    )
+    row = torch.arange(num_blocks)
+    tolerance = 2.0 ** (-2 if cache_dtype == "fp8_e5m2" else -3)  # half a step of the mantissa
+    for written, read in ((key, pool.read_keys(0, row)), (value, pool.read_values(0, row))):
+        found = scale * read[:, :70].float()
+        torch.testing.assert_close(
+            found, written.transpose(0, 1).float(), rtol=tolerance, atol=1e-2
+        )
+
+
 @pytest.mark.parametrize(("isa", "dtype", "head_size", "block_size"), CASES)
 def test_packing_covers_the_page_once(
     isa: str, dtype: torch.dtype, head_size: int, block_size: int
@@ -77,8 +105,8 @@ def test_a_packing_that_is_no_permutation_is_refused(
 ) -> None:
     write = ops.cpu_attn_reshape_and_cache
 
-    def lossy(key, value, key_cache, value_cache, slot_mapping, isa) -> None:
-        write(key, value, key_cache, value_cache, slot_mapping, isa)
+    def lossy(key, value, key_cache, value_cache, *arguments, **options) -> None:
+        write(key, value, key_cache, value_cache, *arguments, **options)
         cache = key_cache if broken == "K" else value_cache
         cells = cache.view(-1)
         cells[7] = cells[8]
@@ -92,6 +120,6 @@ def test_a_packing_that_is_no_permutation_is_refused(
 
 
 def test_a_kernel_that_writes_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", lambda *args: None)
+    monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", lambda *args, **options: None)
     with pytest.raises(ValueError, match="cannot read the K cache packing"):
         derive_packing("vec", 32, 64, torch.float32)

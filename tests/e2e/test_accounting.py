@@ -244,3 +244,23 @@ def test_a_prompt_that_does_not_fit_beside_its_survivors_is_left_alone(model: Pa
         assert len(harness.token_ids(output)) == 8
         assert [skip.value for skip in harness.manager(llm).num_skipped] == ["pool_too_small"]
         assert_pool_is_whole(llm)
+
+
+@pytest.mark.both_runners
+def test_workers_forget_at_once(model: Path) -> None:
+    """Aborted in the middle of its prefill, with no request after it; and one not to be decoded."""
+    with harness.engine(model, {"policy": "vlcache"}, max_num_batched_tokens=300) as llm:
+        engine, worker = llm.llm_engine, harness.eviction_worker(llm)
+        engine.add_request("0", harness.image_request("llava", LONG, [1]), harness.greedy(9))
+        engine.step()
+        (state,) = worker.requests._states.values()
+        assert state.observed is not None
+        (request_id,) = harness.scheduler(llm).requests
+        engine.abort_request([request_id], internal=True)
+        engine.step()
+        assert len(worker.requests) == 0
+        engine.add_request("1", harness.image_request("llava", LONG, [2]), harness.greedy(1))
+        while engine.has_unfinished_requests():
+            engine.step()
+            assert all(state.observed is None for state in worker.requests._states.values())
+        assert_pool_is_whole(llm)

@@ -63,6 +63,16 @@ def test_dtype(models_dir: Path, tmp_path: Path, dtype: str) -> None:
         assert a["density"] == pytest.approx(b["density"], abs=0.05)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM needs AVX-512 for it")
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+def test_fp8_cache(models_dir: Path, tmp_path: Path, kv_cache_dtype: str) -> None:
+    model = tiny_models.build("llava", models_dir / "llava")
+    low = serve(model, "llava", tmp_path / "fp8", dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+    full = serve(model, "llava", tmp_path / "float32")
+    for a, b in zip(low, full, strict=True):
+        assert a["density"] == pytest.approx(b["density"], abs=0.08)
+
+
 @pytest.mark.parametrize("head_size", [80, 128])
 def test_head_size(models_dir: Path, tmp_path: Path, head_size: int) -> None:
     """80 is packed for 16-wide vectors."""

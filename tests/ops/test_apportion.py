@@ -204,3 +204,21 @@ def test_exact_ties_go_to_the_lower_layer_whatever_its_weight(
     """All weights are binary fractions, so the ties are exact."""
     assert exact_apportion(weights, total, cap).pages == expected
     assert dealt(weights, total, cap) == expected
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1e-320, 1e-321, 5e-324],
+        [1e-320, 1.0, 1e300],
+        [float("inf"), 1.0, 2.0],
+        [float("nan"), 1.0, 2.0],
+        [0.0, 0.0, 0.0],
+    ],
+    ids=str,
+)
+def test_weights_beyond_reason_still_add_up(weights: list[float]) -> None:
+    """Of a policy's, which may be anybody's: wrong, but not so that the cache is overrun."""
+    pages = apportion(torch.tensor(weights, dtype=torch.float64), 10, 6)
+    assert int(pages.sum()) == 10
+    assert int(pages.min()) >= 1 and int(pages.max()) <= 6

@@ -50,12 +50,12 @@ def naive_on_grid(row: list[float], grid: PatchGrid, width: int) -> dict[int, fl
     result, near = {}, range(-(width // 2), width // 2 + 1)
     for r in range(grid.rows):
         for c in range(grid.columns):
-            total = 0.0
+            inside = []
             for y in (r + d for d in near):
                 for x in (c + d for d in near):
                     if 0 <= y < grid.rows and 0 <= x < grid.columns:
-                        total += row[grid.first + y * grid.row_stride + x]
-            result[grid.first + r * grid.row_stride + c] = total / width**2
+                        inside.append(row[grid.first + y * grid.row_stride + x])
+            result[grid.first + r * grid.row_stride + c] = sum(inside) / len(inside)
     return result
 
 
@@ -79,6 +79,11 @@ def test_neighbours_on_the_patch_grid(width: int, grids: tuple[PatchGrid, ...]) 
             for grid in grids:
                 expected |= naive_on_grid(scores[layer, head].tolist(), grid, width)
             torch.testing.assert_close(found[layer, head], torch.tensor([*expected.values()]))
+
+
+def test_an_image_has_no_weaker_edges() -> None:
+    found = smooth(torch.ones(1, 1, 60), 3, (PatchGrid(20, 4, 5, 5),))
+    torch.testing.assert_close(found[0, 0, 20:40], torch.ones(20))
 
 
 def test_policies_that_average_can_do_so_on_the_grid() -> None:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, Prompt
+from vl_cache_vllm.policy import POLICIES, Prompt, Shard
 from vl_cache_vllm.policy.pyramidkv import PyramidKVPolicy
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
@@ -51,3 +51,12 @@ def test_scores_are_snapkv() -> None:
 def test_bad_beta() -> None:
     with pytest.raises(ValueError, match=r"beta must be at least 1, got 0\.5"):
         PyramidKVPolicy(beta=0.5)
+
+
+def test_a_pipeline_stage_has_its_part_of_the_slope() -> None:
+    density = torch.ones(8, dtype=torch.float64)
+    whole = PyramidKVPolicy().layer_weights(density, 0.5, Prompt(500))
+    for first in (0, 4):
+        prompt = Prompt(500, shard=Shard(first, 0, 8))
+        part = PyramidKVPolicy().layer_weights(density[:4], 0.5, prompt)
+        torch.testing.assert_close(part, whole[first : first + 4])

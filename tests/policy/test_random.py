@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, Prompt
+from vl_cache_vllm.policy import POLICIES, Prompt, Shard
 from vl_cache_vllm.policy.random import RandomPolicy
 
 
@@ -49,3 +49,11 @@ def test_bad_seed(seed: int) -> None:
 
 def test_largest_seed() -> None:
     assert scores(seed=2**31 - 1).std() > 0.25
+
+
+def test_workers_that_share_a_model_draw_what_one_draws() -> None:
+    whole = RandomPolicy().token_scores(torch.zeros(4, 4, 30), Prompt(30))
+    for layer, head in ((0, 2), (2, 0), (2, 2)):
+        prompt = Prompt(30, shard=Shard(layer, head, 4))
+        part = RandomPolicy().token_scores(torch.zeros(2, 2, 30), prompt)
+        assert torch.equal(part, whole[layer : layer + 2, head : head + 2])

@@ -60,7 +60,9 @@ def test_a_third_partys_policy(installed) -> None:
     config = KVCompressConfig.from_dict({"policy": "newest", "strength": 2, "budget": 0.3})
     assert config is not None and config.policy == Newest(strength=2.0)
     assert KVCompressConfig.from_dict(config.to_dict()) == config
-    assert "\nnewest:\n- strength (default 1.0): how much newer counts" in describe_settings()
+    assert (
+        "\n- POLICY newest:\n- strength (default 1.0): how much newer counts" in describe_settings()
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,9 @@ def test_a_broken_policy_is_refused_when_chosen(installed, value: str, message: 
         KVCompressConfig.from_dict({"policy": "mine"})
     # ... and harms nobody else.
     assert KVCompressConfig.from_dict({"policy": "vlcache"}) is not None
-    assert "\nmine: KV compression policy 'mine' of an unknown package" in describe_settings()
+    assert (
+        "\n- POLICY mine: KV compression policy 'mine' of an unknown package" in describe_settings()
+    )
 
 
 def test_unknown_and_ambiguous_names() -> None:

@@ -46,7 +46,10 @@ print(describe_settings())
     result = run(installed, code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[3.0, 1.0, 1.0, 3.0]\n")
-    assert "\nkeep-edges:\n- max_observation_tokens (default 8): so many last" in result.stdout
+    assert (
+        "\n- POLICY keep-edges:\n- max_observation_tokens (default 8): so many last"
+        in result.stdout
+    )
 
 
 def test_its_own_check_speaks(installed: Path) -> None:

@@ -240,9 +240,15 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
             r"elite_window must be in \[0, 1\]",
             id="elite-negative",
         ),
-        pytest.param(
-            {"elite_window": 0.9}, "elite_window needs max_observation_tokens", id="elite-unbounded"
+        *(
+            pytest.param(
+                {"elite_window": 0.9, "max_observation_tokens": bad},
+                f"elite_window needs max_observation_tokens from 2 to 512, got {bad}",
+                id=f"elite-of-{bad}",
+            )
+            for bad in (None, 1, 513)
         ),
+        pytest.param({"pooling": 2**31 + 1}, "pooling must be at most 1e6", id="pooling-huge"),
         pytest.param({"pooling": 0}, "pooling must be an odd number", id="pooling-zero"),
         pytest.param({"pooling": 2}, "pooling must be an odd number.*got 2", id="pooling-even"),
         pytest.param({"pooling": -1}, "pooling must be an odd number", id="pooling-negative"),

@@ -64,7 +64,13 @@ def vllm_config(cache: KVCacheConfig, permute: tuple[int, ...] = (0, 1, 2, 3, 4)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers),
         scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
-        model_config=SimpleNamespace(max_model_len=256),
+        model_config=SimpleNamespace(
+            max_model_len=256,
+            dtype=torch.float32,
+            get_total_num_kv_heads=lambda: 2,
+            get_total_num_hidden_layers=lambda: len(LAYERS),
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1),
     )
 

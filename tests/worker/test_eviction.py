@@ -287,7 +287,7 @@ def test_trace(tmp_path: Path) -> None:
     source = pool_of()
     for name in ("a", "b"):
         state = start(worker, name)
-        state.visual, state.grids = ((10, 50),), (PatchGrid(12, 6, 6, 6),)
+        state.visual, state.grids = ((10, 50),), lambda: (PatchGrid(12, 6, 6, 6),)
         run_step(worker, [(state, 0, PROMPT, list(range(20)))], query)
     pages, positions = expected_eviction(source, list(range(16)), query, VLCachePolicy(), 0.25)
     first, second = (json.loads(line) for line in path.read_text().splitlines())

@@ -15,6 +15,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -136,8 +137,10 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         if step is not None:
             assert isinstance(attn_metadata, CompressedCPUAttentionMetadata)
             assert attn_metadata.worker is not None and layer_index is not None
+            # Stored keys times the layer's scale are the keys.
+            key_scale = layer._k_scale_float if self.is_fp8_kv_cache else 1.0
             attn_metadata.worker.layer_done(
-                step, layer_index, query, self.scale, self.logits_soft_cap
+                step, layer_index, query, self.scale * key_scale, self.logits_soft_cap
             )
         return output
 
@@ -160,26 +163,50 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         return pool.view(pool.shape[0], *kv_cache.shape[1:]), layer_metadata
 
 
-def derive_packing(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> PagePacking:
+def number_type(cache_dtype: str) -> torch.dtype | None:
+    """What the bytes of a cache are where vLLM stores it as bytes."""
+    if not is_quantized_kv_cache(cache_dtype):
+        return None
+    return torch.float8_e5m2 if cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+
+
+def derive_packing(
+    isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str = "auto"
+) -> PagePacking:
     """Find out how vLLM's CPU kernels order a page, by writing numbered tokens and reading back.
+
+    Args:
+        isa, block_size, head_size: of the kernel and the cache.
+        dtype: of the tokens' keys and values.
+        cache_dtype: vLLM's name of the cache's type.
 
     Raises:
         ValueError: if the order is not a permutation of the page, which then cannot be evicted.
     """
     cells = block_size * head_size
+    stored = number_type(cache_dtype)
+    base = 128 if stored is None else 8  # digits that each type holds exactly
     numbers = torch.arange(cells).view(block_size, 1, head_size)
     keys, values = torch.zeros(cells, dtype=torch.int64), torch.zeros(cells, dtype=torch.int64)
     weight = 1
-    while weight < cells:  # one digit to base 128 at a time: exact in bf16 and fp16
-        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+    while weight < cells:  # one digit at a time
+        empty = dtype if stored is None else torch.uint8
+        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=empty)
         key_cache, value_cache = cache.chunk(2, dim=2)
-        token = (numbers // weight % 128).to(dtype)
+        token = (numbers // weight % base).to(dtype)
         ops.cpu_attn_reshape_and_cache(
-            token, token, key_cache, value_cache, torch.arange(block_size), isa
+            token,
+            token,
+            key_cache,
+            value_cache,
+            torch.arange(block_size),
+            isa,
+            kv_cache_dtype=cache_dtype,
         )
-        keys += weight * key_cache.reshape(-1).long()
-        values += weight * value_cache.reshape(-1).long()
-        weight *= 128
+        for found, written in ((keys, key_cache), (values, value_cache)):
+            digits = written.reshape(-1) if stored is None else written.reshape(-1).view(stored)
+            found += weight * digits.float().long()
+        weight *= base
     everything = torch.arange(cells)
     for name, cell in (("K", keys), ("V", values)):
         if not torch.equal(cell.sort().values, everything):

@@ -27,6 +27,9 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     Source: paper, Algorithm 1; exact sums are this project's (docs/adr/0003).
     """
     num_layers = weights.shape[0]
+    # Only proportions count; within these no step of the arithmetic leaves float64.
+    weights = weights.nan_to_num(nan=0.0, posinf=1e300)
+    weights = (weights / weights.max().clamp(min=1e-300)).clamp(min=1e-100)
     if not num_layers <= total_pages <= num_layers * max_pages:
         raise ValueError(
             f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"

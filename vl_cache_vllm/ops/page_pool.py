@@ -82,6 +82,7 @@ class PagePool:
     num_layers: int
     layer_stride: int  # in pages
     block_stride: int  # in pages
+    number_type: torch.dtype | None = None  # of an fp8 cache, whose pages are bytes
 
     @property
     def block_size(self) -> int:
@@ -96,7 +97,10 @@ class PagePool:
         return layer * self.layer_stride + block * self.block_stride
 
     def read_keys(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
-        """The keys in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``."""
+        """The keys in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``.
+
+        Of an fp8 cache as they are stored, without the layer's scale.
+        """
         return self._read(layer, block_row, self.packing.key)
 
     def read_values(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
@@ -105,7 +109,8 @@ class PagePool:
 
     def _read(self, layer: int, block_row: torch.Tensor, order: CellOrder) -> torch.Tensor:
         pages = self.pages[self.page_ids(layer, block_row.long())]  # [n, K, page]
-        return order.unpack(pages).transpose(0, 1).flatten(1, 2)
+        tokens = order.unpack(pages).transpose(0, 1).flatten(1, 2)
+        return tokens if self.number_type is None else tokens.view(self.number_type)
 
     def copy_tokens(
         self, source_page: torch.Tensor, source_offset: torch.Tensor, destination: torch.Tensor

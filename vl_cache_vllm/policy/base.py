@@ -15,6 +15,9 @@ import torch
 
 from vl_cache_vllm.policy.prompt import Prompt
 
+MAX_HELD_QUERIES = 512
+"""Bounds what a request with elite_window holds of each layer while its prefill is chunked."""
+
 
 def parameter(default: Any, text: str) -> Any:
     """A dataclass field that is a setting of the user's, with its line of help."""
@@ -85,10 +88,11 @@ class EvictionPolicy(ABC):
         for name in ("elite_window", "diversity"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.elite_window and self.max_observation_tokens is None:
+        if self.elite_window and not 1 < (self.max_observation_tokens or 0) <= MAX_HELD_QUERIES:
             raise ValueError(
-                "elite_window needs max_observation_tokens: which queries are elite is known with "
-                "the last one, and so many are remembered until then"
+                f"elite_window needs max_observation_tokens from 2 to {MAX_HELD_QUERIES}, got "
+                f"{self.max_observation_tokens}: so many queries are held until the last one shows "
+                "which are elite"
             )
 
     def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
@@ -97,6 +101,11 @@ class EvictionPolicy(ABC):
         if self.max_observation_tokens is None:
             return start
         return max(start, prefill_tokens - self.max_observation_tokens)
+
+    @property
+    def wants_grids(self) -> bool:
+        """Whether `Prompt.grids` should be filled."""
+        return False
 
     @abstractmethod
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:

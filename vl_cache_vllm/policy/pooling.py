@@ -13,20 +13,27 @@ POOLING_2D = "average visual tokens over pooling x pooling neighbours on their p
 
 
 def check_pooling(pooling: int, on_grid: bool) -> None:
-    """Raises ValueError unless the width is odd and positive, and more than 1 on a grid."""
+    """Raises ValueError unless the width is odd, positive and sane, and more than 1 on a grid."""
     if pooling < 1 or pooling % 2 == 0:
         raise ValueError(f"pooling must be an odd number of tokens, got {pooling}")
+    if pooling > 1e6:
+        raise ValueError(f"pooling must be at most 1e6 tokens, got {pooling}")
     if on_grid and pooling == 1:
         raise ValueError("pooling_2d has no effect with pooling 1; choose 3 or more")
 
 
 def smooth(scores: torch.Tensor, pooling: int, grids: Sequence[PatchGrid]) -> torch.Tensor:
-    """`average` along the positions, but on their patch grid for the tokens of ``grids``."""
+    """`average` along the positions, but on their patch grid for the tokens of ``grids``.
+
+    There it is the mean of the neighbours that exist: images have many edges, prompts two ends.
+    """
     result = average(scores, pooling)
     for grid in grids:
         positions = grid.positions(scores.device)
         patches = scores[..., positions]  # [layers, kv_heads, rows, columns]
-        result[..., positions] = F.avg_pool2d(patches, pooling, stride=1, padding=pooling // 2)
+        result[..., positions] = F.avg_pool2d(
+            patches, pooling, stride=1, padding=pooling // 2, count_include_pad=False
+        )
     return result
 
 

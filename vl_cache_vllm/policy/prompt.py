@@ -26,6 +26,15 @@ class PatchGrid:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The part of the model that a worker has: its layers and KV heads start at these."""
+
+    first_layer: int = 0
+    first_kv_head: int = 0
+    num_layers: int | None = None  # of the whole model; None: this worker has them all
+
+
+@dataclass(frozen=True)
 class Prompt:
     """The tokens of a prompt by kind.
 
@@ -37,4 +46,5 @@ class Prompt:
     tokens: int
     visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image or video
     grids: tuple[PatchGrid, ...] = ()  # of the images whose layout is known
+    shard: Shard = Shard()
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values

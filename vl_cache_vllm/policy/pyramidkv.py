@@ -36,5 +36,7 @@ class PyramidKVPolicy(SnapKVPolicy):
         window = float(self.max_observation_tokens)
         mean = max(0.0, budget * prompt.tokens - window)
         least = mean / self.beta
-        depth = torch.linspace(0, 1, len(density), dtype=density.dtype, device=density.device)
+        shard = prompt.shard
+        own = torch.arange(len(density), dtype=density.dtype, device=density.device)
+        depth = (shard.first_layer + own) / max(1, (shard.num_layers or len(density)) - 1)
         return window + 2 * mean - least - 2 * (mean - least) * depth

@@ -34,12 +34,13 @@ class RandomPolicy(EvictionPolicy):
         """A hash of each entry's index, uniform in 0 to 1."""
         layers, heads, tokens = attention.shape
 
-        def index(count: int, odd: int) -> torch.Tensor:
-            return torch.arange(1, count + 1, device=attention.device) * odd
+        def index(first: int, count: int, odd: int) -> torch.Tensor:
+            return torch.arange(first + 1, first + count + 1, device=attention.device) * odd
 
         # 32-bit arithmetic in int64; the constants are those of Murmur3's finaliser.
-        x = index(layers, 0x9E3779B1)[:, None, None] + index(heads, 0x85EBCA77)[None, :, None]
-        x = (x + index(tokens, 0xC2B2AE3D) + self.seed * 0x27D4EB2F) & 0xFFFFFFFF
+        x = index(prompt.shard.first_layer, layers, 0x9E3779B1)[:, None, None]
+        x = x + index(prompt.shard.first_kv_head, heads, 0x85EBCA77)[None, :, None]
+        x = (x + index(0, tokens, 0xC2B2AE3D) + self.seed * 0x27D4EB2F) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         return (x.double() / 2**32).to(attention.dtype)

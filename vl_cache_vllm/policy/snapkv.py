@@ -34,6 +34,11 @@ class SnapKVPolicy(EvictionPolicy):
             raise ValueError(f"{self.name} needs max_observation_tokens, its window, not null")
         check_pooling(self.pooling, self.pooling_2d)
 
+    @property
+    def wants_grids(self) -> bool:
+        """Whether `Prompt.grids` should be filled."""
+        return self.pooling_2d
+
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """Smoothed attention of the tokens before the window."""
         before = attention.clone()

@@ -63,6 +63,11 @@ class VLCachePolicy(EvictionPolicy):
         if not 0.0 < self.min_layer_budget <= 1.0:
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
+    @property
+    def wants_grids(self) -> bool:
+        """Whether `Prompt.grids` should be filled."""
+        return self.pooling_2d
+
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention (paper section 3), smoothed when asked."""
         scores = attention

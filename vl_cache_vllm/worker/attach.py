@@ -3,14 +3,20 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vl_cache_vllm.attention.cpu import CompressedCPUAttentionMetadata, derive_packing
+from vl_cache_vllm.attention.cpu import (
+    CompressedCPUAttentionMetadata,
+    derive_packing,
+    number_type,
+)
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.policy import Shard
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.ranks import tensor_parallel_ranks
 from vl_cache_vllm.worker.step import EvictionStep
@@ -67,28 +73,42 @@ def build_eviction_worker(
         raise ValueError(
             f"KV compression needs head-major pages, not layout {kv_cache_config.kv_cache_layout}"
         )
+    cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
     num_pages = kv_cache_config.num_blocks * len(layers)
     page_elements = heads * tokens * content
     pool = PagePool(
         pages=first.as_strided(
             (num_pages, heads, tokens * content), (page_elements, tokens * content, 1)
         ),
-        packing=derive_packing(layers[0].isa, spec.block_size, spec.head_size, spec.dtype),
+        packing=derive_packing(
+            layers[0].isa,
+            spec.block_size,
+            spec.head_size,
+            dtype,
+            cache_dtype,
+        ),
         num_layers=len(layers),
         layer_stride=placement.layer_stride // page_bytes,
         block_stride=placement.block_stride // page_bytes,
+        number_type=number_type(cache_dtype),
     )
     assert spec.kv_compress is not None
     scheduler = vllm_config.scheduler_config
-    max_model_len = vllm_config.model_config.max_model_len
+    model_config = vllm_config.model_config
+    ranks = tensor_parallel_ranks(vllm_config.parallel_config.tensor_parallel_size)
     worker = EvictionWorker(
         spec.kv_compress,
         pool,
         num_heads=layers[0].num_heads,
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
-        max_table_width=cdiv(max_model_len, spec.block_size) + 1,
-        ranks=tensor_parallel_ranks(vllm_config.parallel_config.tensor_parallel_size),
-        first_layer=min(map(extract_layer_index, placement.layers)),
+        max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
+        ranks=ranks,
+        shard=Shard(
+            min(map(extract_layer_index, placement.layers)),
+            ranks.rank * model_config.get_total_num_kv_heads() // ranks.size,
+            model_config.get_total_num_hidden_layers(),
+        ),
     )
     return worker, {name: index for index, name in enumerate(placement.layers)}

@@ -4,6 +4,7 @@
 from typing import Any
 
 from vllm.distributed import get_pp_group
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -40,8 +41,11 @@ class EvictionCPUWorker(CPUWorker):
         else:
             hooks.attach_v1(self.model_runner, self.eviction, layer_index)
 
-    def execute_model(self, *args, **kwargs) -> Any:
-        return self._with_reports(super().execute_model(*args, **kwargs))
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for request_id in ended:  # what they held is not kept until another step is planned
+            self.eviction.requests.drop(request_id)
+        return self._with_reports(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args, **kwargs) -> Any:
         return self._with_reports(super().sample_tokens(*args, **kwargs))

@@ -16,7 +16,7 @@ from vl_cache_vllm.engine.report import EvictionReport
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.policy import Prompt
+from vl_cache_vllm.policy import Prompt, Shard
 from vl_cache_vllm.worker.choice import Choice, choose
 from vl_cache_vllm.worker.observed import Observed
 from vl_cache_vllm.worker.ranks import Ranks
@@ -39,7 +39,7 @@ class EvictionWorker:
         pool: the cache of this worker's layers.
         num_heads: query heads per layer on this worker.
         ranks: the workers that hold the other heads of these layers.
-        first_layer: the model's index of the pool's first layer, for reports.
+        shard: which layers and KV heads of the model these are.
         max_num_reqs: requests the runner may hold at once.
         max_num_tokens: tokens of the largest step.
         max_table_width: pages that one layer of a request can hold.
@@ -54,13 +54,13 @@ class EvictionWorker:
         max_num_tokens: int,
         max_table_width: int,
         ranks: Ranks = Ranks(),  # noqa: B008  frozen
-        first_layer: int = 0,
+        shard: Shard = Shard(),  # noqa: B008  frozen
     ) -> None:
         self.config = config
         self.pool = pool
         self.num_heads = num_heads * ranks.size
         self.ranks = ranks
-        self.first_layer = first_layer
+        self.shard = shard
         self.requests = RequestTable()
         self._trace_file = _open_trace(config.trace_path)
         self._reports: list[EvictionReport] = []
@@ -214,17 +214,21 @@ class EvictionWorker:
         began = time.perf_counter()
         state, pool = finish.state, self.pool
         policy = state.config.policy
-        if getattr(policy, "pooling_2d", False) and len(state.grids) < len(state.visual):
+        grids = state.grids() if policy.wants_grids or self._trace_file is not None else ()
+        if policy.wants_grids and not all(
+            any(first <= grid.first < end for grid in grids) for first, end in state.visual
+        ):
             logger.warning_once(
-                "pooling_2d: where the visual tokens of this model lie in an image is not known to "
-                "KV compression; they are averaged along the sequence"
+                "policy %s: where the visual tokens of an image lie in it is not known for this "
+                "model; they are treated as tokens in a sequence",
+                policy.name,
             )
         choice = choose(
             policy,
             state.config.budget,
             observed,
             dense_entries,
-            Prompt(finish.prompt_tokens, state.visual, state.grids, self.ranks.mean),
+            Prompt(finish.prompt_tokens, state.visual, grids, self.shard, self.ranks.mean),
             self.num_heads,
             policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
             finish.kept_blocks,
@@ -246,7 +250,7 @@ class EvictionWorker:
                 time.perf_counter() - began,
                 {
                     layer: tokens / finish.prompt_tokens
-                    for layer, tokens in enumerate(kept_tokens, self.first_layer)
+                    for layer, tokens in enumerate(kept_tokens, self.shard.first_layer)
                 },
             )
         )
@@ -263,7 +267,7 @@ class EvictionWorker:
         record = {
             "request_id": finish.state.request_id,
             "rank": self.ranks.rank,
-            "first_layer": self.first_layer,
+            "first_layer": self.shard.first_layer,
             "budget": finish.state.config.budget,
             "prompt_tokens": finish.prompt_tokens,
             "vision_end": finish.state.vision_end,
@@ -273,7 +277,7 @@ class EvictionWorker:
             "density": choice.density.tolist(),
             "kept_tokens": kept_tokens,
             "visual": finish.state.visual,
-            "grids": [dataclasses.astuple(grid) for grid in finish.state.grids],
+            "grids": [dataclasses.astuple(grid) for grid in finish.state.grids()],
         }
         if self.config.trace_positions:
             record["kept_positions"] = [

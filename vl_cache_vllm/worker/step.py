@@ -4,14 +4,24 @@
 Runner-neutral: the V1 and V2 adapters translate their batches into `BatchRow`s.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from vllm.config import ModelConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sampling_params import SamplingParams
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.engine.admission import plan_eviction
+from vl_cache_vllm.engine.admission import (
+    plan_eviction,
+    post_vision_start,
+    request_config,
+    visual_ranges,
+)
+from vl_cache_vllm.engine.patch_grids import patch_grids
 from vl_cache_vllm.ops.layer_tables import LayerTables
 from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.worker.observed import Observed
@@ -27,7 +37,7 @@ class RequestState:
     vision_end: int | None  # position after the last visual token
     prefill_tokens: int  # tokens known when prefill (re)started
     visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image
-    grids: tuple[PatchGrid, ...] = ()
+    grids: Callable[[], tuple[PatchGrid, ...]] = tuple
 
     observed: Observed | None = None  # from the first observed query to the eviction
     observation_seconds: float = 0.0
@@ -175,7 +185,7 @@ class RequestTable:
         vision_end: int | None,
         prefill_tokens: int,
         visual: tuple[tuple[int, int], ...] = (),
-        grids: tuple[PatchGrid, ...] = (),
+        grids: Callable[[], tuple[PatchGrid, ...]] = tuple,
     ) -> RequestState:
         """A fresh state for a request that starts or restarts its prefill."""
         self.drop(request_id)
@@ -186,6 +196,27 @@ class RequestTable:
         state = RequestState(request_id, slot, config, vision_end, prefill_tokens, visual, grids)
         self._states[request_id] = state
         return state
+
+    def arrive(
+        self,
+        request_id: str,
+        config: KVCompressConfig,
+        params: SamplingParams | None,
+        features: Sequence[MultiModalFeatureSpec] | None,
+        prefill_tokens: int,
+        model: ModelConfig,
+    ) -> RequestState:
+        """`start` from what a runner knows of a request; ``config`` is the engine's."""
+        features = features or ()
+        decodes = params is not None and (params.max_tokens is None or params.max_tokens > 1)
+        return self.start(
+            request_id,
+            request_config(config, params),
+            post_vision_start(config, features) if decodes else None,
+            prefill_tokens,
+            visual_ranges(features),
+            partial(patch_grids, features, model),
+        )
 
     def get(self, request_id: str) -> RequestState | None:
         return self._states.get(request_id)

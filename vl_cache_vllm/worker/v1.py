@@ -5,8 +5,6 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.engine.admission import post_vision_start, request_config, visual_ranges
-from vl_cache_vllm.engine.patch_grids import patch_grids
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, RequestState
@@ -71,13 +69,12 @@ class V1Adapter:
         state = self._worker.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
-            features = record.mm_features or ()
-            state = self._worker.requests.start(
+            state = self._worker.requests.arrive(
                 req_id,
-                request_config(self._worker.config, record.sampling_params),
-                post_vision_start(self._worker.config, features),
+                self._worker.config,
+                record.sampling_params,
+                record.mm_features,
                 record.num_prompt_tokens + len(record.output_token_ids),
-                visual_ranges(features),
-                patch_grids(features, runner.model_config.hf_config),
+                runner.model_config,
             )
         return state

@@ -7,8 +7,6 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vl_cache_vllm.engine.admission import post_vision_start, request_config, visual_ranges
-from vl_cache_vllm.engine.patch_grids import patch_grids
 from vl_cache_vllm.worker.attach import attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow
@@ -38,14 +36,13 @@ class V2Adapter:
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
-        features = new_req_data.mm_features or ()
-        self._worker.requests.start(
+        self._worker.requests.arrive(
             new_req_data.req_id,
-            request_config(self._worker.config, new_req_data.sampling_params),
-            post_vision_start(self._worker.config, features),
+            self._worker.config,
+            new_req_data.sampling_params,
+            new_req_data.mm_features,
             len(tokens),
-            visual_ranges(features),
-            patch_grids(features, self._runner.model_config.hf_config),
+            self._runner.model_config,
         )
 
     def remove_request(self, req_id: str) -> None:
