@@ -8,6 +8,9 @@ key of ``additional_config`` and refuse requests that ask for eviction.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,26 +133,44 @@ _ASYNC_SCHEDULER = "vl_cache_vllm.engine.scheduler.AsyncEvictionScheduler"
 
 
 def install() -> None:
-    """Add the flags and the start-up check to vLLM's `EngineArgs`, once per process."""
+    """Add the flags and the start-up check to vLLM's `EngineArgs`, once per process.
+
+    A vLLM that is not supported and has no place for them is left alone.
+    """
+    from vl_cache_vllm.support import unsupported_version
+
+    try:
+        _wrap_engine_args()
+    except Exception:  # a foreign vLLM may raise anything, and must start without us
+        reason = unsupported_version()
+        if reason is None:
+            raise
+        _tell(f"KV compression is not available, nor are its flags, with {reason}")
+
+
+def _wrap_engine_args() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vl_cache_vllm import cli
 
     if getattr(EngineArgs, "_vl_cache_installed", False):
         return
-    EngineArgs._vl_cache_installed = True  # type: ignore[attr-defined]
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
     create_engine_config = EngineArgs.create_engine_config
 
-    def add_cli_args_with_ours(parser: Any) -> Any:
-        return cli.add_cli_args(add_cli_args(parser))
+    def add_cli_args_with_ours(*args: Any, **kwargs: Any) -> Any:
+        return cli.add_cli_args(add_cli_args(*args, **kwargs))
 
-    def from_cli_args_with_ours(cls: type[EngineArgs], args: Any) -> EngineArgs:
+    def from_cli_args_with_ours(
+        cls: type[EngineArgs], args: Any, *others: Any, **kwargs: Any
+    ) -> EngineArgs:
         cli.fold(args)
-        return from_cli_args(cls, args)
+        return from_cli_args(cls, args, *others, **kwargs)
 
     def create_engine_config_with_ours(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if not _supports_version(self):
+            return create_engine_config(self, *args, **kwargs)
         vllm_config = create_engine_config(self, *args, **kwargs)
         enable(vllm_config)
         _check_requests()
@@ -158,6 +179,36 @@ def install() -> None:
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_ours)  # type: ignore[method-assign]
     EngineArgs.from_cli_args = classmethod(from_cli_args_with_ours)  # type: ignore[assignment]
     EngineArgs.create_engine_config = create_engine_config_with_ours  # type: ignore[method-assign]
+    EngineArgs._vl_cache_installed = True  # type: ignore[attr-defined]
+
+
+def _supports_version(settings: Any) -> bool:
+    """Whether this vLLM is one of ours; if not, the user is told once.
+
+    Args:
+        settings: with vLLM's ``additional_config``.
+
+    Raises:
+        ValueError: if it is not and eviction is asked for.
+    """
+    from vl_cache_vllm.config import settings_of
+    from vl_cache_vllm.support import unsupported_version
+
+    reason = unsupported_version()
+    if reason is None:
+        return True
+    config = settings_of(settings) if hasattr(settings, "additional_config") else None
+    if config is not None:
+        raise ValueError(f"--kv-compress {config.policy.name} cannot be used with {reason}")
+    _tell(f"KV compression is not available with {reason}")
+    return False
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    """Warn once, in the process that the user started."""
+    if multiprocessing.parent_process() is None:
+        logging.getLogger("vllm.vl_cache").warning(message)
 
 
 def _check_requests() -> None:
@@ -250,7 +301,7 @@ def enable(vllm_config: VllmConfig) -> None:
     from vl_cache_vllm.support import unsupported_reasons
 
     config = settings_of(vllm_config)
-    if config is None:
+    if config is None or not _supports_version(vllm_config):
         return
     reasons = unsupported_reasons(vllm_config, supported_workers=tuple(_WORKERS))
     if reasons:

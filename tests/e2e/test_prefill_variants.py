@@ -119,7 +119,7 @@ def test_options_that_need_more_than_sums(models_dir: Path, tmp_path: Path) -> N
 def test_hit_of_a_request_that_is_not_evicted_is_whole(model: Path) -> None:
     """Trimming costs only requests that will be evicted."""
     request = harness.image_request("llava", LONG, [7])
-    with harness.engine(model, {**SETTINGS, "budget": 0.99}) as llm:
+    with harness.engine(model, {"policy": "vlcache", "budget": 0.99}) as llm:
         for _ in range(2):
             (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
         assert harness.manager(llm).num_evicted == 0

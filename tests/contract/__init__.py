@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we rely on of vLLM, checked against its sources."""
