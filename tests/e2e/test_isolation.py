@@ -69,8 +69,11 @@ def mixed_requests() -> tuple[list[Any], list[Any]]:
     return requests, parameters
 
 
-@pytest.mark.both_runners
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "async_scheduling",
+    [pytest.param(False, marks=pytest.mark.both_runners), True],
+    ids=["sync", "async"],
+)
 def test_freed_pages_are_read_by_nobody(model: Path, async_scheduling: bool) -> None:
     """Chunked prefills, preemptions and evictions beside each other, in a pool too small."""
     requests, parameters = mixed_requests()

@@ -77,6 +77,22 @@ def test_tensor_parallel(model: Path, alone: Served, tmp_path: Path, executor: s
     assert answers == alone[1]
 
 
+def test_more_ranks_than_kv_heads(models_dir: Path, tmp_path: Path) -> None:
+    """Ranks with a copy of the same head: equal layers, but each keeps what its queries look at."""
+    model = tiny_models.build("llava", models_dir / "llava-one-kv-head", num_kv_heads=1)
+    whole, _ = serve(model, tmp_path / "whole")
+    lines, answers = serve(
+        model, tmp_path / "trace", tensor_parallel_size=2, max_num_batched_tokens=128
+    )
+    for (one,), parts in zip(whole, lines, strict=True):
+        assert [part["rank"] for part in parts] == [0, 1]
+        assert all(part["kept_tokens"] == one["kept_tokens"] for part in parts)
+        kept = [part["kept_positions"] for part in parts]
+        assert [len(layer) for layer in kept[0]] == [1] * len(one["kept_tokens"])
+        assert kept[0] != kept[1]
+    assert all(len(answer) == 24 for answer in answers)
+
+
 def test_pipeline_parallel(model: Path, alone: Served, tmp_path: Path) -> None:
     """Each stage divides the same blocks among its own layers."""
     # vLLM's CPU workers need compilation for it: eager ones allocate no buffer between stages.

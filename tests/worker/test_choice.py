@@ -38,7 +38,7 @@ def values(annotation: Any) -> st.SearchStrategy:
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if not name.startswith("keep")])
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) -> None:
     types = _field_types(POLICIES[name])
