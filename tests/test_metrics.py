@@ -83,16 +83,25 @@ def test_the_line_of_an_interval() -> None:
     stats.freed_blocks = 5
     assert interval(stats) == (
         "KV compression: evicted 1 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
-        "retained 28.6%, freed 5 blocks, observation 10.0 ms, compaction 2.0 ms, blocks held 5"
+        "retained 28.6%, freed 5 blocks and 18 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
+        "compaction 2.0 ms, blocks held 5, pressure on"
     )
     assert interval(EvictionStats(skipped=stats.skipped)) == (
         "KV compression: evicted 0 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
         "blocks held 0"
     )
-    more = EvictionStats(evicted=3, retained=[0.1, 0.1, 0.2], freed_blocks=4, blocks_held=1)
+    more = EvictionStats(
+        evicted=3,
+        retained=[0.1, 0.1, 0.2],
+        freed_blocks=4,
+        freed_tokens=20,
+        blocks_held=1,
+        pressure=False,
+    )
     assert interval(stats, more) == (
         "KV compression: evicted 4 reqs, left alone 3 (2 text_only, 1 no_post_vision_tokens), "
-        "retained 17.1%, freed 9 blocks, observation 10.0 ms, compaction 2.0 ms, blocks held 1"
+        "retained 17.1%, freed 9 blocks and 38 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
+        "compaction 2.0 ms, blocks held 1, pressure off"
     )
 
 

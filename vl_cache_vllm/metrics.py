@@ -145,22 +145,29 @@ class Interval:
     skipped: Counter[str] = field(default_factory=Counter)
     retained: float = 0.0
     freed_blocks: int = 0
+    freed_tokens: int = 0
+    layers: Counter[int] = field(default_factory=Counter)  # sums of their retained shares
     observations: int = 0
     compactions: int = 0
     observation_seconds: float = 0.0
     compaction_seconds: float = 0.0
     blocks_held: int = 0
+    pressure: bool | None = None
 
     def add(self, stats: EvictionStats) -> None:
         self.evicted += stats.evicted
         self.skipped += stats.skipped
         self.retained += sum(stats.retained)
         self.freed_blocks += stats.freed_blocks
+        self.freed_tokens += stats.freed_tokens
+        for layers in stats.layers_retained:
+            self.layers.update(layers)  # adds
         self.observations += len(stats.observation_seconds)
         self.compactions += len(stats.compaction_seconds)
         self.observation_seconds += sum(stats.observation_seconds)
         self.compaction_seconds += sum(stats.compaction_seconds)
         self.blocks_held = stats.blocks_held
+        self.pressure = stats.pressure
 
     def __str__(self) -> str:
         skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
@@ -168,7 +175,11 @@ class Interval:
         parts.append(f"left alone {self.skipped.total()}" + (f" ({skipped})" if skipped else ""))
         if self.evicted:
             parts.append(f"retained {100 * self.retained / self.evicted:.1f}%")
-            parts.append(f"freed {self.freed_blocks} blocks")
+            parts.append(f"freed {self.freed_blocks} blocks and {self.freed_tokens} tokens")
+        if self.layers:
+            least, most = min(self.layers.values()), max(self.layers.values())
+            shares = (f"{100 * share / self.compactions:.1f}" for share in (least, most))
+            parts.append(f"layers {' to '.join(shares)}%")
         if self.observations:
             parts.append(
                 f"observation {1000 * self.observation_seconds / self.observations:.1f} ms"
@@ -176,4 +187,6 @@ class Interval:
         if self.compactions:
             parts.append(f"compaction {1000 * self.compaction_seconds / self.compactions:.1f} ms")
         parts.append(f"blocks held {self.blocks_held}")
+        if self.pressure is not None:
+            parts.append(f"pressure {'on' if self.pressure else 'off'}")
         return ", ".join(parts)
