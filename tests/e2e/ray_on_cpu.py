@@ -6,10 +6,12 @@ Stands in for a cluster whose nodes have devices; everything else is vLLM's and 
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from vllm.platforms.cpu import CpuPlatform
 
+ROOT = Path(__file__).parents[2]
 RESOURCE = "NPU"  # any kind that Ray itself can count
 
 
@@ -28,7 +30,10 @@ def cluster(workers: int) -> Iterator[None]:
         resources={RESOURCE: workers},
         include_dashboard=False,
         configure_logging=False,
-        runtime_env={"worker_process_setup_hook": name_the_resource},
+        runtime_env={
+            "worker_process_setup_hook": name_the_resource,
+            "env_vars": {"PYTHONPATH": str(ROOT)},  # where its processes find this module
+        },
     )
     try:
         yield

@@ -54,6 +54,7 @@ def test_n_gram_drafts(model: Path) -> None:
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0, result.stderr
     plain, drafted = json.loads(result.stdout.splitlines()[-1])
