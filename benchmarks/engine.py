@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM in this process, for the benchmarks and the tests, and the trace that evictions leave."""
 
-import contextlib
-import gc
 import json
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM
-from vllm.distributed import cleanup_dist_env_and_memory
+
+from vl_cache_vllm.inspector.cli import running
 
 
-@contextlib.contextmanager
-def running_llm(**arguments: Any) -> Iterator[LLM]:
+def running_llm(**arguments: Any) -> AbstractContextManager[LLM]:
     """``LLM(**arguments)``, gone afterwards; one at a time in a process."""
-    llm = LLM(**arguments)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    return running(lambda: LLM(**arguments))
 
 
 def read_trace(path: Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> None:
+    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
     from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY
@@ -92,7 +93,7 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
             **engine_args.additional_config,
             ADDITIONAL_CONFIG_KEY: {**settings, **dict(zip(TRACE, values, strict=True))},
         }
-        with _engine(engine_args) as llm:
+        with running(lambda: LLM.from_engine_args(engine_args)) as llm:
             inspection = inspect_request(
                 llm,
                 trace,
@@ -174,12 +175,11 @@ def _open(path: Path) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _engine(engine_args: EngineArgs) -> Iterator[LLM]:
-    """An engine that leaves nothing behind in this process."""
-    from vllm import LLM
+def running(start: Callable[[], LLM]) -> Iterator[LLM]:
+    """An engine that leaves nothing behind in this process; one at a time."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM.from_engine_args(engine_args)
+    llm = start()
     try:
         yield llm
     finally:

@@ -223,12 +223,13 @@ class EvictionWorker:
                 "model; they are treated as tokens in a sequence",
                 policy.name,
             )
+        prompt = Prompt(finish.prompt_tokens, state.visual, grids, self.shard, self.ranks.mean)
         choice = choose(
             policy,
             state.config.budget,
             observed,
             dense_entries,
-            Prompt(finish.prompt_tokens, state.visual, grids, self.shard, self.ranks.mean),
+            prompt,
             self.num_heads,
             policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
             finish.kept_blocks,
@@ -255,11 +256,12 @@ class EvictionWorker:
             )
         )
         if self._trace_file is not None:
-            self._trace(finish, choice, observed, kept_tokens)
+            self._trace(finish, prompt, choice, observed, kept_tokens)
 
     def _trace(
         self,
         finish: Finish,
+        prompt: Prompt,
         choice: Choice,
         observed: Observed,
         kept_tokens: list[int],
@@ -276,8 +278,8 @@ class EvictionWorker:
             "kept_blocks": finish.kept_blocks,
             "density": choice.density.tolist(),
             "kept_tokens": kept_tokens,
-            "visual": finish.state.visual,
-            "grids": [dataclasses.astuple(grid) for grid in finish.state.grids()],
+            "visual": prompt.visual,
+            "grids": [dataclasses.astuple(grid) for grid in prompt.grids],
         }
         if self.config.trace_positions:
             record["kept_positions"] = [

@@ -52,11 +52,10 @@ class Observed:
         end = first_position + query.shape[0]
         weights = None
         if policy.elite_window:
-            self._waiting[layer].append(query)
             if end < self.tokens:
-                self._waiting[layer][-1] = query.clone()  # the runner reuses its buffers
+                self._waiting[layer].append(query.clone())  # the runner reuses its buffers
                 return
-            query = torch.cat(self._waiting[layer])
+            query = torch.cat((*self._waiting[layer], query))
             self._waiting[layer].clear()
             first_position = end - query.shape[0]
             weights = elite_queries(query, key, first_position, scale, softcap, policy.elite_window)

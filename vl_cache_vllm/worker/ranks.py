@@ -22,7 +22,7 @@ class Ranks:
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The same of a mean of floats."""
-        return self.sum(values).div_(self.size) if self.size > 1 else values
+        return self.sum(values) / self.size
 
 
 def tensor_parallel_ranks(size: int) -> Ranks:
