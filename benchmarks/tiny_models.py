@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from transformers import (
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
+    MinistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -84,21 +85,32 @@ def _byte_vocabulary() -> dict[str, int]:
     return {chr(b if b in printable else next(stand_in)): b for b in range(256)}
 
 
-def _tokenizer(eos_token: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    special_tokens: Sequence[str], eos_token: str, named: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Ids: a byte's its value, a special token's 256 plus its index.
+
+    ``named`` are those that a processor asks for by name ("image_token").
+    """
     tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_BOS,
         eos_token=eos_token,
         pad_token=_PAD,
-        additional_special_tokens=[t for t in _SPECIAL_TOKENS if t not in (_PAD, _BOS, eos_token)],
+        additional_special_tokens=[t for t in special_tokens if t not in (_PAD, _BOS, eos_token)],
         clean_up_tokenization_spaces=False,
+        model_specific_special_tokens=dict(named or {}),
     )
+
+
+def _tokenizer(eos_token: str) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(_SPECIAL_TOKENS, eos_token)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,6 +164,7 @@ _MERGE_SIZE = 2
 _VISION_HIDDEN = 64
 _VISION_HEADS = 2
 _VISION_LAYERS = 2
+_WINDOW = 100  # tokens, of sliding-window layers
 
 
 @dataclass(frozen=True)
@@ -214,6 +227,22 @@ def _llava_arguments(shape: _Shape) -> dict[str, Any]:
 
 def _llava_config(shape: _Shape) -> PreTrainedConfig:
     return LlavaConfig(**_llava_arguments(shape), architectures=["LlavaForConditionalGeneration"])
+
+
+def _hybrid_llava_config(shape: _Shape) -> PreTrainedConfig:
+    """Every second layer attends within a window that any prompt with an image exceeds."""
+    kinds = ("sliding_attention", "full_attention")
+    text = MinistralConfig(
+        **_text_config(shape, _EOS),
+        head_dim=shape.head_size,
+        layer_types=[kinds[layer % 2] for layer in range(shape.num_layers)],
+        sliding_window=_WINDOW,
+        architectures=["MistralForCausalLM"],
+    )
+    return LlavaConfig(
+        **_llava_arguments(shape) | dict(text_config=text),
+        architectures=["LlavaForConditionalGeneration"],
+    )
 
 
 def _pinpoints(shape: _Shape) -> list[list[int]]:
@@ -360,6 +389,7 @@ class _Kind:
 _KINDS: Mapping[str, _Kind] = {
     "llava": _Kind(_llava_config, _llava_processor, _llava_prompt, 224, _PATCH_SIZE),
     "llava-next": _Kind(_llava_next_config, _llava_next_processor, _llava_prompt, 84, _PATCH_SIZE),
+    "llava-hybrid": _Kind(_hybrid_llava_config, _llava_processor, _llava_prompt, 224, _PATCH_SIZE),
     "qwen2-vl": _Kind(
         _qwen2_vl_config,
         _qwen_processor(Qwen2VLProcessor),

@@ -44,10 +44,9 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Eviction:
-    """One prompt read, and what is kept of it."""
+class Decision:
+    """What is kept of one prompt."""
 
-    prompt_token_ids: list[int]
     density: list[float]  # [L]
     weights: list[float]  # [L]
     pages: list[int]  # [L]
@@ -56,6 +55,13 @@ class Eviction:
     score_gap: float
     """Smallest relative distance between the scores of the last token kept and the first one not
     kept, over layers and KV heads. Below float32 rounding either choice is right."""
+
+
+@dataclass(frozen=True)
+class Eviction(Decision):
+    """One prompt read, and what is kept of it."""
+
+    prompt_token_ids: list[int]
     logits: torch.Tensor  # [vocabulary], of the first generated token
     cache: DynamicCache  # of the whole prompt
 
@@ -168,6 +174,36 @@ def kept_of_head(scores: Floats, count: int) -> tuple[list[int], float]:
     return kept, float((last_in - first_out) / last_in)
 
 
+def decide(
+    attention: Sequence[torch.Tensor], first: int, num_kv_heads: int, settings: Settings
+) -> Decision:
+    """What is kept of a prompt.
+
+    Args:
+        attention: of each layer, probabilities [H, P, E] of the queries from ``first`` on.
+        first: position of the first query that is observed.
+        num_kv_heads: see `token_scores`.
+        settings: what the user chose.
+    """
+    prompt_tokens = attention[0].shape[2]
+    density = [layer_density(a, first) for a in attention]
+    weights = layer_weights(density, settings.budget, settings.uniform_mix)
+    blocks = kept_blocks(prompt_tokens, settings)
+    full_blocks = prompt_tokens // settings.block_size
+    assert blocks < full_blocks, "this prompt is not evicted"
+    pages = deal_pages(weights, blocks * len(attention), full_blocks)
+    kept_tokens = [n * settings.block_size for n in pages]
+
+    gaps: list[float] = []
+    kept: list[list[list[int]]] = []
+    for a, count in zip(attention, kept_tokens, strict=True):
+        scores = token_scores(a, num_kv_heads, settings.pooling)
+        chosen = [kept_of_head(of_head, count) for of_head in scores]
+        kept.append([positions for positions, _ in chosen])
+        gaps += [gap for _, gap in chosen]
+    return Decision(density, weights, pages, kept_tokens, kept, min(gaps))
+
+
 # --------------------------------------------------------------------------------------------------
 # The model
 
@@ -182,7 +218,12 @@ class Oracle:
         self.image_token: int = self.processor.image_token_id
         self.num_kv_heads: int = config.get_text_config().num_key_value_heads
         language_model: Any = self.model.get_submodule("model.language_model")
-        self.attentions = [layer.self_attn for layer in language_model.layers]
+        # Of a hybrid model, the layers of full attention; the others are left alone.
+        self.attentions = [
+            layer.self_attn
+            for layer in language_model.layers
+            if getattr(layer.self_attn, "sliding_window", None) is None
+        ]
 
     def inputs(self, prompt: str, images: Sequence[Image.Image]) -> BatchFeature:
         return self.processor(text=prompt, images=list(images), return_tensors="pt")
@@ -201,24 +242,8 @@ class Oracle:
         with self._recorded_attention(first) as attention:  # per layer [H, P, E]
             logits = self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
-        density = [layer_density(a, first) for a in attention]
-        weights = layer_weights(density, settings.budget, settings.uniform_mix)
-        blocks = kept_blocks(prompt_tokens, settings)
-        full_blocks = prompt_tokens // settings.block_size
-        assert blocks < full_blocks, "this prompt is not evicted"
-        pages = deal_pages(weights, blocks * len(attention), full_blocks)
-        kept_tokens = [n * settings.block_size for n in pages]
-
-        gaps: list[float] = []
-        kept: list[list[list[int]]] = []
-        for a, count in zip(attention, kept_tokens, strict=True):
-            scores = token_scores(a, self.num_kv_heads, settings.pooling)
-            chosen = [kept_of_head(of_head, count) for of_head in scores]
-            kept.append([positions for positions, _ in chosen])
-            gaps += [gap for _, gap in chosen]
-        return Eviction(
-            ids, density, weights, pages, kept_tokens, kept, min(gaps), logits=logits, cache=cache
-        )
+        decision = decide(attention, first, self.num_kv_heads, settings)
+        return Eviction(**vars(decision), prompt_token_ids=ids, logits=logits, cache=cache)
 
     def decode(self, eviction: Eviction, num_tokens: int) -> Continuation:
         """Generate greedily from what was kept of the prompt."""

@@ -177,6 +177,12 @@ def _set(path: str, value: Any) -> Callable[[VllmConfig], None]:
     return apply
 
 
+def _hybrid_in_one_group(vllm_config: VllmConfig) -> None:
+    layer_types = ["full_attention", "sliding_attention"]
+    _set("model_config.hf_text_config.layer_types", layer_types)(vllm_config)
+    _set("scheduler_config.disable_hybrid_kv_cache_manager", True)(vllm_config)
+
+
 REFUSALS = {
     "decode context parallel": (
         _set("parallel_config.decode_context_parallel_size", 2),
@@ -198,8 +204,13 @@ REFUSALS = {
     "other scheduler": (_set("scheduler_config.scheduler_cls", "a.B"), "--scheduler-cls"),
     "other worker": (_set("parallel_config.worker_cls", "a.B"), "worker a.B"),
     "sliding window": (
-        _set("model_config.hf_text_config.layer_types", ["full_attention", "sliding_attention"]),
-        "sliding_attention",
+        _set("model_config.hf_text_config.sliding_window", 100),
+        "no layers of full attention",
+    ),
+    "hybrid without its cache manager": (_hybrid_in_one_group, "--disable-hybrid-kv-cache-manager"),
+    "chunked attention": (
+        _set("model_config.hf_text_config.layer_types", ["full_attention", "chunked_attention"]),
+        "chunked_attention",
     ),
     "linear attention": (
         _set("model_config.hf_text_config.layer_types", ["full_attention", "linear_attention"]),
@@ -255,7 +266,6 @@ def test_refused_flag(model: Path, flag: str, reason: str) -> None:
         ("use_mla", "MLA"),
         ("is_encoder_decoder", "cross attention"),
         ("is_hybrid", "state-space"),
-        ("is_mm_prefix_lm", "bidirectional"),
         ("uses_alibi", "ALiBi"),
     ],
 )
@@ -263,7 +273,7 @@ def test_refused_model(model: Path, attribute: str, reason: str) -> None:
     """Properties that vLLM derives from the architecture, shown through a stand-in model config."""
     vllm_config = config(model)
     real = vllm_config.model_config
-    names = ("use_mla", "is_encoder_decoder", "is_hybrid", "is_attention_free", "is_mm_prefix_lm")
+    names = ("use_mla", "is_encoder_decoder", "is_hybrid", "is_attention_free")
     fake = types.SimpleNamespace(
         hf_text_config=real.hf_text_config,
         get_sliding_window=real.get_sliding_window,

@@ -21,6 +21,7 @@ from packaging.version import Version
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vl_cache_vllm.worker.attach import EvictedGroup
     from vl_cache_vllm.worker.eviction import EvictionWorker
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.33"))
@@ -342,19 +343,19 @@ def cpu_backend() -> Iterator[None]:
         selector._cached_get_attn_backend.cache_clear()
 
 
-def attach_v1(runner: Any, worker: EvictionWorker, layer_index: dict[str, int]) -> None:
+def attach_v1(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
     """Hook eviction into a V1 model runner."""
     from vl_cache_vllm.worker.v1 import V1Adapter
 
-    adapter = V1Adapter(runner, worker, layer_index)
+    adapter = V1Adapter(runner, worker, group)
     runner._build_attention_metadata = adapter.build_attention_metadata
 
 
-def attach_v2(runner: Any, worker: EvictionWorker, layer_index: dict[str, int]) -> None:
+def attach_v2(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
     """Hook eviction into a V2 model runner's model state."""
     from vl_cache_vllm.worker.v2 import V2Adapter
 
-    adapter = V2Adapter(runner, worker, layer_index)
+    adapter = V2Adapter(runner, worker, group)
     state = runner.model_state
     state.add_request = adapter.add_request
     state.remove_request = adapter.remove_request

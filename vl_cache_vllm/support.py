@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_OTHER_ATTENTION = {"sliding_attention", "chunked_attention", "linear_attention", "mamba"}
+_OTHER_ATTENTION = {"chunked_attention", "linear_attention", "mamba"}
 
 
 def unsupported_version() -> str | None:
@@ -85,16 +85,15 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         "vLLM's Rust front end, which knows no plugins: unset VLLM_USE_RUST_FRONTEND",
     )
     refuse(vllm_config.is_mm_encoder_only, "encoder-only serving: remove --mm-encoder-only")
-    return reasons + _model_reasons(vllm_config.model_config)
+    hybrid_cache = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return reasons + _model_reasons(vllm_config.model_config, hybrid_cache)
 
 
-def _model_reasons(model: ModelConfig) -> list[str]:
-    text_config = model.hf_text_config
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
+def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
+    layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
     other = sorted(layer_types & _OTHER_ATTENTION)
-    window = model.get_sliding_window()
-    if window is not None and not other:
-        other = [f"sliding window of {window} tokens (--disable-sliding-window may help)"]
+    full_beside_window = {"full_attention", "sliding_attention"} <= layer_types
+    window = None if full_beside_window else model.get_sliding_window()
     checks = (
         (
             model.runner_type != "generate",
@@ -112,7 +111,16 @@ def _model_reasons(model: ModelConfig) -> list[str]:
             "models with state-space or linear-attention layers",
         ),
         (bool(other), f"layers that are not full attention: {', '.join(other)}"),
-        (model.is_mm_prefix_lm, "models with bidirectional attention inside images"),
+        (
+            window is not None,
+            f"no layers of full attention, but a sliding window of {window} tokens "
+            "(--disable-sliding-window may help)",
+        ),
+        (
+            full_beside_window and not hybrid_cache,
+            "sliding-window layers beside those of full attention, in one cache: remove "
+            "--disable-hybrid-kv-cache-manager",
+        ),
         (model.uses_alibi, "ALiBi position biases"),
     )
     return [reason for condition, reason in checks if condition]

@@ -200,7 +200,13 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
             "max_tokens block_hashes",
         ),
-        Has(MANAGER, "block_size block_pool req_to_blocks kv_cache_group_id"),
+        Has(
+            MANAGER,
+            "block_size block_pool req_to_blocks kv_cache_group_id "
+            "max_admission_blocks_per_request",
+        ),
+        Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
+        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "is_null"),
         Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
         Called(
             "vllm.v1.core.block_pool:BlockPool.get_cached_block",
@@ -341,9 +347,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(COORDINATOR, "single_type_managers"),
         Called("vllm.v1.core.sched.request_queue:RequestQueue.__iter__"),
         Called(
-            f"{KV_CACHE_MANAGER}.truncate_computed_blocks",
-            "blocks, num_computed_tokens",
-            "KVCacheBlocks",
+            f"{COORDINATOR}.find_longest_cache_hit",
+            "block_hashes, max_cache_hit_length",
+            "tuple[tuple[list[KVCacheBlock], ...], int, int]",
+        ),
+        Called(f"{KV_CACHE_MANAGER}.create_kv_cache_blocks", "blocks", "KVCacheBlocks"),
+        # Where groups with a sliding window keep a prefix for later hits.
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
+            (
+                "reachable_boundaries.append(request.shared_prefix_boundary)",
+                "self.reachable_block_mask(...reachable_boundaries=reachable_boundaries",
+            ),
         ),
         Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks get_num_free_blocks"),
         # Running requests first; of a new one the hit is known before it gets blocks.
@@ -352,7 +367,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             (
                 "while req_index < len(self.running)",
                 "self.kv_cache_manager.allocate_slots(request, num_new_tokens",
-                "self._get_local_prefix_cache_hit(request)",
+                "request.shared_prefix_boundary...self._get_local_prefix_cache_hit(request)",
                 "self.kv_cache_manager.allocate_slots(...full_sequence_must_fit=",
             ),
         ),
@@ -467,6 +482,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(f"{KV_INTERFACE}:KVCacheTensor", "layers layer_stride block_stride"),
         Has(f"{KV_INTERFACE}:KVCacheGroupSpec", "kv_cache_spec layer_names"),
+        Exists(f"{KV_INTERFACE}:SlidingWindowSpec"),
         Has(
             f"{KV_INTERFACE}:FullAttentionSpec",
             "head_size head_size_v block_size dtype unpadded_page_size_bytes page_size_bytes",

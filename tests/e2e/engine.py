@@ -68,8 +68,7 @@ def scheduler(llm: LLM) -> Scheduler:
 
 
 def manager(llm: LLM) -> CompressedAttentionManager:
-    (found,) = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
-    return found
+    return scheduler(llm)._eviction_manager  # type: ignore[attr-defined]
 
 
 def eviction_worker(llm: LLM) -> EvictionWorker:

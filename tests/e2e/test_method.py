@@ -214,6 +214,7 @@ def test_beyond_the_paper(
     ("kind", "image_size"),
     [
         pytest.param("llava-next", 168, id="llava_next"),
+        pytest.param("llava-hybrid", 350, id="llava_hybrid", marks=both_runners),
         pytest.param("qwen2-vl", 672, id="qwen2_vl", marks=both_runners),
         pytest.param("qwen2.5-vl", 672, id="qwen2.5_vl"),
     ],

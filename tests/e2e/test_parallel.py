@@ -33,7 +33,7 @@ def serve(model: Path, trace: Path, **kwargs: Any) -> tuple[list[list[dict]], li
         outputs = llm.generate(requests, parameters, use_tqdm=False)
         assert harness.manager(llm).num_evicted == len(requests)
     records = [json.loads(line) for line in trace.read_text().splitlines()]
-    records.sort(key=lambda record: (record["first_layer"], record["rank"]))
+    records.sort(key=lambda record: (record["layers"], record["rank"]))
     lines = [
         [record for record in records if record["request_id"].startswith(f"{output.request_id}-")]
         for output in outputs
@@ -98,7 +98,7 @@ def test_pipeline_parallel(model: Path, alone: Served, tmp_path: Path) -> None:
     # vLLM's CPU workers need compilation for it: eager ones allocate no buffer between stages.
     lines, _ = serve(model, tmp_path / "trace", pipeline_parallel_size=2, enforce_eager=False)
     for (whole,), stages, options in zip(alone[0], lines, OPTIONS, strict=True):
-        assert [stage["first_layer"] for stage in stages] == [0, 2]
+        assert [stage["layers"] for stage in stages] == [[0, 1], [2, 3]]
         density = [d for stage in stages for d in stage["density"]]
         assert density == pytest.approx(whole["density"], abs=1e-3)
         for stage in stages:

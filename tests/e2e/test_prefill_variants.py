@@ -70,11 +70,14 @@ def test_chunked_prefill(model: Path, tmp_path: Path, async_scheduling: bool) ->
         assert harness.token_ids(a) == harness.token_ids(b)
 
 
-@pytest.mark.both_runners
-def test_second_question_on_a_cached_image(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param("llava", marks=pytest.mark.both_runners), "llava-hybrid"]
+)
+def test_second_question_on_a_cached_image(models_dir: Path, tmp_path: Path, kind: str) -> None:
     """The prefix hit covers the image, yet every post-vision token is observed."""
-    first = harness.image_request("llava", LONG, [7])
-    second = harness.image_request("llava", "And what colour is it? " + LONG, [7])
+    model = tiny_models.build(kind, models_dir / kind)
+    first = harness.image_request(kind, LONG, [7])
+    second = harness.image_request(kind, "And what colour is it? " + LONG, [7])
     fresh, fresh_outputs = kept(model, tmp_path / "fresh", [second])
     cached, outputs = kept(model, tmp_path / "cached", [first, second, second], one_by_one=True)
     assert_same(cached[1:2], fresh)

@@ -34,7 +34,7 @@ def record(
     return {
         "request_id": "0-abc",
         "rank": 0,
-        "first_layer": 0,
+        "layers": [*range(num_layers)],
         "budget": 0.3,
         "prompt_tokens": tokens,
         "vision_end": max((end for _, end in visual), default=0),
@@ -80,7 +80,7 @@ def page_data(path: Path) -> dict[str, Any]:
     html = path.read_text(encoding="utf-8")
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
     data = json.loads(text)
-    shape = (data["layers"], data["heads"], data["tokens"])
+    shape = (len(data["layers"]), data["heads"], data["tokens"])
     bits = np.unpackbits(np.frombuffer(base64.b64decode(data["kept"]), np.uint8))
     data["kept"] = bits[: np.prod(shape)].reshape(shape).astype(bool)
     for name in ("attention", "scores"):

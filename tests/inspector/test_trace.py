@@ -45,8 +45,8 @@ def test_records_of_several_workers_are_joined() -> None:
     records = []
     for first, end in ((2, 3), (0, 2)):
         for rank in (1, 0):
-            own = line | {"rank": rank, "first_layer": first}
-            own |= {name: line[name][first:end] for name in ("density", "kept_tokens")}
+            own = line | {"rank": rank}
+            own |= {name: line[name][first:end] for name in ("layers", "density", "kept_tokens")}
             own |= {name: [[h[rank]] for h in line[name][first:end]] for name in per_head}
             records.append(own)
     again = records[0] | {"scores": [[[0.0] * 26]]}  # evicted again after a preemption
@@ -54,6 +54,7 @@ def test_records_of_several_workers_are_joined() -> None:
     assert (joined.kept == whole.kept).all()
     assert (joined.attention == whole.attention).all()
     assert (joined.scores == whole.scores).all()
+    assert joined.layers == (0, 1, 2)
     assert (joined.density, joined.kept_tokens) == (whole.density, whole.kept_tokens)
 
 

@@ -56,7 +56,7 @@ def test_bad_beta() -> None:
 def test_a_pipeline_stage_has_its_part_of_the_slope() -> None:
     density = torch.ones(8, dtype=torch.float64)
     whole = PyramidKVPolicy().layer_weights(density, 0.5, Prompt(500))
-    for first in (0, 4):
-        prompt = Prompt(500, shard=Shard(first, 0, 8))
-        part = PyramidKVPolicy().layer_weights(density[:4], 0.5, prompt)
-        torch.testing.assert_close(part, whole[first : first + 4])
+    for layers in ((0, 1, 2, 3), (4, 5, 6, 7), (1, 4, 7)):  # the last: of a hybrid model
+        prompt = Prompt(500, shard=Shard(layers, 0, 8))
+        part = PyramidKVPolicy().layer_weights(density[: len(layers)], 0.5, prompt)
+        torch.testing.assert_close(part, whole[list(layers)])

@@ -54,6 +54,6 @@ def test_largest_seed() -> None:
 def test_workers_that_share_a_model_draw_what_one_draws() -> None:
     whole = RandomPolicy().token_scores(torch.zeros(4, 4, 30), Prompt(30))
     for layer, head in ((0, 2), (2, 0), (2, 2)):
-        prompt = Prompt(30, shard=Shard(layer, head, 4))
+        prompt = Prompt(30, shard=Shard((layer, layer + 1), head, 4))
         part = RandomPolicy().token_scores(torch.zeros(2, 2, 30), prompt)
         assert torch.equal(part, whole[layer : layer + 2, head : head + 2])

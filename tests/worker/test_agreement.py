@@ -17,6 +17,7 @@ from tests.worker.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import post_vision_start
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.worker.attach import EvictedGroup
 from vl_cache_vllm.worker.step import BatchRow, RequestState, StepNumbers
 from vl_cache_vllm.worker.v1 import V1Adapter
 
@@ -124,7 +125,7 @@ class V1Agreement(WorkerAgreement):
     def start_runner(self) -> None:
         self.runner = FakeV1Runner()
         self.last_known: dict[str, object] = {}
-        self.adapter = V1Adapter(self.runner, self.worker, {})  # type: ignore[arg-type]
+        self.adapter = V1Adapter(self.runner, self.worker, EvictedGroup(0, {}))  # type: ignore[arg-type]
 
     def run_step(self, step: list[tuple[Request, int]]) -> tuple[list[BatchRow], StepNumbers]:
         assert self.worker is not None

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    SlidingWindowSpec,
 )
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
-from vl_cache_vllm.worker.attach import build_eviction_worker
+from vl_cache_vllm.worker.attach import EvictedGroup, build_eviction_worker
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 5, 32, 2, 32
 LAYERS = ["layers.0", "layers.1", "layers.2"]
@@ -28,6 +30,16 @@ def spec(**fields: Any) -> CompressedAttentionSpec:
         block_size=BLOCK_SIZE, num_kv_heads=NUM_HEADS, head_size=HEAD_SIZE, dtype=torch.float32
     )
     return replace(CompressedAttentionSpec.wrap(plain, KVCompressConfig()), **fields)
+
+
+def window_spec() -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=NUM_HEADS,
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+        sliding_window=64,
+    )
 
 
 def cache_config(*groups: KVCacheGroupSpec, **placement: Any) -> KVCacheConfig:
@@ -84,15 +96,46 @@ def test_pages_are_the_layers_own_memory(order: str) -> None:
     )
     cache = cache_config(**strides)
     config = vllm_config(cache)
-    worker, layer_index = build_eviction_worker(config, cache)
-    assert layer_index == {name: i for i, name in enumerate(LAYERS)}
+    worker, group = build_eviction_worker(config, cache)
+    assert group == EvictedGroup(0, {name: i for i, name in enumerate(LAYERS)})
     for name, layer in config.compilation_config.static_forward_context.items():
         for block in range(NUM_BLOCKS):
             layer.kv_cache[block] = 1.0
-            page = worker.pool.page_ids(layer_index[name], torch.tensor(block))
+            page = worker.pool.page_ids(group.layers[name], torch.tensor(block))
             assert worker.pool.pages[page].eq(1.0).all()
             assert worker.pool.pages.sum() == PAGE_BYTES // 4
             layer.kv_cache[block] = 0.0
+
+
+def test_of_a_hybrid_model_the_group_of_full_attention() -> None:
+    """Its blocks are as large as the other group's, whose layers are more: every third page."""
+    cache = cache_config(
+        KVCacheGroupSpec(["window.0", "window.1", "window.2"], window_spec()),
+        KVCacheGroupSpec(LAYERS[1:2], spec()),
+        layers=LAYERS[1:2],
+        layer_stride=PAGE_BYTES,
+        block_stride=3 * PAGE_BYTES,
+    )
+    cache.kv_cache_tensors.append(
+        KVCacheTensor(
+            size=3 * NUM_BLOCKS * PAGE_BYTES,
+            layers=["window.0", "window.1", "window.2"],
+            layer_stride=PAGE_BYTES,
+            block_stride=3 * PAGE_BYTES,
+        )
+    )
+    config = vllm_config(cache)
+    layers = config.compilation_config.static_forward_context
+    layers[LAYERS[1]].kv_cache = layers[LAYERS[0]].kv_cache
+    worker, group = build_eviction_worker(config, cache)
+    assert group == EvictedGroup(1, {LAYERS[1]: 0})
+    assert worker.shard.layers == (1,)
+    assert worker.pool.num_layers == 1
+    for block in range(NUM_BLOCKS):
+        layers[LAYERS[1]].kv_cache[block] = 1.0
+        page = worker.pool.page_ids(0, torch.tensor(block))
+        assert worker.pool.pages[page].eq(1.0).all()
+        layers[LAYERS[1]].kv_cache[block] = 0.0
 
 
 @pytest.mark.parametrize(
@@ -102,8 +145,30 @@ def test_pages_are_the_layers_own_memory(order: str) -> None:
             cache_config(
                 KVCacheGroupSpec(LAYERS[:1], spec()), KVCacheGroupSpec(LAYERS[1:], spec())
             ),
-            "plain full attention",
+            "in one KV cache group",
             id="two groups",
+        ),
+        pytest.param(
+            cache_config(KVCacheGroupSpec([], spec()), KVCacheGroupSpec(LAYERS, window_spec())),
+            "smaller --pipeline-parallel-size",
+            id="a stage without full attention",
+        ),
+        pytest.param(
+            cache_config(
+                KVCacheGroupSpec(LAYERS[:1], spec()),
+                KVCacheGroupSpec(
+                    LAYERS[1:],
+                    ChunkedLocalAttentionSpec(
+                        block_size=BLOCK_SIZE,
+                        num_kv_heads=NUM_HEADS,
+                        head_size=HEAD_SIZE,
+                        dtype=torch.float32,
+                        attention_chunk_size=64,
+                    ),
+                ),
+            ),
+            "ones with a sliding window",
+            id="chunked attention",
         ),
         pytest.param(
             cache_config(
@@ -117,7 +182,7 @@ def test_pages_are_the_layers_own_memory(order: str) -> None:
                     ),
                 )
             ),
-            "plain full attention",
+            "in one KV cache group",
             id="a spec that is not ours",
         ),
         pytest.param(cache_config(layers=LAYERS[:2]), "one allocation", id="layers elsewhere"),

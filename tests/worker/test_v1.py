@@ -11,6 +11,7 @@ from tests.engine.blocks import image_prompt, make_request
 from tests.worker.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.worker.attach import EvictedGroup
 from vl_cache_vllm.worker.step import BatchRow, StepNumbers
 from vl_cache_vllm.worker.v1 import V1Adapter
 
@@ -24,7 +25,7 @@ class Worker:
         config = KVCompressConfig(policy=VLCachePolicy(**policy), budget=0.25)
         self.recording = RecordingWorker(config, BLOCK_SIZE)
         self.runner = FakeV1Runner()
-        self.adapter = V1Adapter(self.runner, self.recording, {})  # type: ignore[arg-type]
+        self.adapter = V1Adapter(self.runner, self.recording, EvictedGroup(0, {}))  # type: ignore[arg-type]
 
     def step(
         self, *rows: tuple[Request, int, int, list[int]], resumed: Container[str] = ()

@@ -19,7 +19,10 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
@@ -42,6 +45,7 @@ class CompressedAttentionManager(FullAttentionManager):
         self._config: KVCompressConfig = kv_cache_spec.kv_compress
         self.pressure = PressureGauge(self._config.pressure_high, self._config.pressure_low)
         self._lookup: Callable[[str], Request | None] = lambda _: None
+        self._others: Sequence[SingleTypeKVCacheManager] = ()
         # Decided plans, also the negative ones: vLLM's end of prefill moves along with a decoding
         # request, so a rule asked again later would answer for tokens the worker has long decoded.
         self._decided: dict[str, EvictionPlan] = {}
@@ -51,9 +55,19 @@ class CompressedAttentionManager(FullAttentionManager):
         self._stats = EvictionStats()
         self._reported = EvictionStats()  # what a report of no news would say
 
-    def bind_requests(self, lookup: Callable[[str], Request | None]) -> None:
-        """Give the manager the scheduler's requests, which vLLM's interface does not pass."""
+    def bind(
+        self,
+        lookup: Callable[[str], Request | None],
+        others: Sequence[SingleTypeKVCacheManager] = (),
+    ) -> None:
+        """Give the manager what vLLM's interface does not pass.
+
+        Args:
+            lookup: finds the scheduler's requests by id.
+            others: the managers of the cache's other groups, which draw on the same pool.
+        """
         self._lookup = lookup
+        self._others = others
 
     def plan(self, request: Request) -> EvictionPlan:
         """The decision about a request, or what it would be if its prefill ended now."""
@@ -71,7 +85,9 @@ class CompressedAttentionManager(FullAttentionManager):
             self.block_size,
             request.num_tokens,
             post_vision_start(self._config, request.mm_features),
-            usable_blocks=self.block_pool.num_gpu_blocks - 1,  # one is the null block
+            usable_blocks=self.block_pool.num_gpu_blocks
+            - 1  # the null block
+            - sum(_most_blocks(other, request.num_tokens + 1) for other in self._others),
             num_prompt_tokens=request.num_prompt_tokens,
         )
         if plan.kept_blocks and request.resumable:
@@ -94,7 +110,12 @@ class CompressedAttentionManager(FullAttentionManager):
         held = len(self.req_to_blocks.get(request.request_id, ()))
         if not held:
             held = sum(1 for _ in takewhile(self._is_held, request.block_hashes))
-        return max(0, cdiv(request.num_tokens, self.block_size) - held)
+        missing = max(0, cdiv(request.num_tokens, self.block_size) - held)
+        for other in self._others:
+            blocks = other.req_to_blocks.get(request.request_id, ())
+            held = sum(1 for block in blocks if not block.is_null)
+            missing += max(0, _most_blocks(other, request.num_tokens) - held)
+        return missing
 
     def _is_held(self, block_hash: BlockHash) -> bool:
         cached = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
@@ -221,3 +242,10 @@ class CompressedAttentionManager(FullAttentionManager):
         self._decided.pop(request_id, None)
         self._prompt_freed.discard(request_id)
         return super().pop_blocks_for_free(request_id)
+
+
+def _most_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
+    """Blocks that another group's manager holds at most for so many tokens of one request."""
+    blocks = cdiv(num_tokens, manager.block_size)
+    most = manager.max_admission_blocks_per_request
+    return blocks if most is None else min(blocks, most)

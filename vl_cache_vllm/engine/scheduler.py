@@ -24,9 +24,9 @@ class _EvictionMixin:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
-        assert isinstance(manager, CompressedAttentionManager)
-        manager.bind_requests(self.requests.get)  # type: ignore[attr-defined]
+        managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
+        (manager,) = (m for m in managers if isinstance(m, CompressedAttentionManager))
+        manager.bind(self.requests.get, [m for m in managers if m is not manager])  # type: ignore[attr-defined]
         self._eviction_manager = manager
         self._sends_stats = SEND in os.environ
 
@@ -64,13 +64,21 @@ class _EvictionMixin:
         return map(self._eviction_manager.missing_blocks, requests)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Trim the hit so that the observed queries are computed, not taken from the cache."""
+        """Shorten the hit so that the observed queries are computed, not taken from the cache."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
-        limit = self._eviction_manager.max_hit_tokens(request) if num_tokens else None
-        if limit is not None and num_tokens > limit:
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)  # type: ignore[attr-defined]
-            num_tokens = limit
-        return blocks, num_tokens, boundary, diverged
+        limit = self._eviction_manager.max_hit_tokens(request)
+        if limit is None:
+            return blocks, num_tokens, boundary, diverged
+        if num_tokens > limit:
+            # Looked up again: of a sliding-window group a longer hit has the end of it only.
+            manager = self.kv_cache_manager  # type: ignore[attr-defined]
+            found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, limit
+            )
+            blocks = manager.create_kv_cache_blocks(found)
+        # Groups with a sliding window cache its blocks before a few positions only, by default;
+        # here is where the next question about the same image will want to go on.
+        return blocks, num_tokens, limit, diverged
 
 
 class EvictionScheduler(_EvictionMixin, Scheduler):

@@ -2,7 +2,8 @@
 // Draws the page from the JSON beside it. A selection is a layer and a KV head, -1 meaning all.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { layers, heads, tokens } = data;
+  const { heads, tokens } = data;
+  const layers = data.layers.length;
   const byId = (id) => document.getElementById(id);
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const kept = bytes(data.kept);
@@ -292,12 +293,12 @@
     for (let h = 0; h < heads; h++)
       for (let t = 0, row = (layer * heads + h) * tokens; t < tokens; t++) visual += imageOf[t] >= 0 ? isKept(row + t) : 0;
     visual /= heads;
-    button.title = `layer ${layer}: ${count} tokens kept per KV head, ${visual.toFixed(1)} visual, ${(count - visual).toFixed(1)} text; density ${data.density[layer].toFixed(3)}`;
+    button.title = `layer ${data.layers[layer]}: ${count} tokens kept per KV head, ${visual.toFixed(1)} visual, ${(count - visual).toFixed(1)} text; density ${data.density[layer].toFixed(3)}`;
     const stack = make("span", "stack", button);
     stack.style.height = `${(100 * count) / top}%`;
     make("i", "text", stack).style.flexGrow = count - visual;
     make("i", "visual", stack).style.flexGrow = visual;
-    if (layer % Math.ceil(layers / 40) === 0) make("span", "name", button).textContent = layer;
+    if (layer % Math.ceil(layers / 40) === 0) make("span", "name", button).textContent = data.layers[layer];
     button.addEventListener("click", () => {
       state.layer = state.layer === layer ? -1 : layer;
       update();
@@ -418,7 +419,7 @@
     select();
     const layer = byId("layer");
     layer.value = state.layer + 1;
-    const layerName = state.layer < 0 ? "all" : String(state.layer);
+    const layerName = state.layer < 0 ? "all" : String(data.layers[state.layer]);
     byId("layer-name").textContent = layerName;
     layer.setAttribute("aria-valuetext", state.layer < 0 ? "all layers" : `layer ${layerName}`);
     byId("head").value = state.head;
@@ -426,7 +427,7 @@
     buttons.forEach((button, i) => button.toggleAttribute("aria-current", i === state.layer));
     let visual = 0, text = 0;
     for (let t = 0; t < tokens; t++) imageOf[t] >= 0 ? (visual += current.share[t]) : (text += current.share[t]);
-    const which = `${state.layer < 0 ? "All layers" : `Layer ${state.layer}`}, ${state.head < 0 ? "all KV heads" : `KV head ${state.head}`}`;
+    const which = `${state.layer < 0 ? "All layers" : `Layer ${layerName}`}, ${state.head < 0 ? "all KV heads" : `KV head ${state.head}`}`;
     const average = current.chosen.length > 1 ? " on average" : "";
     byId("summary").textContent = `${which}: ${Math.round(visual + text)} of ${tokens} tokens kept${average}, ${Number(visual.toFixed(1))} visual, ${Number(text.toFixed(1))} text`;
     panels.forEach(draw);
@@ -441,12 +442,9 @@
 
   function readHash() {
     const given = new URLSearchParams(location.hash.slice(1));
-    const index = (name, count) => {
-      const value = /^\d+$/.test(given.get(name) ?? "") ? Number(given.get(name)) : -1;
-      return value < count ? value : -1;
-    };
-    state.layer = index("layer", layers);
-    state.head = index("head", heads);
+    const index = (name, numbers) => numbers.map(String).indexOf(given.get(name));
+    state.layer = index("layer", data.layers);
+    state.head = index("head", [...Array(heads).keys()]);
     state.view = ["kept", "attention", "scores"].includes(given.get("view")) ? given.get("view") : "kept";
   }
 

@@ -48,7 +48,7 @@ def payload(inspection: Inspection) -> dict[str, Any]:
     """
     eviction = inspection.eviction
     return {
-        "layers": eviction.num_layers,
+        "layers": eviction.layers,
         "heads": eviction.num_kv_heads,
         "tokens": eviction.prompt_tokens,
         "keptTokens": eviction.kept_tokens,

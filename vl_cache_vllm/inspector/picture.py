@@ -163,7 +163,8 @@ def _small_maps(
         for axis, i in zip(axis_row, shown, strict=True):
             _draw(axis, panels[i], _image(inspection, i), share, 1.0)
         axis_row[0].set_title(
-            f"layer {layer}: {eviction.kept_tokens[layer]} of {eviction.prompt_tokens}",
+            f"layer {eviction.layers[layer]}: "
+            f"{eviction.kept_tokens[layer]} of {eviction.prompt_tokens}",
             fontsize=9,
             color=INK,
             loc="left",
@@ -236,7 +237,8 @@ def _charts(figure: Any, inspection: Inspection) -> None:
     mean = float(np.mean(eviction.kept_tokens))
     bars.axhline(mean, color=INK, lw=1, ls="--", label=f"mean, {mean:.0f}")
     bars.set(title="Tokens kept per KV head", xlabel="layer", ylabel="tokens")
-    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = shown_layers(eviction.num_layers)
+    bars.set_xticks(shown, [str(eviction.layers[layer]) for layer in shown])
     bars.set_ylim(0, 1.28 * max(eviction.kept_tokens))
     bars.legend(fontsize=8, ncols=3, frameon=False, loc="upper center")
     for axis, values, title in (

@@ -28,6 +28,7 @@ class Eviction:
     block_size: int
     prompt_blocks: int
     kept_blocks: int
+    layers: tuple[int, ...]  # the model's numbers of the layers that are evicted
     density: tuple[float, ...]  # of each layer
     kept_tokens: tuple[int, ...]  # of each layer, the same for all its KV heads
     visual: tuple[tuple[int, int], ...]  # (first, end) of each image
@@ -45,7 +46,7 @@ class Eviction:
         """
         stages: dict[int, dict[int, Mapping[str, Any]]] = {}
         for record in records:
-            stages.setdefault(record["first_layer"], {}).setdefault(record["rank"], record)
+            stages.setdefault(record["layers"][0], {}).setdefault(record["rank"], record)
         parts = [[ranks[rank] for rank in sorted(ranks)] for _, ranks in sorted(stages.items())]
 
         def joined(values: Callable[[Mapping[str, Any]], np.ndarray]) -> np.ndarray:
@@ -62,6 +63,7 @@ class Eviction:
             block_size=one["block_size"],
             prompt_blocks=one["prompt_blocks"],
             kept_blocks=one["kept_blocks"],
+            layers=of_layers("layers"),
             density=of_layers("density"),
             kept_tokens=of_layers("kept_tokens"),
             visual=tuple((first, end) for first, end in one["visual"]),

@@ -27,11 +27,20 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the model that a worker has: its layers and KV heads start at these."""
+    """The part of the model that a worker has."""
 
-    first_layer: int = 0
+    layers: tuple[int, ...] | None = None
+    """The model's layers that the worker evicts; None: the first ones.
+
+    Those of a pipeline stage, without layers of other attention than the full one.
+    """
     first_kv_head: int = 0
     num_layers: int | None = None  # of the whole model; None: this worker has them all
+
+    def layer_numbers(self, count: int) -> tuple[int, ...]:
+        """The model's numbers of a worker's ``count`` layers."""
+        assert self.layers is None or len(self.layers) == count
+        return tuple(range(count)) if self.layers is None else self.layers
 
 
 @dataclass(frozen=True)

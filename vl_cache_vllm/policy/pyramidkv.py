@@ -37,6 +37,6 @@ class PyramidKVPolicy(SnapKVPolicy):
         mean = max(0.0, budget * prompt.tokens - window)
         least = mean / self.beta
         shard = prompt.shard
-        own = torch.arange(len(density), dtype=density.dtype, device=density.device)
-        depth = (shard.first_layer + own) / max(1, (shard.num_layers or len(density)) - 1)
+        own = torch.tensor(shard.layer_numbers(len(density))).to(density)
+        depth = own / max(1, (shard.num_layers or len(density)) - 1)
         return window + 2 * mean - least - 2 * (mean - least) * depth

@@ -37,8 +37,9 @@ class RandomPolicy(EvictionPolicy):
         def index(first: int, count: int, odd: int) -> torch.Tensor:
             return torch.arange(first + 1, first + count + 1, device=attention.device) * odd
 
+        layer_numbers = torch.tensor(prompt.shard.layer_numbers(layers), device=attention.device)
         # 32-bit arithmetic in int64; the constants are those of Murmur3's finaliser.
-        x = index(prompt.shard.first_layer, layers, 0x9E3779B1)[:, None, None]
+        x = ((layer_numbers + 1) * 0x9E3779B1)[:, None, None]
         x = x + index(prompt.shard.first_kv_head, heads, 0x85EBCA77)[None, :, None]
         x = (x + index(0, tokens, 0xC2B2AE3D) + self.seed * 0x27D4EB2F) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds eviction over a worker whose cache exists, and hooks it into its model runner."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
 from vl_cache_vllm.attention.cpu import (
     CompressedCPUAttentionMetadata,
@@ -22,40 +24,69 @@ from vl_cache_vllm.worker.ranks import tensor_parallel_ranks
 from vl_cache_vllm.worker.step import EvictionStep
 
 
+@dataclass(frozen=True)
+class EvictedGroup:
+    """Which of a model's layers are evicted: those of full attention, one KV cache group."""
+
+    index: int
+    """Of the group; block tables are kept by group."""
+    layers: dict[str, int]
+    """The pool's layer of each layer name."""
+
+
 def attach_step(
-    metadata: Any, worker: EvictionWorker, step: EvictionStep, layer_index: dict[str, int]
+    metadata: Any, worker: EvictionWorker, step: EvictionStep, group: EvictedGroup
 ) -> None:
     """Let the attention layers see the step. ``metadata`` maps layer names to metadata."""
-    for layer_metadata in {id(m): m for m in metadata.values()}.values():
+    for layer_metadata in {id(m): m for m in map(metadata.get, group.layers)}.values():
         assert isinstance(layer_metadata, CompressedCPUAttentionMetadata)
         layer_metadata.worker = worker
         layer_metadata.step = step
-        layer_metadata.layer_index = layer_index
+        layer_metadata.layer_index = group.layers
+
+
+def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
+    ours = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, CompressedAttentionSpec)]
+    kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
+    if len(ours) != 1:
+        raise ValueError(
+            "KV compression needs the layers of full attention, all of one shape, in one KV cache "
+            f"group; this model's groups are: {kinds}"
+        )
+    others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
+    if not all(type(spec) is SlidingWindowSpec for spec in others):
+        raise ValueError(
+            "KV compression supports no other layers beside those of full attention than ones "
+            f"with a sliding window; this model's KV cache groups are: {kinds}"
+        )
+    if not groups[ours[0]].layer_names:
+        raise ValueError(
+            "KV compression needs a layer of full attention on every pipeline stage: use a "
+            "smaller --pipeline-parallel-size"
+        )
+    return ours[0]
 
 
 def build_eviction_worker(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> tuple[EvictionWorker, dict[str, int]]:
-    """The eviction worker of a vLLM worker, and the pool's layer of each layer name.
+) -> tuple[EvictionWorker, EvictedGroup]:
+    """The eviction worker of a vLLM worker, and the layers that it evicts.
 
     Raises:
-        ValueError: if the cache is not one group of full attention whose pages are
+        ValueError: if the cache has no single group of full attention whose pages are
             interchangeable, which only the allocated cache shows for certain.
     """
-    groups, tensors = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
-    kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, CompressedAttentionSpec):
-        raise ValueError(
-            "KV compression supports models whose layers all use plain full attention of one "
-            f"shape; this model's KV cache groups are: {kinds}"
-        )
-    spec = groups[0].kv_cache_spec
+    groups = kv_cache_config.kv_cache_groups
+    index = _evicted_group(groups)
+    spec, layer_names = groups[index].kv_cache_spec, set(groups[index].layer_names)
+    assert isinstance(spec, CompressedAttentionSpec)
     if spec.head_size_v != spec.head_size:
         raise ValueError(
             "KV compression needs K and V of one head size, not "
             f"{spec.head_size} and {spec.head_size_v}"
         )
-    if len(tensors) != 1 or set(tensors[0].layers) != set(groups[0].layer_names):
+    tensors = [t for t in kv_cache_config.kv_cache_tensors if layer_names.intersection(t.layers)]
+    if len(tensors) != 1 or set(tensors[0].layers) != layer_names:
         raise ValueError("KV compression needs the pages of all layers in one allocation")
     (placement,) = tensors
     page_bytes = spec.unpadded_page_size_bytes
@@ -73,13 +104,14 @@ def build_eviction_worker(
         raise ValueError(
             f"KV compression needs head-major pages, not layout {kv_cache_config.kv_cache_layout}"
         )
+    layer_stride, block_stride = (stride // page_bytes for stride in strides)
     cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    num_pages = kv_cache_config.num_blocks * len(layers)
+    last_page = (len(layers) - 1) * layer_stride + (kv_cache_config.num_blocks - 1) * block_stride
     page_elements = heads * tokens * content
     pool = PagePool(
         pages=first.as_strided(
-            (num_pages, heads, tokens * content), (page_elements, tokens * content, 1)
+            (last_page + 1, heads, tokens * content), (page_elements, tokens * content, 1)
         ),
         packing=derive_packing(
             layers[0].isa,
@@ -89,8 +121,8 @@ def build_eviction_worker(
             cache_dtype,
         ),
         num_layers=len(layers),
-        layer_stride=placement.layer_stride // page_bytes,
-        block_stride=placement.block_stride // page_bytes,
+        layer_stride=layer_stride,
+        block_stride=block_stride,
         number_type=number_type(cache_dtype),
     )
     assert spec.kv_compress is not None
@@ -106,9 +138,9 @@ def build_eviction_worker(
         max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
         ranks=ranks,
         shard=Shard(
-            min(map(extract_layer_index, placement.layers)),
+            tuple(map(extract_layer_index, placement.layers)),
             ranks.rank * model_config.get_total_num_kv_heads() // ranks.size,
             model_config.get_total_num_hidden_layers(),
         ),
     )
-    return worker, {name: index for index, name in enumerate(placement.layers)}
+    return worker, EvictedGroup(index, {name: i for i, name in enumerate(placement.layers)})

@@ -35,11 +35,11 @@ class EvictionCPUWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        self.eviction, layer_index = build_eviction_worker(self.vllm_config, kv_cache_config)
+        self.eviction, group = build_eviction_worker(self.vllm_config, kv_cache_config)
         if self.use_v2_model_runner:
-            hooks.attach_v2(self.model_runner, self.eviction, layer_index)
+            hooks.attach_v2(self.model_runner, self.eviction, group)
         else:
-            hooks.attach_v1(self.model_runner, self.eviction, layer_index)
+            hooks.attach_v1(self.model_runner, self.eviction, group)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())

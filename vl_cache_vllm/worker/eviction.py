@@ -61,6 +61,7 @@ class EvictionWorker:
         self.num_heads = num_heads * ranks.size
         self.ranks = ranks
         self.shard = shard
+        self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
         self._trace_file = _open_trace(config.trace_path)
         self._reports: list[EvictionReport] = []
@@ -251,7 +252,7 @@ class EvictionWorker:
                 time.perf_counter() - began,
                 {
                     layer: tokens / finish.prompt_tokens
-                    for layer, tokens in enumerate(kept_tokens, self.shard.first_layer)
+                    for layer, tokens in zip(self._layer_numbers, kept_tokens, strict=True)
                 },
             )
         )
@@ -269,7 +270,7 @@ class EvictionWorker:
         record = {
             "request_id": finish.state.request_id,
             "rank": self.ranks.rank,
-            "first_layer": self.shard.first_layer,
+            "layers": self._layer_numbers,
             "budget": finish.state.config.budget,
             "prompt_tokens": finish.prompt_tokens,
             "vision_end": finish.state.vision_end,

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.attach import attach_step
+from vl_cache_vllm.worker.attach import EvictedGroup, attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow, RequestState
 
@@ -17,12 +17,10 @@ class V1Adapter:
     (`_update_states`), whereas it extends them in place while the request goes on.
     """
 
-    def __init__(
-        self, runner: GPUModelRunner, worker: EvictionWorker, layer_index: dict[str, int]
-    ) -> None:
+    def __init__(self, runner: GPUModelRunner, worker: EvictionWorker, group: EvictedGroup) -> None:
         self._runner = runner
         self._worker = worker
-        self._layer_index = layer_index
+        self._group = group
         self._build = runner._build_attention_metadata
         # The block ids that a request's state belongs to, compared by identity; a reused request
         # id comes with new ones, too.
@@ -42,13 +40,13 @@ class V1Adapter:
         if len(requests) > len(runner.requests):
             requests.drop_all_but(runner.requests)
             self._block_ids = {k: v for k, v in self._block_ids.items() if k in runner.requests}
-        batch = runner.input_batch
+        batch, group = runner.input_batch, self._group.index
         rows = [
             BatchRow(
                 state=self._state(req_id),
                 num_computed=int(num_computed),
                 num_scheduled=num_scheduled_tokens[req_id],
-                num_blocks=len(runner.requests[req_id].block_ids[0]),
+                num_blocks=len(runner.requests[req_id].block_ids[group]),
             )
             for req_id, num_computed in zip(
                 batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], strict=True
@@ -56,12 +54,12 @@ class V1Adapter:
         ]
         step = self._worker.begin_step(
             rows,
-            batch.block_table[0].get_device_tensor(batch.num_reqs),
+            batch.block_table[group].get_device_tensor(batch.num_reqs),
             runner.query_start_loc.gpu,
             runner.seq_lens,
         )
         if step is not None:
-            attach_step(metadata, self._worker, step, self._layer_index)
+            attach_step(metadata, self._worker, step, self._group)
 
     def _state(self, req_id: str) -> RequestState:
         runner = self._runner

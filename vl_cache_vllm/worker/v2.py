@@ -7,7 +7,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.attach import attach_step
+from vl_cache_vllm.worker.attach import EvictedGroup, attach_step
 from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.step import BatchRow
 
@@ -18,12 +18,10 @@ class V2Adapter:
     Dummy batches borrow the slots of live requests, but not their ids: hence keyed by id.
     """
 
-    def __init__(
-        self, runner: GPUModelRunner, worker: EvictionWorker, layer_index: dict[str, int]
-    ) -> None:
+    def __init__(self, runner: GPUModelRunner, worker: EvictionWorker, group: EvictedGroup) -> None:
         self._runner = runner
         self._worker = worker
-        self._layer_index = layer_index
+        self._group = group
         state = runner.model_state
         self._add, self._remove, self._prepare = (
             state.add_request,
@@ -54,8 +52,9 @@ class V2Adapter:
         states = [self._worker.requests.get(req_id) for req_id in input_batch.req_ids]
         if kwargs.get("for_capture") or None in states:
             return metadata  # a dummy batch: warm-up or graph capture
+        group = self._group.index
         slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
-        num_blocks = self._runner.block_tables.num_blocks.np[0, slots]
+        num_blocks = self._runner.block_tables.num_blocks.np[group, slots]
         rows = [
             BatchRow(state, int(computed), int(scheduled), int(blocks))  # type: ignore[arg-type]
             for state, computed, scheduled, blocks in zip(
@@ -68,10 +67,10 @@ class V2Adapter:
         ]
         step = self._worker.begin_step(
             rows,
-            self._runner.block_tables.input_block_tables[0],
+            self._runner.block_tables.input_block_tables[group],
             input_batch.query_start_loc,
             input_batch.seq_lens,
         )
         if step is not None:
-            attach_step(metadata, self._worker, step, self._layer_index)
+            attach_step(metadata, self._worker, step, self._group)
         return metadata
