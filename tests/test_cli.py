@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser  # since 0.33
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from benchmarks import tiny_models
@@ -290,8 +294,8 @@ def test_refused_model(model: Path, attribute: str, reason: str) -> None:
 
 
 def test_unsupported_vllm_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.__version__", "0.33.1")
-    with pytest.raises(ValueError, match=r"vLLM 0\.33\.1: this version of vl-cache-vllm supports"):
+    monkeypatch.setattr("vllm.__version__", "0.34.1")
+    with pytest.raises(ValueError, match=r"vLLM 0\.34\.1: this version of vl-cache-vllm supports"):
         hooks.enable(_with_settings(config(model)))
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vl_cache_vllm.worker.attach import EvictedGroup
     from vl_cache_vllm.worker.eviction import EvictionWorker
 
-SUPPORTED_VLLM = (Version("0.32"), Version("0.33"))
-"""Half-open range of vLLM versions; the table below was written for 0.32.0."""
+SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
+"""Half-open range of vLLM versions; the table below was written for 0.32.0 and fits 0.33.0."""
 
 
 @dataclass(frozen=True)

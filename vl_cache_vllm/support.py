@@ -37,7 +37,7 @@ def unsupported_version() -> str | None:
 def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, ...]) -> list[str]:
     """All reasons why this engine cannot evict, with what to change where that helps; or none."""
     from vllm import envs
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     reasons = []

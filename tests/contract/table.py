@@ -135,7 +135,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     "support.py": (
         Exists("vllm:__version__"),
         Exists("vllm.envs:VLLM_USE_RUST_FRONTEND"),
-        Called("vllm.utils.torch_utils:is_quantized_kv_cache", "cache_dtype", "bool"),
+        Called(f"{KV_INTERFACE}:is_quantized_kv_cache", "cache_dtype", "bool"),
         Has(
             "vllm.config:VllmConfig",
             "parallel_config cache_config scheduler_config kv_transfer_config speculative_config "
@@ -181,7 +181,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "engine/report.py": (
-        Abstract("vllm.v1.outputs:AsyncModelRunnerOutput", "get_output"),
+        Abstract("vllm.v1.outputs:AsyncModelRunnerOutput", "get_output get_kv_connector_output"),
         Overridden("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "", "ModelRunnerOutput"),
         Exists("vllm.v1.outputs:ModelRunnerOutput"),
     ),
@@ -340,7 +340,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(f"{SCHEDULER}.make_stats", "...", "SchedulerStats | None"),
         Overridden(
             f"{SCHEDULER}._get_local_prefix_cache_hit",
-            "request",
+            "request, ...",
             "tuple[KVCacheBlocks, int, int, bool]",
         ),
         Has(KV_CACHE_MANAGER, "coordinator block_pool"),
@@ -367,7 +367,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             (
                 "while req_index < len(self.running)",
                 "self.kv_cache_manager.allocate_slots(request, num_new_tokens",
-                "request.shared_prefix_boundary...self._get_local_prefix_cache_hit(request)",
+                "request.shared_prefix_boundary...self._get_local_prefix_cache_hit(request",
                 "self.kv_cache_manager.allocate_slots(...full_sequence_must_fit=",
             ),
         ),
@@ -396,7 +396,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Exists("vllm.envs"),
         Exists("vllm.envs:VLLM_CPU_ATTN_SPLIT_KV"),
         Called("vllm.config:get_current_vllm_config", "", "VllmConfig"),
-        Called("vllm.utils.torch_utils:is_quantized_kv_cache", "cache_dtype", "bool"),
+        Called(f"{KV_INTERFACE}:is_quantized_kv_cache", "cache_dtype", "bool"),
         Has("vllm.v1.attention.backend:AttentionLayer", "_k_scale_float"),
         Exists("vllm.v1.attention.backend:CommonAttentionMetadata"),
         Has(f"{CPU_ATTN}:CPUAttentionBackend", "forward_includes_kv_cache_update"),

@@ -81,13 +81,13 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield use
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.4", "0.32.1.dev3+gabc", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+gabc", "0.32.0+cpu", "0.33.0"])
 def test_supported(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", version)
     assert unsupported_version() is None
 
 
-@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "0.33.0rc1", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "0.34.0rc1", "1.0", "dev"])
 def test_unsupported(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", version)
     assert unsupported_version() == f"vLLM {version}: {RANGE}"

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's other features beside eviction: each answers as without it, or as one after the other."""
 
+import asyncio
 import json
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from safetensors.torch import save_file
-from vllm import LLM, SamplingParams
+from vllm import LLM, AsyncEngineArgs, SamplingParams
+from vllm.engine.protocol import StreamingInput
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from benchmarks import tiny_models
 from tests.e2e import engine as harness
@@ -170,6 +174,68 @@ def test_reset_of_the_prefix_cache(model: Path) -> None:
         (output, _) = llm.generate(requests, harness.greedy(40), use_tqdm=False)
         assert output.num_cached_tokens == 0
         assert harness.token_ids(output) == first[0][0]
+
+
+@pytest.mark.both_runners
+def test_sleep(model: Path) -> None:
+    """Level 0 holds requests in the middle of their answers; a deeper one ends them.
+
+    vLLM's CPU workers keep their memory in any case, and say so.
+    """
+    requests, parameters = questions(3), harness.greedy(40)
+    with harness.engine(model, SETTINGS) as llm:
+        engine = llm.llm_engine
+        expected = answers(llm, requests, parameters)
+
+        def run_half() -> None:
+            for number, request in enumerate(requests):
+                engine.add_request(str(number), request, parameters)
+            for _ in range(20):
+                assert not any(output.finished for output in engine.step())
+
+        run_half()
+        engine.sleep(0, "keep")
+        assert engine.is_sleeping()
+        engine.wake_up()
+        found = {}
+        while engine.has_unfinished_requests():
+            found |= {o.request_id: [harness.token_ids(o)] for o in engine.step() if o.finished}
+        assert [found[str(number)] for number in range(3)] == expected
+        run_half()
+        engine.sleep(1, "abort")
+        assert_pool_is_whole(llm)
+        engine.wake_up()
+        engine.abort_request([*found])  # the engine core is in this process and told nobody
+        assert harness.manager(llm).num_evicted == 9
+        assert answers(llm, requests, parameters) == expected
+
+
+def test_streaming_input_is_left_alone(model: Path) -> None:
+    """A prompt that grows after its first answer keeps its cache."""
+    prompts = [questions(1)[0], {"prompt": " And on the left?"}, {"prompt": " And on the right?"}]
+
+    async def session(settings: dict[str, Any] | None) -> list[int]:
+        extra = {"additional_config": {"kv_compress": settings}} if settings else {}
+        engine_args: dict[str, Any] = {**harness.DEFAULTS, **extra, "disable_log_stats": False}
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **engine_args))
+
+        async def grow() -> AsyncGenerator[StreamingInput, None]:
+            for prompt in prompts:
+                (rendered,) = await engine.renderer.render_cmpl_async([prompt])
+                yield StreamingInput(rendered)
+
+        parameters = harness.greedy(20, logprobs=None, output_kind=RequestOutputKind.DELTA)
+        try:
+            outputs = [output async for output in engine.generate(grow(), parameters, "0")]
+        finally:
+            engine.shutdown()
+        return [token for output in outputs for token in output.outputs[0].token_ids]
+
+    plain, beside_eviction = (asyncio.run(session(settings)) for settings in (None, SETTINGS))
+    assert len(plain) > 40
+    assert beside_eviction == plain
+    labels = {"model_name": str(model), "engine": "0", "reason": "streaming_input"}
+    assert REGISTRY.get_sample_value("vllm:kv_compress_skipped_requests_total", labels) == 1
 
 
 def adapter(folder: Path, model: Path, seed: int) -> Path:

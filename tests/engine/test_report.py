@@ -38,6 +38,11 @@ def test_an_output_that_is_not_there_yet() -> None:
         def get_output(self) -> ModelRunnerOutput:
             return output()
 
+        def get_kv_connector_output(self) -> str:  # abstract since vLLM 0.33
+            return "a connector's"
+
     later = Later()
     assert attach(later, []) is later
-    assert detach(attach(later, [REPORT]).get_output()) == [PLAIN]
+    carrier = attach(later, [REPORT])
+    assert detach(carrier.get_output()) == [PLAIN]
+    assert carrier.get_kv_connector_output() == "a connector's"

@@ -29,6 +29,10 @@ class _OutputWithReports(AsyncModelRunnerOutput):
         attach(output, self._reports)
         return output
 
+    def get_kv_connector_output(self) -> Any:
+        """Asked for by vLLM 0.33; connectors are refused, but a step may have an empty one."""
+        return self._output.get_kv_connector_output()  # type: ignore[attr-defined]
+
 
 def attach(output: Any, reports: list[EvictionReport]) -> Any:
     """The output of a step, with what was evicted in it."""

@@ -63,12 +63,15 @@ class _EvictionMixin:
         requests = chain(running, islice(waiting, room))
         return map(self._eviction_manager.missing_blocks, requests)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args, **kwargs
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Shorten the hit so that the observed queries are computed, not taken from the cache."""
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)  # type: ignore[misc]
+        blocks, num_tokens, _, diverged = hit
         limit = self._eviction_manager.max_hit_tokens(request)
         if limit is None:
-            return blocks, num_tokens, boundary, diverged
+            return hit
         if num_tokens > limit:
             # Looked up again: of a sliding-window group a longer hit has the end of it only.
             manager = self.kv_cache_manager  # type: ignore[attr-defined]
