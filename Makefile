@@ -5,14 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp names what the environment was built from; a change of any of these rebuilds it.
-STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
+STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile csrc/*.cpp csrc/*.h $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
 # Intel's OpenMP, which comes with vLLM's CPU build, is markedly faster than the default one.
 RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD}" HF_HUB_OFFLINE=1
 
 # Training allocates the same large tensors in every step; the C library should keep them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test lint demo bench-smoke accuracy train clean
+.PHONY: env test lint demo bench-smoke soak accuracy train clean
 
 env: $(STAMP)
 
@@ -43,6 +43,9 @@ demo: env
 
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
+
+soak: env
+	$(RUN) $(BIN)/python -m benchmarks.soak --json benchmarks/results/soak.json
 
 accuracy: env
 	$(RUN) $(BIN)/python -m benchmarks.accuracy --ablation --json benchmarks/results/accuracy.json

@@ -25,10 +25,15 @@ START_TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Server:
-    """Address of a running server."""
+    """A running server."""
 
     url: str
     log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
@@ -82,21 +87,25 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+def running(model: Path, log: Path, *arguments: str, port: int | None = None) -> Iterator[Server]:
     """Start ``vllm serve MODEL ARGUMENTS``, wait until it answers, stop it afterwards.
+
+    Args:
+        port: a free one by default.
 
     Raises:
         RuntimeError: if it exits or does not answer in time, with the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     arguments = (*arguments, "--host", "127.0.0.1", "--port", str(port))
-    server = Server(f"http://127.0.0.1:{port}", log)
     with log.open("w") as output:
         process = subprocess.Popen(
             command(model, *arguments), stdout=output, stderr=output, env=environment()
         )
+    server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not _answers(server):
