@@ -87,6 +87,7 @@ def test_rows_with_ends() -> None:
     assert patch_grids([feature(7, "vvvvbvvvvbvvvve")], PIXTRAL) == (PatchGrid(7, 3, 4, 5),)
     assert patch_grids([feature(7, "vvvve")], PIXTRAL) == (PatchGrid(7, 1, 4, 5),)
     assert patch_grids([feature(7, "vvvvbvvv")], PIXTRAL) == ()
+    assert patch_grids([feature(7, "vvvv")], PIXTRAL) == ()  # LightOnOCR leaves the ends out
 
 
 def test_tiles_with_marks_between() -> None:

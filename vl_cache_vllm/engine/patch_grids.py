@@ -41,7 +41,7 @@ def patch_grids(
         if model.uses_mrope:
             grids += _stated(feature, runs, merge)
         elif getattr(vision, "model_type", None) == "pixtral":
-            grids += _rows(runs)
+            grids += _rows(runs, feature.mm_position.offset + feature.mm_position.length)
         elif model.hf_config.model_type in _SQUARES:
             grids += _squares(runs)
     return tuple(grids)
@@ -65,9 +65,12 @@ def _stated(feature: MultiModalFeatureSpec, runs: Runs, merge: int) -> list[Patc
     return grids if taken == len(positions) else []
 
 
-def _rows(runs: Runs) -> list[PatchGrid]:
-    """Runs of one length, one token apart, as the rows of one grid."""
-    if not runs:
+def _rows(runs: Runs, end: int) -> list[PatchGrid]:
+    """Runs of one length, one token apart, as the rows of one grid.
+
+    None where the last row has no end: LightOnOCR has Pixtral's encoder, and leaves the ends out.
+    """
+    if not runs or sum(runs[-1]) == end:
         return []
     start, columns = runs[0]
     apart = all(after == (before[0] + columns + 1, columns) for before, after in pairwise(runs))
