@@ -493,6 +493,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "worker/cpu_worker.py": (
+        LOGGER,
+        Has("vllm.logger:_VllmLogger", "warning_once"),
         Called("vllm.distributed:get_pp_group", "", "GroupCoordinator"),
         Has("vllm.distributed.parallel_state:GroupCoordinator", "is_last_rank"),
         Exists(f"{KV_INTERFACE}:FullAttentionSpec"),

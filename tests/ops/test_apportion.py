@@ -53,9 +53,11 @@ def exact_apportion(weights: list[float], total: int, cap: int) -> Reference:
     last_in, first_out = order[missing - 1 : missing], order[missing : missing + 1]
     is_near_tie = False
     if last_in and first_out:
-        a, b = quotas[last_in[0]] % 1, quotas[first_out[0]] % 1
-        # Equal weights give equal floating-point quotas: that tie is decided by the layer.
-        is_near_tie = abs(a - b) < NEAR_TIE and weights[last_in[0]] != weights[first_out[0]]
+        # Of those as near to the last one in as the first one out is. Equal weights give equal
+        # floating-point quotas: a tie among them is decided by the layer.
+        boundary = quotas[first_out[0]] % 1
+        tied = {w for w, q in zip(weights, quotas, strict=True) if abs(q % 1 - boundary) < NEAR_TIE}
+        is_near_tie = quotas[last_in[0]] % 1 - boundary < NEAR_TIE and len(tied) > 1
         # A whole quota whose floating-point value is slightly above or below is no tie with b.
     for layer in order[:missing]:
         pages[layer] += 1

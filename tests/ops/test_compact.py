@@ -8,6 +8,8 @@ from tests.ops.pools import PACKINGS, PAGE_ORDERS, key_of, make_pool, page_numbe
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )

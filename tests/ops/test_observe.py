@@ -10,6 +10,8 @@ import torch
 from tests.ops.pools import PACKINGS, PAGE_ORDERS, make_pool
 from vl_cache_vllm.ops.observe import elite_queries, observe
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 THRESHOLD = 0.01
 
 

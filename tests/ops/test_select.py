@@ -9,6 +9,8 @@ import torch
 
 from vl_cache_vllm.ops.select import select
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def naive_select(scores: list[float], kept: int, recent_ratio: str) -> list[int]:
     """The kept positions of one KV head, by the words of paper section 3."""

@@ -55,6 +55,7 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     worker: EvictionWorker | None = None
     step: EvictionStep | None = None
     layer_index: dict[str, int] | None = None  # layer name to layer of the pool
+    of_layer: CompressedCPUAttentionMetadata | None = None  # a copy, for each layer in its turn
 
 
 class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -152,15 +153,14 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         assert metadata.worker is not None and metadata.builder is not None
         tables = metadata.step.tables
         pool = metadata.worker.pool.pages
-        seq_lens = tables.seq_lens[layer]
-        layer_metadata = dataclasses.replace(
-            metadata,
-            seq_lens=seq_lens,
-            block_table=tables.block_table[layer],
-            slot_mapping=tables.slot_mapping[layer],
-            scheduler_metadata=metadata.builder.schedule(metadata, seq_lens),
-        )
-        return pool.view(pool.shape[0], *kv_cache.shape[1:]), layer_metadata
+        if metadata.of_layer is None:
+            metadata.of_layer = dataclasses.replace(metadata)
+        own = metadata.of_layer
+        own.seq_lens = tables.seq_lens[layer]
+        own.block_table = tables.block_table[layer]
+        own.slot_mapping = tables.slot_mapping[layer]
+        own.scheduler_metadata = metadata.builder.schedule(metadata, own.seq_lens)
+        return pool.view(pool.shape[0], *kv_cache.shape[1:]), own
 
 
 def number_type(cache_dtype: str) -> torch.dtype | None:

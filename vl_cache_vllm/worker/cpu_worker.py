@@ -4,6 +4,7 @@
 from typing import Any
 
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -12,7 +13,10 @@ from vl_cache_vllm import hooks
 from vl_cache_vllm.config import settings_of
 from vl_cache_vllm.engine import report
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
+from vl_cache_vllm.ops import native
 from vl_cache_vllm.worker.attach import build_eviction_worker
+
+logger = init_logger(__name__)
 
 
 class EvictionCPUWorker(CPUWorker):
@@ -35,6 +39,11 @@ class EvictionCPUWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        if not native.is_built():
+            logger.warning_once(
+                "KV compression: the C++ operators were not built when vl-cache-vllm was installed "
+                "(is there a C++ compiler?); torch operations serve, which take longer"
+            )
         self.eviction, group = build_eviction_worker(self.vllm_config, kv_cache_config)
         if self.use_v2_model_runner:
             hooks.attach_v2(self.model_runner, self.eviction, group)

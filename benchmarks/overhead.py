@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eviction itself costs: the share of prefill and decode steps that is spent in our code.
+
+    python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--torch] [--json FILE]
+
+One image is 1,024 visual tokens; the question after them has 64 observed tokens. Every prompt is
+read in one step. ``--torch`` measures the torch operations in place of the C++ ones.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from benchmarks import machine, shape, tiny_models
+from benchmarks.smoke import timed
+
+QUESTION = "Describe everything that you can see in it."  # 64 tokens with the template's
+DECODE_STEPS = 24
+REPEATS = 3
+
+
+def steps_of(llm: Any, requests: list[Any], params: Any, spent: list[float]) -> dict[str, list]:
+    """Seconds of each step and of our code in it: prefills one by one, then decoding together."""
+    engine = llm.llm_engine
+    found: dict[str, list] = {"prefill": [], "decode": []}
+
+    def step(kind: str) -> None:
+        spent[0] = 0.0
+        began = time.perf_counter()
+        engine.step()
+        found[kind].append((time.perf_counter() - began, spent[0]))
+
+    for number, request in enumerate(requests):
+        engine.add_request(str(number), request, params)
+        step("prefill")
+    found["prefill"] = found["prefill"][-1:]  # earlier requests decode in later prefills
+    for _ in range(DECODE_STEPS):
+        step("decode")
+    engine.abort_request([str(number) for number in range(len(requests))])
+    engine.step()
+    return found
+
+
+def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[dict[str, Any]]:
+    """One engine; medians of each number of images and batch."""
+    from tests.e2e import engine as harness
+    from vl_cache_vllm.attention.cpu import CompressedCPUAttentionImpl
+    from vl_cache_vllm.worker.eviction import EvictionWorker
+    from vl_cache_vllm.worker.v1 import V1Adapter
+
+    ours = [
+        (V1Adapter, "_attach"),
+        (EvictionWorker, "layer_done"),
+        (CompressedCPUAttentionImpl, "_layer_view"),
+    ]
+    params = harness.greedy(DECODE_STEPS + 8, logprobs=None)
+    rows = []
+    with (
+        timed(ours) as spent,
+        harness.engine(
+            model,
+            settings,
+            dtype="bfloat16",
+            load_format="dummy",
+            enforce_eager=False,
+            enable_prefix_caching=False,
+            max_model_len=16384,
+            max_num_batched_tokens=16384,
+            kv_cache_memory_bytes=2 << 30,
+            limit_mm_per_prompt={"image": max(options.images)},
+        ) as llm,
+    ):
+        for images in options.images:
+            for batch in (1, options.batch):
+                if images * batch > 16:  # the cache and the patience end
+                    continue
+                requests = [
+                    {
+                        "prompt": tiny_models.prompt_for("llava", QUESTION, num_images=images),
+                        "multi_modal_data": {
+                            "image": [tiny_models.random_image(i) for i in range(images)]
+                        },
+                    }
+                ] * batch
+                steps_of(llm, requests[:1], params, spent)  # compiled and warm
+                runs = [steps_of(llm, requests, params, spent) for _ in range(REPEATS)]
+                for kind in ("prefill", "decode"):
+                    if kind == "prefill" and batch > 1:
+                        continue
+                    pairs = [pair for run in runs for pair in run[kind]]
+                    whole = statistics.median(pair[0] for pair in pairs)
+                    own = statistics.median(pair[1] for pair in pairs)
+                    rows.append(
+                        {
+                            "step": kind,
+                            "visual_tokens": images * shape.VISUAL_TOKENS,
+                            "batch": batch,
+                            "milliseconds": round(1000 * whole, 2),
+                            "own_milliseconds": round(1000 * own, 3),
+                        }
+                    )
+                    print(settings and settings["policy"], rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--torch", action="store_true", help="without the C++ operators")
+    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+
+    from vl_cache_vllm.ops import native
+
+    with tempfile.TemporaryDirectory() as folder, native.use(not options.torch):
+        model = shape.build(Path(folder) / "model")
+        rows = measure(model, {"policy": "vlcache", "budget": 0.1}, options)
+        stock = [] if options.no_stock else measure(model, None, options)
+    for row in rows:
+        row["own_share"] = round(row["own_milliseconds"] / row["milliseconds"], 4)
+        for other in stock:
+            if all(row[key] == other[key] for key in ("step", "visual_tokens", "batch")):
+                row["stock_milliseconds"] = other["milliseconds"]
+    if options.json:
+        machine.write_report(options.json, "benchmarks.overhead", sys.argv[1:], rows=rows)
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copy the surviving tokens into the kept pages; the specification is vl_cache_vllm/ops/compact.py
+// and PagePool.copy_tokens.
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace {
+
+struct Move {
+  const int64_t* key_index;    // [block_size, head_size], offsets in one head's share of a page
+  const int64_t* value_index;  // same
+  int64_t block_size, head_size;
+};
+
+template <typename Cell>
+void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, int64_t target) {
+  for (const int64_t* index : {move.key_index, move.value_index}) {
+    const int64_t* source_cells = index + source * move.head_size;
+    const int64_t* target_cells = index + target * move.head_size;
+    for (int64_t i = 0; i < move.head_size; ++i) to[target_cells[i]] = from[source_cells[i]];
+  }
+}
+
+template <typename Cell>
+void compact(Cell* pages, const Move& move, const int64_t* prompt_row, const int64_t* kept_row,
+             const int64_t* kept_pages, const int64_t* positions, int64_t num_layers,
+             int64_t num_kv_heads, int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
+  const int64_t share = 2 * move.block_size * move.head_size;  // of a head in a page
+  const auto page_at = [&](int64_t layer, int64_t block) {
+    return pages + (layer * layer_stride + block * block_stride) * num_kv_heads * share;
+  };
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    int64_t deal = 0;  // pages dealt to the layers before
+    for (int64_t before = 0; before < layer; ++before) deal += kept_pages[before];
+    for (int64_t page = 0; page < kept_pages[layer]; ++page, ++deal) {
+      Cell* to = page_at(deal % num_layers, kept_row[deal / num_layers]);
+      for (int64_t head = 0; head < num_kv_heads; ++head) {
+        const int64_t* kept =
+            positions + (layer * num_kv_heads + head) * max_kept + page * move.block_size;
+        for (int64_t token = 0; token < move.block_size; ++token) {
+          const Cell* from = page_at(layer, prompt_row[kept[token] / move.block_size]);
+          copy_token(move, from + head * share, kept[token] % move.block_size, to + head * share,
+                     token);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// pages: [num_pages, num_kv_heads, 2 * block_size * head_size] cells of cell_bytes (1, 2 or 4);
+// positions: [num_layers, num_kv_heads, max_kept]; strides in pages.
+extern "C" void vlc_compact(void* pages, const int64_t* key_index, const int64_t* value_index,
+                            const int64_t* prompt_row, const int64_t* kept_row,
+                            const int64_t* kept_pages, const int64_t* positions,
+                            int64_t cell_bytes, int64_t num_layers, int64_t num_kv_heads,
+                            int64_t block_size, int64_t head_size, int64_t max_kept,
+                            int64_t layer_stride, int64_t block_stride) {
+  const Move move = {key_index, value_index, block_size, head_size};
+  const auto run = [&](auto* cells) {
+    compact(cells, move, prompt_row, kept_row, kept_pages, positions, num_layers, num_kv_heads,
+            max_kept, layer_stride, block_stride);
+  };
+  if (cell_bytes == 1) run(static_cast<uint8_t*>(pages));
+  if (cell_bytes == 2) run(static_cast<uint16_t*>(pages));
+  if (cell_bytes == 4) run(static_cast<uint32_t*>(pages));
+}

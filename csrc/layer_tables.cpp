@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Each layer's block table, lengths and slots; the specification is
+// vl_cache_vllm/ops/layer_tables.py. Small: a single thread is done before others have woken.
+
+#include <algorithm>
+#include <cstdint>
+
+// block_table: rows of row_stride, `columns` of them readable; kept_pages: [num_reqs, num_layers];
+// out_table: [num_layers, num_reqs, width]; out_lens: [num_layers, num_reqs]; out_slots:
+// [num_layers, num_tokens]. Strides in pages.
+extern "C" void vlc_layer_tables(const int32_t* block_table, int64_t row_stride, int64_t columns,
+                                 const int32_t* query_start_loc, const int32_t* seq_lens,
+                                 const int64_t* evicted_tokens, const int64_t* prompt_blocks,
+                                 const int64_t* kept_blocks, const int64_t* kept_pages,
+                                 int32_t* out_table, int32_t* out_lens, int64_t* out_slots,
+                                 int64_t num_layers, int64_t num_reqs, int64_t width,
+                                 int64_t num_tokens, int64_t block_size, int64_t layer_stride,
+                                 int64_t block_stride) {
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int32_t* blocks = block_table + row * row_stride;
+    const auto block_at = [&](int64_t column) {
+      return static_cast<int64_t>(blocks[std::clamp<int64_t>(column, 0, columns - 1)]);
+    };
+    const int64_t evicted = evicted_tokens[row], decode_start = prompt_blocks[row] + kept_blocks[row];
+    const int64_t first_token = query_start_loc[row];
+    const int64_t end_token = std::min<int64_t>(query_start_loc[row + 1], num_tokens);
+    const int64_t first_position = seq_lens[row] - (query_start_loc[row + 1] - first_token);
+    int64_t deal = 0;  // pages dealt to the layers before
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+      const int64_t kept = kept_pages[row * num_layers + layer];
+      int32_t* table = out_table + (layer * num_reqs + row) * width;
+      for (int64_t entry = 0; entry < width; ++entry) {
+        const bool is_kept = entry < kept;
+        const int64_t block = is_kept ? block_at(prompt_blocks[row] + (deal + entry) / num_layers)
+                                      : block_at(decode_start + entry - kept);
+        const int64_t page_layer = is_kept ? (deal + entry) % num_layers : layer;
+        table[entry] = static_cast<int32_t>(page_layer * layer_stride + block * block_stride);
+      }
+      deal += kept;
+      out_lens[layer * num_reqs + row] =
+          static_cast<int32_t>(kept * block_size + seq_lens[row] - evicted);
+      for (int64_t token = first_token; token < end_token; ++token) {
+        const int64_t offset = first_position + token - first_token - evicted;  // since the eviction
+        const int64_t block = block_at(decode_start + offset / block_size);
+        out_slots[layer * num_tokens + token] =
+            (layer * layer_stride + block * block_stride) * block_size + offset % block_size;
+      }
+    }
+  }
+  for (int64_t layer = 0; layer < num_layers; ++layer)
+    std::fill(out_slots + layer * num_tokens +
+                  std::min<int64_t>(query_start_loc[num_reqs], num_tokens),
+              out_slots + (layer + 1) * num_tokens, int64_t{-1});
+}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the C++ operators are there and who serves."""
+
+import shutil
+import sysconfig
+
+import pytest
+import torch
+
+from vl_cache_vllm.ops import native
+
+COMPILER = (sysconfig.get_config_var("CXX") or "g++").split()[0]
+CPU = torch.zeros(1)
+
+
+def test_where_there_is_a_compiler_they_are_built() -> None:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no {COMPILER}")
+    assert native.is_built()
+    assert native.serves(CPU)
+    assert not native.serves(CPU.to("meta"))
+
+
+def test_torch_serves_where_asked() -> None:
+    with native.use(False):
+        assert not native.serves(CPU)
+    assert native.serves(CPU) == native.is_built()
+
+
+def test_they_cannot_serve_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_library", None)
+    with pytest.raises(RuntimeError, match="have not been built"), native.use(True):
+        pass
+
+
+def test_they_are_torch_operators() -> None:
+    if not native.is_built():
+        pytest.skip("the C++ operators have not been built")
+    for name in ("observe", "select", "compact", "layer_tables"):
+        assert hasattr(torch.ops.vl_cache, name)
+
+
+def test_what_they_do_not_expect_is_an_error() -> None:
+    if not native.is_built():
+        pytest.skip("the C++ operators have not been built")
+    wide = torch.zeros(2, 3, 4, dtype=torch.float64)
+    with pytest.raises(AssertionError):
+        torch.ops.vl_cache.observe(
+            CPU.expand(1, 2, 4), wide, 2, 1.0, 0.01, 0.0, wide[..., 0], wide.sum(), None
+        )

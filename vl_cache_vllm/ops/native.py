@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ operators of ``csrc/`` as torch operators ``vl_cache::*``, where they have been built.
+
+They are a plain C library, so that building them needs a compiler but no torch, and one build
+serves every torch. Tensors are checked here; C++ sees pointers and numbers.
+"""
+
+import contextlib
+import ctypes
+import importlib.machinery
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = {
+    "observe": "(Tensor query, Tensor key, int first_position, float scale, float threshold, "
+    "float softcap, Tensor(a!) column_sums, Tensor(b!) dense_entries, Tensor? query_weights) -> ()",
+    "select": "(Tensor scores, Tensor kept_tokens, float recent_ratio, int max_kept, "
+    "Tensor? precedence) -> Tensor",
+    "compact": "(Tensor(a!) pages, Tensor key_index, Tensor value_index, Tensor prompt_row, "
+    "Tensor kept_row, Tensor kept_pages, Tensor positions, int layer_stride, int block_stride) "
+    "-> ()",
+    "layer_tables": "(Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
+    "Tensor evicted_tokens, Tensor prompt_blocks, Tensor kept_blocks, Tensor kept_pages, "
+    "int block_size, int layer_stride, int block_stride, Tensor(a!) out_block_table, "
+    "Tensor(b!) out_seq_lens, Tensor(c!) out_slot_mapping) -> ()",
+}
+
+
+def _load() -> ctypes.CDLL | None:
+    """The library that `setup.py` built; None without one."""
+    package = Path(__file__).parents[1]
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (path := package / f"_native{suffix}").exists():
+            return ctypes.CDLL(str(path))  # after torch, whose OpenMP it shares
+    return None
+
+
+_library = _load()
+_enabled = _library is not None
+
+
+def is_built() -> bool:
+    """Whether there is a library."""
+    return _library is not None
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether an operation on such a tensor is the library's."""
+    return _enabled and tensor.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def use(enabled: bool) -> Iterator[None]:
+    """Let the library serve, or the torch operations; for tests and benchmarks.
+
+    Raises:
+        RuntimeError: if there is no library to serve.
+    """
+    global _enabled
+    if enabled and not is_built():
+        raise RuntimeError("the C++ operators have not been built")
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def _observe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first_position: int,
+    scale: float,
+    threshold: float,
+    softcap: float,
+    column_sums: torch.Tensor,
+    dense_entries: torch.Tensor,
+    query_weights: torch.Tensor | None,
+) -> None:
+    num_queries, num_heads, head_size = query.shape
+    num_keys = first_position + num_queries
+    key = _dense_rows(key[:, :num_keys].float())
+    assert key.shape[1] == num_keys <= column_sums.shape[1] and column_sums.stride(1) == 1
+    assert column_sums.dtype == torch.float32 and dense_entries.dtype == torch.int64
+    _call(
+        "vlc_observe",
+        query.float().contiguous(),
+        key,
+        key.stride(0),
+        key.stride(1),
+        None if query_weights is None else query_weights.float().contiguous(),
+        column_sums,
+        column_sums.stride(0),
+        dense_entries,
+        num_queries,
+        num_heads,
+        key.shape[0],
+        head_size,
+        first_position,
+        ctypes.c_float(scale),
+        ctypes.c_float(math.log(threshold)),
+        ctypes.c_float(softcap),
+    )
+
+
+def _select(
+    scores: torch.Tensor,
+    kept_tokens: torch.Tensor,
+    recent_ratio: float,
+    max_kept: int,
+    precedence: torch.Tensor | None,
+) -> torch.Tensor:
+    positions = torch.zeros(*scores.shape[:2], max_kept, dtype=torch.int64)
+    _call(
+        "vlc_select",
+        scores.float().contiguous(),
+        _int64(kept_tokens),
+        None if precedence is None else _int64(precedence),
+        positions,
+        *scores.shape,
+        max_kept,
+        ctypes.c_double(recent_ratio),
+    )
+    return positions
+
+
+def _compact(
+    pages: torch.Tensor,
+    key_index: torch.Tensor,
+    value_index: torch.Tensor,
+    prompt_row: torch.Tensor,
+    kept_row: torch.Tensor,
+    kept_pages: torch.Tensor,
+    positions: torch.Tensor,
+    layer_stride: int,
+    block_stride: int,
+) -> None:
+    assert pages.is_contiguous() and pages.element_size() in (1, 2, 4)
+    _call(
+        "vlc_compact",
+        pages,
+        _int64(key_index),
+        _int64(value_index),
+        _int64(prompt_row),
+        _int64(kept_row),
+        _int64(kept_pages),
+        _int64(positions),
+        pages.element_size(),
+        *positions.shape[:2],
+        *key_index.shape,
+        positions.shape[2],
+        layer_stride,
+        block_stride,
+    )
+
+
+def _layer_tables(
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    evicted_tokens: torch.Tensor,
+    prompt_blocks: torch.Tensor,
+    kept_blocks: torch.Tensor,
+    kept_pages: torch.Tensor,
+    block_size: int,
+    layer_stride: int,
+    block_stride: int,
+    out_block_table: torch.Tensor,
+    out_seq_lens: torch.Tensor,
+    out_slot_mapping: torch.Tensor,
+) -> None:
+    num_layers, num_reqs, width = out_block_table.shape
+    for out, dtype in (
+        (out_block_table, torch.int32),
+        (out_seq_lens, torch.int32),
+        (out_slot_mapping, torch.int64),
+    ):
+        assert out.is_contiguous() and out.dtype == dtype
+    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
+    _call(
+        "vlc_layer_tables",
+        block_table,
+        block_table.stride(0),
+        block_table.shape[1],
+        query_start_loc.int().contiguous(),
+        seq_lens.int().contiguous(),
+        *map(_int64, (evicted_tokens, prompt_blocks, kept_blocks, kept_pages)),
+        out_block_table,
+        out_seq_lens,
+        out_slot_mapping,
+        num_layers,
+        num_reqs,
+        width,
+        out_slot_mapping.shape[1],
+        block_size,
+        layer_stride,
+        block_stride,
+    )
+
+
+def _int64(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.long().contiguous()
+
+
+def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _call(
+    name: str, *arguments: torch.Tensor | int | ctypes.c_float | ctypes.c_double | None
+) -> None:
+    """Tensors go as pointers to their first element and stay alive until the call is over."""
+    getattr(_library, name)(
+        *(
+            ctypes.c_void_p(argument.data_ptr())
+            if isinstance(argument, torch.Tensor)
+            else ctypes.c_int64(argument)
+            if isinstance(argument, int)
+            else argument
+            for argument in arguments
+        )
+    )
+
+
+if _library is not None:
+    _namespace = torch.library.Library("vl_cache", "DEF")
+    for _name, _schema in _SCHEMAS.items():
+        _namespace.define(_name + _schema)
+        _namespace.impl(_name, globals()[f"_{_name}"], "CPU")
