@@ -8,6 +8,7 @@ run on V2. ``make test`` does both.
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
@@ -18,6 +19,23 @@ if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A property test names how many examples CI tries, the same ones in every run. With
+# `--hypothesis-profile=soak` it tries others, and many more of them.
+settings.register_profile("soak", max_examples=20_000, print_blob=True)
+
+
+def examples(number: int, **more: Any) -> settings:
+    """Settings of a property test."""
+    is_soak = settings.get_current_profile_name() == "soak"
+    number = settings.default.max_examples if is_soak else number
+    return settings(max_examples=number, deadline=None, derandomize=not is_soak, **more)
+
+
+def histories(number: int) -> settings:
+    """Settings of a test of random histories."""
+    return examples(number, stateful_step_count=50, suppress_health_check=list(HealthCheck))
 
 
 def pytest_configure(config: pytest.Config) -> None:

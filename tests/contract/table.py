@@ -506,6 +506,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(f"{CPU_WORKER}.initialize_from_config", "kv_cache_config"),
         Overridden(f"{CPU_WORKER}.execute_model", "scheduler_output"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids preempted_req_ids"),
+        Has("vllm.v1.core.sched.output:SchedulerOutput", "scheduled_cached_reqs"),
+        Has("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_output_tokens"),
         Overridden(f"{CPU_WORKER}.sample_tokens", "..."),
         # The cache is there when the worker returns from it, and the warm-up comes later.
         Steps(

@@ -2,6 +2,7 @@
 """vLLM's real KV cache manager over our spec, without a model, and requests for it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -18,8 +19,29 @@ from vl_cache_vllm.engine.scheduler import _EvictionMixin
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 
 IMAGE_TOKEN = 9
+STOP_TOKEN = 3
 
 init_none_hash(sha256)
+
+
+def make_kv_cache_config(
+    config: KVCompressConfig,
+    num_blocks: int,
+    block_size: int,
+    num_layers: int = 3,
+    others: Sequence[KVCacheGroupSpec] = (),
+) -> KVCacheConfig:
+    """One group of ours, and ``others`` behind it."""
+    layer = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32
+    )
+    ours = KVCacheGroupSpec(
+        [f"layer.{index}" for index in range(num_layers)],
+        CompressedAttentionSpec.wrap(layer, config),
+    )
+    return KVCacheConfig(
+        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[ours, *others]
+    )
 
 
 def make_kv_cache_manager(
@@ -29,16 +51,8 @@ def make_kv_cache_manager(
     max_model_len: int,
     enable_caching: bool = True,
 ) -> KVCacheManager:
-    layer = FullAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32
-    )
-    spec = CompressedAttentionSpec.wrap(layer, config)
     return KVCacheManager(
-        KVCacheConfig(
-            num_blocks=num_blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer.0", "layer.1", "layer.2"], spec)],
-        ),
+        make_kv_cache_config(config, num_blocks, block_size),
         max_model_len=max_model_len,
         scheduler_block_size=block_size,
         hash_block_size=block_size,
@@ -90,14 +104,20 @@ def make_request(
     max_tokens: int = 100,
     resumable: bool = False,
     modality: str = "image",
+    extra_args: dict[str, Any] | None = None,
+    priority: int = 0,
+    arrival_time: float = 0.0,
 ) -> Request:
     """A request; ``images`` are (offset, length, identifier)."""
     return Request(
         request_id=request_id,
         prompt_token_ids=list(prompt),
-        sampling_params=SamplingParams(max_tokens=max_tokens),
+        sampling_params=SamplingParams(
+            max_tokens=max_tokens, stop_token_ids=[STOP_TOKEN], extra_args=extra_args
+        ),
         pooling_params=None,
-        arrival_time=0.0,
+        arrival_time=arrival_time,
+        priority=priority,
         mm_features=[
             MultiModalFeatureSpec(
                 data=None,

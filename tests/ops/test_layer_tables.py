@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.ops.pools import PAGE_ORDERS, strides
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 NUM_BLOCKS = 97
 FILLER = -77
@@ -79,6 +82,7 @@ def check(
     page_order: str,
     *,
     spare_columns: int = 0,
+    spare_width: int = 0,
     padding: int = 0,
     seed: int = 0,
 ) -> LayerTables:
@@ -101,7 +105,7 @@ def check(
         ]
         for layer in range(num_layers)
     ]
-    width = max(len(of_row) for of_layer in pages for of_row in of_layer)
+    width = spare_width + max(len(of_row) for of_layer in pages for of_row in of_layer)
     out = LayerTables(
         torch.full((num_layers, len(rows), width), FILLER, dtype=torch.int32),
         torch.full((num_layers, len(rows)), FILLER, dtype=torch.int32),
@@ -230,7 +234,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
     rows = []
     for _ in range(draw(st.integers(1, 5))):
         evicted = draw(st.booleans())
-        scheduled = draw(st.one_of(st.just(1), st.integers(1, 20)))
+        scheduled = draw(st.just(1) | st.integers(0, 20))  # 0: padding of a CUDA graph
         if evicted:
             num_kept = draw(st.integers(1, 3))
             pages = [1] * num_layers
@@ -240,19 +244,20 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
             computed = evicted_tokens + draw(st.integers(0, 20))
             rows.append(Row(computed, scheduled, evicted_tokens, tuple(pages)))
         else:
-            rows.append(Row(draw(st.integers(0, 40)), scheduled, reserved=draw(st.integers(0, 3))))
+            rows.append(Row(draw(st.integers(1, 40)), scheduled, reserved=draw(st.integers(0, 3))))
     return {
         "rows": rows,
         "num_layers": num_layers,
         "block_size": block_size,
         "page_order": draw(st.sampled_from(PAGE_ORDERS)),
         "spare_columns": draw(st.integers(0, 3)),
+        "spare_width": draw(st.integers(0, 3)),
         "padding": draw(st.integers(0, 3)),
         "seed": draw(st.integers(0, 99)),
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(200)
 @given(batches())
 def test_random_batches(batch: dict[str, Any]) -> None:
     check(**batch)

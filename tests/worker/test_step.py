@@ -3,6 +3,9 @@
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+from math import ceil
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import plan_eviction
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
@@ -226,6 +230,11 @@ def deals(num_layers: int, total: int, cap: int) -> list[tuple[int, ...]]:
     ]
 
 
+@cache
+def longest_deal(num_layers: int, total: int, cap: int) -> int:
+    return max(max(pages) for pages in deals(num_layers, total, cap))
+
+
 EVICTED = [
     (prompt_tokens, budget)
     for prompt_tokens in (16, 17, 24, 39, 48, 55)
@@ -241,10 +250,7 @@ def test_table_width_bounds_every_layer_tightly(
 ) -> None:
     settings = config(budget)
     kept_blocks = plan_eviction(settings, BLOCK_SIZE, prompt_tokens, 4).kept_blocks
-    longest = max(
-        max(pages)
-        for pages in deals(num_layers, kept_blocks * num_layers, prompt_tokens // BLOCK_SIZE)
-    )
+    longest = longest_deal(num_layers, kept_blocks * num_layers, prompt_tokens // BLOCK_SIZE)
     for generated in range(1, 2 * BLOCK_SIZE + 2):
         state = evicted(prompt_tokens, kept_blocks)
         row = decode(state, prompt_tokens + generated - 1)
@@ -336,3 +342,102 @@ def test_room_for_rejected_drafts_is_not_an_eviction() -> None:
     plan([chunk(state, 0, 63)])
     numbers = plan([BatchRow(state, 63, 1, -(-64 // BLOCK_SIZE) + 1)])
     assert numbers.finishes == [] and state.evicted_tokens == 0
+
+
+def test_room_for_drafts_is_not_observed() -> None:
+    """vLLM pads a prefill of a single token; this one the scheduler will leave alone."""
+    state = fresh(63)
+    plan([chunk(state, 0, 62)])
+    numbers = plan([chunk(state, 62, 4)])
+    (observation,) = numbers.observations
+    assert (observation.query_start, observation.query_end) == (0, 1)
+    assert (observation.first_position, observation.num_blocks) == (62, 8)
+    assert numbers.finishes == []
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[BatchRow]:
+    """Rows as a scheduler sends them: chunks, last chunks with kept blocks, decodes, drafts."""
+    rows = []
+    for slot in range(1, 1 + draw(st.integers(1, 5))):
+        limit = draw(st.none() | st.integers(1, 30))
+        post_vision_only = draw(st.booleans())
+        policy = VLCachePolicy(max_observation_tokens=limit, post_vision_only=post_vision_only)
+        settings = KVCompressConfig(
+            policy,
+            draw(st.sampled_from([0.1, 0.25, 0.6, 1.0])),
+            min_prompt_tokens=draw(st.sampled_from([0, 0, 40])),
+        )
+        tokens = draw(st.integers(1, 70))
+        state = fresh(tokens, draw(st.none() | st.integers(0, 60)), slot, settings)
+        most = tokens // BLOCK_SIZE - 1
+        if most > 0 and draw(st.booleans()):
+            state.evicted_tokens = tokens
+            state.prompt_blocks, state.kept_blocks = (
+                cdiv(tokens, BLOCK_SIZE),
+                draw(st.integers(1, most)),
+            )
+            rows.append(decode(state, tokens + draw(st.integers(0, 20)), draw(st.integers(1, 4))))
+        elif draw(st.booleans()):
+            computed = draw(st.integers(0, tokens - 1))
+            end = draw(st.just(tokens) | st.integers(computed + 1, tokens))
+            plan = plan_eviction(settings, BLOCK_SIZE, tokens, state.vision_end)
+            reserved = plan.kept_blocks if end == tokens and draw(st.booleans()) else 0
+            rows.append(chunk(state, computed, end - computed, reserved))
+        else:  # decodes with its whole cache, maybe with room for drafts that were rejected
+            computed = tokens + draw(st.integers(0, 20))
+            rows.append(chunk(state, computed, draw(st.integers(1, 4)), draw(st.integers(0, 1))))
+    return rows
+
+
+@examples(200)
+@given(rows=batches(), num_layers=st.integers(1, 3))
+def test_random_batches_token_by_token(rows: list[BatchRow], num_layers: int) -> None:
+    tokens = [
+        (r, position)
+        for r, row in enumerate(rows)
+        for position in range(row.num_computed, row.num_computed + row.num_scheduled)
+    ]
+    evicted_before = [row.state.evicted_tokens > 0 for row in rows]
+    observed, finishing, width = set(), {}, 1
+    for index, (r, position) in enumerate(tokens):
+        row, state = rows[r], rows[r].state
+        config, end, vision_end = state.config, state.prefill_tokens, state.vision_end
+        blocks, policy = cdiv(end, BLOCK_SIZE), config.policy
+        may_be_evicted = (
+            vision_end is not None
+            and vision_end < end
+            and end >= config.min_prompt_tokens
+            and ceil(Fraction(str(config.budget)) * blocks) < end // BLOCK_SIZE
+        )
+        is_query = position >= (vision_end or 0) or not policy.post_vision_only
+        window = policy.max_observation_tokens or end
+        if may_be_evicted and is_query and end - window <= position < end:
+            observed.add((r, index, position))
+        if position == end - 1 and row.num_blocks > blocks:
+            finishing[r] = (end, blocks, row.num_blocks - blocks)
+        if evicted_before[r]:
+            pages = state.kept_blocks * num_layers
+            longest = longest_deal(num_layers, pages, end // BLOCK_SIZE)
+            width = max(width, longest + (position - end) // BLOCK_SIZE + 1)
+        else:
+            width = max(width, position // BLOCK_SIZE + 1)
+
+    numbers = plan_step(rows, BLOCK_SIZE, num_layers)
+    planned = {
+        (o.row, index, o.first_position + index - o.query_start)
+        for o in numbers.observations
+        for index in range(o.query_start, o.query_end)
+    }
+    assert planned == observed
+    for o in numbers.observations:
+        end = rows[o.row].num_computed + rows[o.row].num_scheduled
+        assert o.state is rows[o.row].state and o.num_blocks == cdiv(end, BLOCK_SIZE)
+    assert {
+        f.row: (f.prompt_tokens, f.prompt_blocks, f.kept_blocks) for f in numbers.finishes
+    } == finishing
+    for r, (row, was_evicted) in enumerate(zip(rows, evicted_before, strict=True)):
+        assert (row.state.evicted_tokens > 0) == (was_evicted or r in finishing)
+    assert numbers.any_evicted == any(evicted_before)
+    assert numbers.table_width == width
+    assert numbers.is_plain == (not observed and not finishing and not any(evicted_before))

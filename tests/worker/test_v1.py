@@ -144,3 +144,14 @@ def test_restart_where_it_left_off_after_an_eviction() -> None:
     # Otherwise the row is read as [7 prompt][2 kept][1 decode].
     assert [finish.prompt_tokens for finish in numbers.finishes] == [29]
     assert row.state.prefill_tokens == 29
+
+
+def test_tokens_that_an_early_stage_has_not_heard_of() -> None:
+    """What was sampled while the request was preempted reaches the scheduler alone."""
+    worker = Worker()
+    a = request()
+    worker.step((a, 0, 26, blocks(9)))
+    worker.recording.output_tokens = {"a": 2}
+    (row,), numbers = worker.step((a, 0, 28, blocks(9, first=20)), resumed={"a"})
+    assert row.state.prefill_tokens == 28
+    assert [finish.prompt_tokens for finish in numbers.finishes] == [28]

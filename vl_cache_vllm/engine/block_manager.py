@@ -160,6 +160,8 @@ class CompressedAttentionManager(FullAttentionManager):
         assert vision_end is not None
         policy = request_config(self._config, request.sampling_params).policy
         start = policy.observation_start(vision_end, plan.prompt_tokens)
+        # With drafts vLLM lengthens a prefill of one token by room for them: it must not be one.
+        start = min(start, plan.prompt_tokens - 2)
         return start // self.block_size * self.block_size
 
     def _plan_of(self, request_id: str) -> EvictionPlan | None:

@@ -63,6 +63,8 @@ class EvictionWorker:
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
+        self.output_tokens: dict[str, int] = {}
+        """Of the step's requests that are not new, as the scheduler knows them."""
         self._trace_file = _open_trace(config.trace_path)
         self._reports: list[EvictionReport] = []
         device, num_layers = pool.pages.device, pool.num_layers

@@ -132,7 +132,7 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
                 declined.append(state)
             num_blocks = cdiv(end, block_size)
             width = max(width, num_blocks)
-            observation = _observe_row(index, row, query_start, num_blocks, block_size)
+            observation = _observe_row(index, row, query_start, block_size)
             if observation is not None:
                 observations.append(observation)
             # Longer rows elsewhere hold room for draft tokens that were rejected.
@@ -151,10 +151,11 @@ def _observe_row(
     index: int,
     row: BatchRow,
     query_start: int,
-    num_blocks: int,
     block_size: int,
 ) -> Observation | None:
-    state, end = row.state, row.num_computed + row.num_scheduled
+    state = row.state
+    # Beyond the prefill is room for drafts, in a last chunk of one token.
+    end = min(row.num_computed + row.num_scheduled, state.prefill_tokens)
     vision_end = state.vision_end
     if vision_end is None or row.num_computed >= state.prefill_tokens:
         return None
@@ -164,10 +165,8 @@ def _observe_row(
     first = max(row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens))
     if first >= end:
         return None
-    skipped = first - row.num_computed
-    return Observation(
-        index, state, query_start + skipped, query_start + row.num_scheduled, first, num_blocks
-    )
+    before = query_start - row.num_computed  # token of the step at position 0
+    return Observation(index, state, before + first, before + end, first, cdiv(end, block_size))
 
 
 class RequestTable:

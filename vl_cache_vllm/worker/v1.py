@@ -72,7 +72,12 @@ class V1Adapter:
                 self._worker.config,
                 record.sampling_params,
                 record.mm_features,
-                record.num_prompt_tokens + len(record.output_token_ids),
+                record.num_prompt_tokens + self._num_output_tokens(req_id),
                 runner.model_config,
             )
         return state
+
+    def _num_output_tokens(self, req_id: str) -> int:
+        """As the scheduler knows them; the runner of an early pipeline stage may lag behind."""
+        cached = self._worker.output_tokens
+        return cached.get(req_id, len(self._runner.requests[req_id].output_token_ids))
