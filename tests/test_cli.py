@@ -123,6 +123,7 @@ def test_help_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv-compress-when=sometimes"], "invalid choice: 'sometimes'"),
         (["--kv-compress=snapcache"], "invalid choice: 'snapcache'"),
         (["--kv-compress-config={"], "not valid JSON"),
+        (["--kv-compress-config=" + '{"a":' * 5000], "not valid JSON"),
         (["--kv-compress-config=[1]"], "must be a JSON object"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

