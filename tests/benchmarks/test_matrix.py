@@ -168,7 +168,10 @@ def test_the_committed_results(results: dict[str, Any]) -> None:
     for kind, row in results.items():
         by_result.setdefault(row["result"], []).append(kind)
     assert set(by_result) <= {"exact", "refused", "not served"}
-    assert len({results[kind]["architecture"] for kind in by_result["exact"]}) >= 12
+    architectures = {results[kind]["architecture"] for kind in by_result["exact"]}
+    assert len(architectures) >= 12
+    row = f"matrix ([docs/models.md](docs/models.md)) | {len(architectures)} |"
+    assert row in (ROOT / "README.md").read_text()
     for kind in by_result["exact"]:
         requests = results[kind]["requests"]
         assert len(requests) == tiny_zoo.max_images(kind)
