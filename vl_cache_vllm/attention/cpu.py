@@ -8,7 +8,7 @@ writes and reads through its own table, with vLLM's kernels, and is observed aft
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +56,7 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     step: EvictionStep | None = None
     layer_index: dict[str, int] | None = None  # layer name to layer of the pool
     of_layer: CompressedCPUAttentionMetadata | None = None  # a copy, for each layer in its turn
+    schedules: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)  # by lengths
 
 
 class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -159,7 +160,11 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         own.seq_lens = tables.seq_lens[layer]
         own.block_table = tables.block_table[layer]
         own.slot_mapping = tables.slot_mapping[layer]
-        own.scheduler_metadata = metadata.builder.schedule(metadata, own.seq_lens)
+        # Many layers keep equally many pages, and the kernel only reads it.
+        lengths = tuple(own.seq_lens.tolist())
+        if lengths not in metadata.schedules:
+            metadata.schedules[lengths] = metadata.builder.schedule(metadata, own.seq_lens)
+        own.scheduler_metadata = metadata.schedules[lengths]
         return pool.view(pool.shape[0], *kv_cache.shape[1:]), own
 
 
