@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import machine, shape, tiny_models
+from benchmarks import machine, shape
 from benchmarks.smoke import timed
 
 QUESTION = "Describe everything that you can see in it."  # 64 tokens with the template's
@@ -42,7 +42,6 @@ def steps_of(llm: Any, requests: list[Any], params: Any, spent: list[float]) -> 
     for number, request in enumerate(requests):
         engine.add_request(str(number), request, params)
         step("prefill")
-    found["prefill"] = found["prefill"][-1:]  # earlier requests decode in later prefills
     for _ in range(DECODE_STEPS):
         step("decode")
     engine.abort_request([str(number) for number in range(len(requests))])
@@ -53,19 +52,11 @@ def steps_of(llm: Any, requests: list[Any], params: Any, spent: list[float]) -> 
 def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[dict[str, Any]]:
     """One engine; medians of each number of images and batch."""
     from tests.e2e import engine as harness
-    from vl_cache_vllm.attention.cpu import CompressedCPUAttentionImpl
-    from vl_cache_vllm.worker.eviction import EvictionWorker
-    from vl_cache_vllm.worker.v1 import V1Adapter
 
-    ours = [
-        (V1Adapter, "_attach"),
-        (EvictionWorker, "layer_done"),
-        (CompressedCPUAttentionImpl, "_layer_view"),
-    ]
     params = harness.greedy(DECODE_STEPS + 8, logprobs=None)
     rows = []
     with (
-        timed(ours) as spent,
+        timed() as spent,
         harness.engine(
             model,
             settings,
@@ -83,18 +74,11 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
             for batch in (1, options.batch):
                 if images * batch > 16:  # the cache and the patience end
                     continue
-                requests = [
-                    {
-                        "prompt": tiny_models.prompt_for("llava", QUESTION, num_images=images),
-                        "multi_modal_data": {
-                            "image": [tiny_models.random_image(i) for i in range(images)]
-                        },
-                    }
-                ] * batch
+                requests = [harness.image_request("llava", QUESTION, range(images))] * batch
                 steps_of(llm, requests[:1], params, spent)  # compiled and warm
                 runs = [steps_of(llm, requests, params, spent) for _ in range(REPEATS)]
                 for kind in ("prefill", "decode"):
-                    if kind == "prefill" and batch > 1:
+                    if kind == "prefill" and batch > 1:  # earlier requests decode in it
                         continue
                     pairs = [pair for run in runs for pair in run[kind]]
                     whole = statistics.median(pair[0] for pair in pairs)

@@ -461,7 +461,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Exists("vllm.config:ModelConfig"),
         Has("vllm.sampling_params:SamplingParams", "max_tokens"),
     ),
-    "worker/eviction.py": (LOGGER, Has("vllm.logger:_VllmLogger", "warning_once")),
+    "worker/eviction.py": (
+        LOGGER,
+        Has("vllm.logger:_VllmLogger", "warning_once"),
+        Has("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_output_tokens"),
+    ),
     "worker/attach.py": (
         Has(
             "vllm.config:VllmConfig",
@@ -507,7 +511,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(f"{CPU_WORKER}.execute_model", "scheduler_output"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids preempted_req_ids"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "scheduled_cached_reqs"),
-        Has("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_output_tokens"),
         Overridden(f"{CPU_WORKER}.sample_tokens", "..."),
         # The cache is there when the worker returns from it, and the warm-up comes later.
         Steps(

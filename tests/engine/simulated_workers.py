@@ -324,10 +324,7 @@ class V1Worker(SimulatedWorker):
         group = SimpleNamespace(is_last_rank=self.is_last_stage)
         with mock.patch.object(gpu_model_runner, "get_pp_group", lambda: group):
             gpu_model_runner.GPUModelRunner._update_states(runner, _sent(output))
-        cached = output.scheduled_cached_reqs
-        self.eviction.output_tokens = dict(
-            zip(cached.req_ids, cached.num_output_tokens, strict=True)
-        )
+        self.eviction.cached_requests = output.scheduled_cached_reqs
         batch = runner.input_batch
         if not output.total_num_scheduled_tokens:
             return [], []

@@ -11,6 +11,9 @@ from vl_cache_vllm.ops import native
 
 COMPILER = (sysconfig.get_config_var("CXX") or "g++").split()[0]
 CPU = torch.zeros(1)
+needs_library = pytest.mark.skipif(
+    not native.is_built(), reason="the C++ operators have not been built"
+)
 
 
 def test_where_there_is_a_compiler_they_are_built() -> None:
@@ -33,16 +36,14 @@ def test_they_cannot_serve_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@needs_library
 def test_they_are_torch_operators() -> None:
-    if not native.is_built():
-        pytest.skip("the C++ operators have not been built")
     for name in ("observe", "select", "compact", "layer_tables"):
         assert hasattr(torch.ops.vl_cache, name)
 
 
+@needs_library
 def test_what_they_do_not_expect_is_an_error() -> None:
-    if not native.is_built():
-        pytest.skip("the C++ operators have not been built")
     wide = torch.zeros(2, 3, 4, dtype=torch.float64)
     with pytest.raises(AssertionError):
         torch.ops.vl_cache.observe(

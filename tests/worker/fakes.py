@@ -24,7 +24,7 @@ class RecordingWorker:
         self.config = config
         self.block_size = block_size
         self.requests = RequestTable()
-        self.output_tokens: dict[str, int] = {}
+        self.cached_requests: Any = None
         self.planned: tuple[list[BatchRow], StepNumbers] | None = None
 
     def begin_step(self, rows: list[BatchRow], *tensors: Any) -> None:

@@ -2,6 +2,7 @@
 """The V1 adapter's bookkeeping of requests, over a stand-in for the runner."""
 
 from collections.abc import Container
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_tokens_that_an_early_stage_has_not_heard_of() -> None:
     worker = Worker()
     a = request()
     worker.step((a, 0, 26, blocks(9)))
-    worker.recording.output_tokens = {"a": 2}
+    worker.recording.cached_requests = SimpleNamespace(req_ids=["a"], num_output_tokens=[2])
     (row,), numbers = worker.step((a, 0, 28, blocks(9, first=20)), resumed={"a"})
     assert row.state.prefill_tokens == 28
     assert [finish.prompt_tokens for finish in numbers.finishes] == [28]

@@ -7,26 +7,17 @@ serves every torch. Tensors are checked here; C++ sees pointers and numbers.
 
 import contextlib
 import ctypes
+import functools
 import importlib.machinery
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-_SCHEMAS = {
-    "observe": "(Tensor query, Tensor key, int first_position, float scale, float threshold, "
-    "float softcap, Tensor(a!) column_sums, Tensor(b!) dense_entries, Tensor? query_weights) -> ()",
-    "select": "(Tensor scores, Tensor kept_tokens, float recent_ratio, int max_kept, "
-    "Tensor? precedence) -> Tensor",
-    "compact": "(Tensor(a!) pages, Tensor key_index, Tensor value_index, Tensor prompt_row, "
-    "Tensor kept_row, Tensor kept_pages, Tensor positions, int layer_stride, int block_stride) "
-    "-> ()",
-    "layer_tables": "(Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
-    "Tensor evicted_tokens, Tensor prompt_blocks, Tensor kept_blocks, Tensor kept_pages, "
-    "int block_size, int layer_stride, int block_stride, Tensor(a!) out_block_table, "
-    "Tensor(b!) out_seq_lens, Tensor(c!) out_slot_mapping) -> ()",
-}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _load() -> ctypes.CDLL | None:
@@ -50,6 +41,19 @@ def is_built() -> bool:
 def serves(tensor: torch.Tensor) -> bool:
     """Whether an operation on such a tensor is the library's."""
     return _enabled and tensor.device.type == "cpu"
+
+
+def or_cpp(operation: Callable[P, R]) -> Callable[P, R]:
+    """A torch operation that the operator of its name, which takes the same, may serve for."""
+
+    @functools.wraps(operation)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = next(iter((*args, *kwargs.values())))
+        if serves(first):
+            return getattr(torch.ops.vl_cache, operation.__name__)(*args, **kwargs)
+        return operation(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -78,11 +82,12 @@ def _observe(
     softcap: float,
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None,
+    query_weights: torch.Tensor | None = None,
 ) -> None:
     num_queries, num_heads, head_size = query.shape
     num_keys = first_position + num_queries
-    key = _dense_rows(key[:, :num_keys].float())
+    key = key[:, :num_keys].float()
+    key = key if key.stride(2) == 1 else key.contiguous()
     assert key.shape[1] == num_keys <= column_sums.shape[1] and column_sums.stride(1) == 1
     assert column_sums.dtype == torch.float32 and dense_entries.dtype == torch.int64
     _call(
@@ -111,7 +116,7 @@ def _select(
     kept_tokens: torch.Tensor,
     recent_ratio: float,
     max_kept: int,
-    precedence: torch.Tensor | None,
+    precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     positions = torch.zeros(*scores.shape[:2], max_kept, dtype=torch.int64)
     _call(
@@ -205,10 +210,6 @@ def _int64(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.long().contiguous()
 
 
-def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _call(
     name: str, *arguments: torch.Tensor | int | ctypes.c_float | ctypes.c_double | None
 ) -> None:
@@ -227,6 +228,12 @@ def _call(
 
 if _library is not None:
     _namespace = torch.library.Library("vl_cache", "DEF")
-    for _name, _schema in _SCHEMAS.items():
-        _namespace.define(_name + _schema)
-        _namespace.impl(_name, globals()[f"_{_name}"], "CPU")
+    for _operator, _written in (
+        (_observe, ("column_sums", "dense_entries")),
+        (_select, ()),
+        (_compact, ("pages",)),
+        (_layer_tables, ("out_block_table", "out_seq_lens", "out_slot_mapping")),
+    ):
+        _name = _operator.__name__.removeprefix("_")
+        _namespace.define(_name + torch.library.infer_schema(_operator, mutates_args=_written))
+        _namespace.impl(_name, _operator, "CPU")

@@ -11,6 +11,7 @@ from vl_cache_vllm.ops import native
 _MAX_LOGITS = 1 << 24
 
 
+@native.or_cpp
 def observe(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -39,31 +40,6 @@ def observe(
 
     Source: paper sections 1 and 3. Scores in float32 whatever the cache's type.
     """
-    run = torch.ops.vl_cache.observe if native.serves(query) else _observe
-    run(
-        query,
-        key,
-        first_position,
-        scale,
-        threshold,
-        softcap,
-        column_sums,
-        dense_entries,
-        query_weights,
-    )
-
-
-def _observe(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
-    column_sums: torch.Tensor,
-    dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None,
-) -> None:
     num_queries, num_heads, _ = query.shape
     num_keys = first_position + num_queries
     keys = key[:, :num_keys].float().transpose(1, 2)  # [K, D, S]

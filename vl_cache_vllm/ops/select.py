@@ -7,6 +7,7 @@ from vl_cache_vllm.ops import native
 from vl_cache_vllm.ops.rank import rank
 
 
+@native.or_cpp
 def select(
     scores: torch.Tensor,
     kept_tokens: torch.Tensor,
@@ -32,17 +33,6 @@ def select(
 
     Source: paper section 3.
     """
-    run = torch.ops.vl_cache.select if native.serves(scores) else _select
-    return run(scores, kept_tokens, recent_ratio, max_kept, precedence)
-
-
-def _select(
-    scores: torch.Tensor,
-    kept_tokens: torch.Tensor,
-    recent_ratio: float,
-    max_kept: int,
-    precedence: torch.Tensor | None,
-) -> torch.Tensor:
     num_tokens = scores.shape[-1]
     position = torch.arange(num_tokens, device=scores.device)
     # float64: 0.1 * k must not round up past a whole number of tokens.

@@ -54,10 +54,7 @@ class EvictionCPUWorker(CPUWorker):
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         for request_id in ended:  # what they held is not kept until another step is planned
             self.eviction.requests.drop(request_id)
-        cached = scheduler_output.scheduled_cached_reqs
-        self.eviction.output_tokens = dict(
-            zip(cached.req_ids, cached.num_output_tokens, strict=True)
-        )
+        self.eviction.cached_requests = scheduler_output.scheduled_cached_reqs
         return self._with_reports(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args, **kwargs) -> Any:

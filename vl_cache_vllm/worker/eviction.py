@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import CachedRequestData
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.report import EvictionReport
@@ -63,8 +64,8 @@ class EvictionWorker:
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
-        self.output_tokens: dict[str, int] = {}
-        """Of the step's requests that are not new, as the scheduler knows them."""
+        self.cached_requests: CachedRequestData | None = None
+        """What the scheduler says of the step's requests that are not new."""
         self._trace_file = _open_trace(config.trace_path)
         self._reports: list[EvictionReport] = []
         device, num_layers = pool.pages.device, pool.num_layers

@@ -79,5 +79,7 @@ class V1Adapter:
 
     def _num_output_tokens(self, req_id: str) -> int:
         """As the scheduler knows them; the runner of an early pipeline stage may lag behind."""
-        cached = self._worker.output_tokens
-        return cached.get(req_id, len(self._runner.requests[req_id].output_token_ids))
+        cached = self._worker.cached_requests
+        if cached is not None and req_id in cached.req_ids:
+            return cached.num_output_tokens[cached.req_ids.index(req_id)]
+        return len(self._runner.requests[req_id].output_token_ids)
