@@ -30,6 +30,7 @@ EVERY_SETTING = {
     "when": "pressure",
     "pressure_high": 0.8,
     "pressure_low": 0.5,
+    "answer_reserve": False,
     "text": False,
     "min_prompt_tokens": 100,
     "trace_path": "/tmp/trace.jsonl",
@@ -74,6 +75,7 @@ def test_defaults() -> None:
     assert config.budget == DEFAULT_BUDGET == 0.1
     assert (config.when, config.pressure_high, config.pressure_low) == ("always", 0.9, 0.7)
     assert config.min_prompt_tokens == 0
+    assert config.answer_reserve
     assert config.trace_path is None
     assert config.trace_positions is config.trace_scores is False
 
@@ -103,6 +105,7 @@ def test_every_setting_is_parsed() -> None:
         when="pressure",
         pressure_high=0.8,
         pressure_low=0.5,
+        answer_reserve=False,
         min_prompt_tokens=100,
         trace_path="/tmp/trace.jsonl",
         trace_positions=True,
@@ -304,6 +307,7 @@ CONFIGS = st.builds(
     when=st.just("pressure"),
     pressure_high=st.floats(0.5, 1.0),
     pressure_low=st.floats(0.0, 0.5),
+    answer_reserve=st.booleans(),
     min_prompt_tokens=st.integers(0, 10**6),
     trace_path=st.text(max_size=20),
     trace_positions=st.booleans(),
@@ -329,6 +333,7 @@ def test_settings_tell_configurations_apart() -> None:
         "budget": 0.3,
         "pressure_high": 0.7,
         "pressure_low": 0.4,
+        "answer_reserve": True,
         "min_prompt_tokens": 101,
         "trace_path": "/tmp/other.jsonl",
         "trace_positions": False,

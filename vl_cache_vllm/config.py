@@ -51,6 +51,11 @@ class KVCompressConfig:
         "this share of the pool",
     )
     pressure_low: float = parameter(PRESSURE[1], "and ends when they have fallen to this share")
+    answer_reserve: bool = parameter(
+        True,
+        "admit a prompt only while the answers of evicted requests, as long as the latest ones "
+        "were, will still find blocks",
+    )
     text: bool = parameter(False, "evict text-only prompts too")
     min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
     trace_path: str | None = parameter(

@@ -193,12 +193,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "engine/block_manager.py": (
         CDIV,
+        Has("vllm.v1.request:RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED"),
+        # Admission asks once more than allocation does, and only it may be told of later needs.
+        Steps(
+            f"{KV_CACHE_MANAGER}.allocate_slots",
+            ("if full_sequence_must_fit:", "apply_admission_cap=True"),
+        ),
         Exists("vllm.v1.core.kv_cache_utils:BlockHash"),
         Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "ref_cnt"),
         Has(
             "vllm.v1.request:Request",
             "request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
-            "max_tokens block_hashes",
+            "max_tokens block_hashes num_output_tokens status",
         ),
         Has(
             MANAGER,

@@ -7,7 +7,7 @@ The documented behaviour, one promise a test; random histories are in `test_sche
 from collections import Counter
 
 import pytest
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from tests.engine.blocks import (
     EvictionHarness,
@@ -37,9 +37,12 @@ class Engine:
         num_blocks: int = 41,
         enable_caching: bool = True,
         max_observation_tokens: int | None = None,
+        answer_reserve: bool = True,
     ) -> None:
         config = KVCompressConfig(
-            policy=VLCachePolicy(max_observation_tokens=max_observation_tokens), budget=budget
+            policy=VLCachePolicy(max_observation_tokens=max_observation_tokens),
+            budget=budget,
+            answer_reserve=answer_reserve,
         )
         self.harness = EvictionHarness(
             make_kv_cache_manager(config, num_blocks, BLOCK_SIZE, MAX_MODEL_LEN, enable_caching)
@@ -409,3 +412,79 @@ def test_a_request_the_scheduler_does_not_know_is_plain() -> None:
     engine.harness.requests.clear()
     assert engine.kv_cache_manager.allocate_slots(request, 26) is not None
     assert len(engine.row(request)) == 7
+
+
+def admit(engine: Engine, **parameters: int) -> list[Request]:
+    """Prefill requests until one is not admitted; all get their first token."""
+    admitted: list[Request] = []
+    while True:
+        request = engine.add(variant=1 + len(engine.harness.requests), **parameters)
+        if not engine.step(request, request.num_tokens, full_sequence_must_fit=True):
+            del engine.harness.requests[request.request_id]
+            return admitted
+        engine.decode(request)
+        admitted.append(request)
+
+
+def answers(engine: Engine, running: list[Request], num_tokens: int) -> bool:
+    """Decode in turn; False if one finds no block."""
+    return all(engine.step(request, 1) for _ in range(num_tokens) for request in running)
+
+
+def finish(engine: Engine, request: Request, status: RequestStatus) -> None:
+    request.status = status
+    engine.free(request)
+    del engine.harness.requests[request.request_id]
+
+
+def test_admission_keeps_blocks_for_answers() -> None:
+    """Each will hold its 2 kept blocks and 5 of the answer: 5 times 7 of 40."""
+    engine = Engine()
+    running = admit(engine, max_tokens=20)
+    assert len(running) == 5
+    assert answers(engine, running, 18)
+
+
+def test_without_the_reserve_what_fits_now_is_admitted() -> None:
+    engine = Engine(answer_reserve=False)
+    running = admit(engine, max_tokens=20)
+    assert len(running) == 11
+    assert not answers(engine, running, 18)
+
+
+def test_as_many_are_admitted_as_without_eviction() -> None:
+    """However long their answers may become."""
+    assert len(admit(Engine(), max_tokens=10**6)) == 5
+    assert len(admit(Engine(budget=1.0), max_tokens=10**6)) == 5
+
+
+def short_answers(engine: Engine, status: RequestStatus) -> None:
+    """Eight of 4 tokens, where 20 are allowed."""
+    for variant in range(100, 108):
+        request = engine.add(variant=variant, max_tokens=20)
+        engine.prefill(request)
+        engine.decode(request, 3)
+        finish(engine, request, status)
+
+
+def test_short_answers_are_learnt_from() -> None:
+    engine = Engine()
+    short_answers(engine, RequestStatus.FINISHED_STOPPED)
+    assert len(admit(engine, max_tokens=20)) == 11  # 3 blocks each, and 10 for a prefill
+
+
+def test_answers_that_nobody_finished_say_nothing() -> None:
+    engine = Engine()
+    short_answers(engine, RequestStatus.FINISHED_ABORTED)
+    assert len(admit(engine, max_tokens=20)) == 5
+
+
+def test_text_is_admitted_beside_answers_only_where_they_find_room() -> None:
+    engine = Engine()
+    running = admit(engine, max_tokens=20)[:-1]
+    finish(engine, list(engine.harness.requests.values())[-1], RequestStatus.FINISHED_ABORTED)
+    text = engine.add(image=0, before=12, after=36)  # 12 blocks, and 28 of the answers
+    assert engine.step(text, 48, full_sequence_must_fit=True)
+    assert answers(engine, running, 18)
+    other = engine.add(image=0, before=12, after=37, variant=1)
+    assert not engine.step(other, 49, full_sequence_must_fit=True)

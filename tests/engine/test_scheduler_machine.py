@@ -123,6 +123,7 @@ SETTINGS = st.fixed_dictionaries(
         "when": st.sampled_from(["always", "always", "pressure"]),
         "text": st.booleans(),
         "min_prompt_tokens": st.sampled_from([0, 24, 0]),
+        "answer_reserve": st.sampled_from([True, True, False]),
     }
 )
 
@@ -200,6 +201,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
         self.num_freed = 0
+        self.answers: list[Fraction] = []  # complete ones, as shares of their longest
         self.reported: Counter[str] = Counter()
         self.watch()
 
@@ -235,6 +237,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.seen["preempt evicted"] += bool(
                 expected and expected.is_freed and not request.is_finished()
             )
+            complete = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+            if expected and expected.num_kept and expected.is_decided:
+                share = Fraction(request.num_output_tokens, request.max_tokens)
+                self.answers += [share] * (request.status in complete)
             free(request)
 
         def reported() -> Any:
@@ -555,21 +561,54 @@ class SchedulerMachine(RuleBasedStateMachine):
             expected = self.expected.get(request.request_id)
             if expected is not None and expected.is_decided:
                 continue
-            rows = self.rows(request.request_id)
-            own = len(rows[GROUP])
-            while not own and expected is None:
-                for block_hash in request.block_hashes:
-                    cached = self.pool.get_cached_block(block_hash, [GROUP])
-                    if cached is None or not cached[0].ref_cnt:
-                        break
-                    own += 1
-                break
-            load += max(0, cdiv(request.num_tokens, BLOCK_SIZE) - own)
-            elsewhere = sum(block > 0 for row in rows[1:] for block in row)
-            load += max(0, self.most_elsewhere(request.num_tokens) - elsewhere)
+            load += self.asks_for(request)
         gauge = self.manager.pressure
         share = Fraction(load, self.usable)
         return share > Fraction("0.7") if gauge.is_on else share >= Fraction("0.9")
+
+    def asks_for(self, request: Request) -> int:
+        """Blocks that an unfinished prefill still takes, without kept ones and those of others."""
+        rows = self.rows(request.request_id)
+        own = len(rows[GROUP])
+        if not own and request.request_id not in self.expected:
+            for block_hash in request.block_hashes:
+                cached = self.pool.get_cached_block(block_hash, [GROUP])
+                if cached is None or not cached[0].ref_cnt:
+                    break
+                own += 1
+        elsewhere = sum(block > 0 for row in rows[1:] for block in row)
+        return max(0, cdiv(request.num_tokens, BLOCK_SIZE) - own) + max(
+            0, self.most_elsewhere(request.num_tokens) - elsewhere
+        )
+
+    def runs_out(self, newcomer: Expected) -> bool:
+        """Whether the pool does with one more, all evicted requests' answers played out."""
+        if not self.settings["answer_reserve"]:
+            return False
+        lasting = self.usable - self.pool.get_num_free_blocks()
+        answers = []  # blocks now, blocks at the end
+        for expected in [*self.expected.values(), newcomer]:
+            request = expected.request
+            self.decide_by_pressure(expected)
+            if not expected.num_kept:
+                lasting += 0 if expected.is_decided else self.asks_for(request)
+                continue
+            lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+            generated = request.num_output_tokens
+            most = request.max_tokens
+            longer = [share for share in self.answers[-256:] if share > Fraction(generated, most)]
+            length = ceil(most * sum(longer) / len(longer)) if len(longer) >= 8 else most
+            length = max(generated, length)
+            here = max(0, request.num_tokens - expected.prompt_tokens)
+            now = cdiv(here, BLOCK_SIZE)
+            whole = expected.num_prompt - expected.num_kept  # as much as if it were not evicted
+            end = max(now, min(whole, cdiv(here + length - generated, BLOCK_SIZE)))
+            answers.append((expected.num_kept + now, expected.num_kept + end))
+        return bool(answers) and any(
+            max(0, lasting) + sum(now + moment for now, end in answers if now + moment <= end)
+            > self.usable
+            for moment in range(cdiv(MAX_MODEL_LEN, BLOCK_SIZE) + 1)
+        )
 
     def check_hit(
         self, request: Request, result: tuple[KVCacheBlocks, int, int, bool]
@@ -622,6 +661,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if kwargs.get("full_sequence_must_fit"):
             missing = max(0, self.row_length(expected, request.num_tokens) - held)
             fits = missing + revived + reserve <= free
+            if fits and self.runs_out(expected):
+                self.seen["kept room for answers"] += 1
+                fits = False
         if expected.is_decided and expected.num_kept and not expected.is_freed:
             if computed - request.num_in_flight_tokens >= expected.prompt_tokens:
                 # The step that compacted is processed: the prompt's blocks go back.
@@ -826,6 +868,7 @@ EVENTS = (
     "finished after chunks",
     "freeing waits for a step in flight",
     "id reused",
+    "kept room for answers",
     "observed",
     "preempt evicted",
     "prefix hit",
@@ -866,6 +909,7 @@ def story(setup: dict[str, Any], policy: EvictionPolicy) -> SchedulerMachine:
             "when": "always",
             "text": False,
             "min_prompt_tokens": 0,
+            "answer_reserve": True,
         },
         scheduler=setup,
         page_order=PAGE_ORDERS[0],

@@ -7,7 +7,8 @@ Blocks of a request, N = 3 prompt blocks evicted to M = 1:
     step processed    [-, -, -] [4]            prompt blocks freed, hashes intact, null in place
     decode            [-, -, -] [4] [5] ...    positions >= E start in a fresh block
 
-Owns: the decision (once per prefill), N, M, when prompt blocks are freed.
+Owns: the decision (once per prefill), N, M, when prompt blocks are freed, and what admission keeps
+free for the answers of evicted requests.
 Does not own: which tokens survive, how the M x L pages are dealt to the layers (worker).
 """
 
@@ -23,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import (
@@ -33,8 +34,11 @@ from vl_cache_vllm.engine.admission import (
     post_vision_start,
     request_config,
 )
+from vl_cache_vllm.engine.forecast import AnswerLengths, peak_blocks
 from vl_cache_vllm.engine.pressure import PressureGauge
 from vl_cache_vllm.engine.stats import EvictionStats
+
+_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -50,6 +54,7 @@ class CompressedAttentionManager(FullAttentionManager):
         # request, so a rule asked again later would answer for tokens the worker has long decoded.
         self._decided: dict[str, EvictionPlan] = {}
         self._prompt_freed: set[str] = set()
+        self._answer_lengths = AnswerLengths()
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
         self._stats = EvictionStats()
@@ -176,6 +181,41 @@ class CompressedAttentionManager(FullAttentionManager):
         decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
         return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
 
+    def _expected_peak(self, newcomer: Request) -> int:
+        """Blocks that requests are expected to hold at most if one more is admitted.
+
+        0 where none of them is evicted: admission is vLLM's alone.
+
+        An evicted request is never expected to grow beyond the blocks of its prompt. So whatever
+        the forecast, as many are admitted as if nothing were evicted.
+        """
+        total = self.block_pool.num_gpu_blocks - 1  # one is the null block
+        lasting = total - self.block_pool.get_num_free_blocks()
+        answers = []
+        for request_id, blocks in {**self.req_to_blocks, newcomer.request_id: ()}.items():
+            request = self._lookup(request_id)
+            if request is None:
+                continue
+            plan = self.plan(request)
+            if not plan.kept_blocks:
+                lasting += self.missing_blocks(request)
+                continue
+            freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
+            lasting -= len(blocks) - freed
+            answers.append(self._expected_answer(request, plan))
+        return max(0, lasting) + peak_blocks(answers) if answers else 0
+
+    def _expected_answer(self, request: Request, plan: EvictionPlan) -> tuple[int, int]:
+        """Blocks of an evicted request and its answer so far, and of what is still expected."""
+        generated = request.num_output_tokens
+        coming = self._answer_lengths.expected(generated, request.max_tokens) - generated
+        decoded = max(0, request.num_tokens - plan.prompt_tokens)
+        now = cdiv(decoded, self.block_size)
+        end = min(
+            cdiv(decoded + max(0, coming), self.block_size), plan.prompt_blocks - plan.kept_blocks
+        )
+        return plan.kept_blocks + now, max(0, end - now)
+
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         plan = self._plan_of(request_id)
         slots = self._token_slots(plan, num_tokens)
@@ -185,7 +225,12 @@ class CompressedAttentionManager(FullAttentionManager):
         # blocks are still held: without the reserve a request that just fitted would preempt
         # itself, over and over. (Slots exceed tokens from that step on, and never before.)
         ends_prefill = slots > num_tokens and request_id not in self._decided
-        return num_blocks + ends_prefill
+        num_blocks += ends_prefill
+        if kwargs.get("apply_admission_cap") and self._config.answer_reserve:
+            request = self._lookup(request_id)
+            held = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
+            return max(num_blocks, self._expected_peak(request) - held) if request else num_blocks
+        return num_blocks
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -241,7 +286,9 @@ class CompressedAttentionManager(FullAttentionManager):
             self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._decided.pop(request_id, None)
+        plan, request = self._decided.pop(request_id, None), self._lookup(request_id)
+        if plan and plan.kept_blocks and request and request.status in _COMPLETE:
+            self._answer_lengths.add(request.num_output_tokens, request.max_tokens)
         self._prompt_freed.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 

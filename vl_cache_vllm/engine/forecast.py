@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many blocks running answers will come to hold: what admission keeps free for them.
+
+vLLM admits a prompt that fits now. A whole cache grows by a small share of itself while it is
+answered; an evicted one by several times itself, so that prompts which fitted together with others'
+answers' beginnings do not fit together with their ends, and every preemption costs a whole prefill.
+"""
+
+import math
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterable
+from itertools import accumulate
+
+
+class AnswerLengths:
+    """Lengths of the latest answers as shares of their ``max_tokens``, which tell answers apart."""
+
+    LATEST = 256
+    ENOUGH = 8  # answers to expect anything but ``max_tokens`` from
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=self.LATEST)
+        self._sorted: list[float] = []
+        self._sums = [0.0]  # of the sorted ones before each place
+
+    def add(self, length: int, max_tokens: int) -> None:
+        """An answer has ended."""
+        if len(self._latest) == self.LATEST:
+            self._sorted.remove(self._latest[0])
+        self._latest.append(length / max_tokens)
+        insort(self._sorted, self._latest[-1])
+        self._sums = [0.0, *accumulate(self._sorted)]
+
+    def expected(self, generated: int, max_tokens: int) -> int:
+        """Length in tokens that a running answer will have: the mean of those that were longer.
+
+        Args:
+            generated: tokens that it has.
+            max_tokens: the most that it may have, expected where few were longer.
+        """
+        shorter = bisect_right(self._sorted, generated / max_tokens)
+        longer = len(self._sorted) - shorter
+        if longer < self.ENOUGH:
+            return max_tokens
+        share = (self._sums[-1] - self._sums[shorter]) / longer
+        return math.ceil(share * max_tokens - 1e-6)  # sums of shares are not exact
+
+
+def peak_blocks(answers: Iterable[tuple[int, int]]) -> int:
+    """The most blocks that answers hold at once.
+
+    All take their blocks at the same pace and free what they hold at their end.
+
+    Args:
+        answers: of each, blocks that it holds and blocks that it will still take.
+    """
+    most = held = 0
+    for count, (holds, growth) in enumerate(sorted(answers, key=lambda a: -a[1]), 1):
+        held += holds  # at the end of this one all with more to come are there
+        most = max(most, held + count * growth)
+    return most
