@@ -12,7 +12,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; the C library should keep them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test lint demo bench-smoke soak accuracy train clean
+.PHONY: env test lint demo bench bench-smoke soak accuracy train clean
 
 env: $(STAMP)
 
@@ -43,6 +43,13 @@ demo: env
 
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
+
+# 50 minutes on two cores, which it wants for itself.
+bench: env
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --json benchmarks/results/serving-ample.json
+	$(RUN) $(BIN)/python -m benchmarks.offline --json benchmarks/results/offline.json
+	$(BIN)/python -m benchmarks.report
 
 soak: env
 	$(RUN) $(BIN)/python -m benchmarks.soak --json benchmarks/results/soak.json

@@ -2,6 +2,7 @@
 """What a result was measured on, and the file that says so."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -15,7 +16,9 @@ def describe() -> dict[str, object]:
     """Processor, cores, memory and the versions that matter."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
-    names = ("torch", "transformers", "vllm", "vl-cache-vllm")
+    names = ["torch", "transformers", "vllm", "vl-cache-vllm"]
+    if importlib.util.find_spec("kvpress"):  # of benchmarks with peers; no dependency of ours
+        names.append("kvpress")
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -8,7 +8,7 @@ writes and reads through its own table, with vLLM's kernels, and is observed aft
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,8 +55,40 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     worker: EvictionWorker | None = None
     step: EvictionStep | None = None
     layer_index: dict[str, int] | None = None  # layer name to layer of the pool
-    of_layer: CompressedCPUAttentionMetadata | None = None  # a copy, for each layer in its turn
-    schedules: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)  # by lengths
+    layers: LayerInputs | None = None
+
+
+class LayerInputs:
+    """What the layers of a step have in common, and each layer's own, prepared at once."""
+
+    def __init__(self, kv_cache: torch.Tensor, metadata: CompressedCPUAttentionMetadata) -> None:
+        assert metadata.step is not None and metadata.step.tables is not None
+        assert metadata.worker is not None
+        tables, pool = metadata.step.tables, metadata.worker.pool.pages
+        self.cache = pool.view(pool.shape[0], *kv_cache.shape[1:])  # the whole pool as a layer's
+        self._metadata = dataclasses.replace(metadata)  # one for each layer in its turn
+        self._own = [
+            (*tensors, tuple(lengths))
+            for *tensors, lengths in zip(
+                tables.seq_lens.unbind(),
+                tables.block_table.unbind(),
+                tables.slot_mapping.unbind(),
+                tables.seq_lens.tolist(),
+                strict=True,
+            )
+        ]
+        self._schedules: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def metadata_of(self, layer: int) -> CompressedCPUAttentionMetadata:
+        """The step's metadata with a layer's table, until it is asked for another's."""
+        own = self._metadata
+        own.seq_lens, own.block_table, own.slot_mapping, lengths = self._own[layer]
+        # Many layers keep equally many pages, and the kernel only reads it.
+        if lengths not in self._schedules:
+            assert own.builder is not None
+            self._schedules[lengths] = own.builder.schedule(own, own.seq_lens)
+        own.scheduler_metadata = self._schedules[lengths]
+        return own
 
 
 class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -150,22 +182,9 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         self, layer: int, kv_cache: torch.Tensor, metadata: CompressedCPUAttentionMetadata
     ) -> tuple[torch.Tensor, CompressedCPUAttentionMetadata]:
         """The whole pool as this layer's cache, and the metadata with this layer's table."""
-        assert metadata.step is not None and metadata.step.tables is not None
-        assert metadata.worker is not None and metadata.builder is not None
-        tables = metadata.step.tables
-        pool = metadata.worker.pool.pages
-        if metadata.of_layer is None:
-            metadata.of_layer = dataclasses.replace(metadata)
-        own = metadata.of_layer
-        own.seq_lens = tables.seq_lens[layer]
-        own.block_table = tables.block_table[layer]
-        own.slot_mapping = tables.slot_mapping[layer]
-        # Many layers keep equally many pages, and the kernel only reads it.
-        lengths = tuple(own.seq_lens.tolist())
-        if lengths not in metadata.schedules:
-            metadata.schedules[lengths] = metadata.builder.schedule(metadata, own.seq_lens)
-        own.scheduler_metadata = metadata.schedules[lengths]
-        return pool.view(pool.shape[0], *kv_cache.shape[1:]), own
+        if metadata.layers is None:
+            metadata.layers = LayerInputs(kv_cache, metadata)
+        return metadata.layers.cache, metadata.layers.metadata_of(layer)
 
 
 def number_type(cache_dtype: str) -> torch.dtype | None:

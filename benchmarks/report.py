@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results page, from the committed results.
+
+    python -m benchmarks.report [--check]
+
+Writes ``docs/benchmarks.md``; with ``--check`` it only says whether the page is up to date.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from string import Template
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TEMPLATE = ROOT / "benchmarks" / "report.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+LONG_ANSWER = 512  # tokens
+
+Row = dict[str, Any]
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pairs(results: dict[str, list[Row]], one: str, other: str) -> Iterator[tuple[Row, Row]]:
+    return zip(results[one], results[other], strict=True)
+
+
+def measured_on(report: Row) -> str:
+    """Command, machine and versions of a result."""
+    machine = report["machine"]
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("vllm", "torch", "transformers", "kvpress", "vl-cache-vllm")
+        if name in machine
+    )
+    return (
+        f"`{report['command']}`; {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB; {versions}."
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Serving
+
+
+def workload(row: Row) -> str:
+    load = "all at once" if row["request_rate"] == "inf" else f"{row['request_rate']} requests/s"
+    return f"{row['prompt_tokens']:,} in, {row['output_len']} out, {load}"
+
+
+def running(row: Row) -> float:
+    """Sequences that run while others wait; the most that did where none waits."""
+    return row["saturated"]["running"] if "saturated" in row else row["most_running"]
+
+
+def throughput_table(results: dict[str, list[Row]]) -> str:
+    header = ["workload", "stock tokens/s", "ours", "ratio", "stock running", "ours", "ratio"]
+    header += ["stock preemptions", "ours", "stock KV in use, most", "ours"]
+    return table(
+        header,
+        (
+            [
+                workload(ours),
+                f"{stock['output_throughput']:.1f}",
+                f"{ours['output_throughput']:.1f}",
+                f"{ours['output_throughput'] / stock['output_throughput']:.2f}",
+                f"{running(stock):.1f}",
+                f"{running(ours):.1f}",
+                f"{running(ours) / running(stock):.1f}",
+                str(stock["preemptions"]),
+                str(ours["preemptions"]),
+                f"{stock['most_kv_usage']:.0%}",
+                f"{ours['most_kv_usage']:.0%}",
+            ]
+            for stock, ours in pairs(results, "stock", "ours")
+        ),
+    )
+
+
+def latency_table(results: dict[str, list[Row]]) -> str:
+    header = ["workload"]
+    keys = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
+    for name in ("TTFT p50, s", "TTFT p99, s", "ITL p50, ms", "ITL p99, ms"):
+        header += [f"stock {name}", "ours"]
+    rows = []
+    for stock, ours in pairs(results, "stock", "ours"):
+        cells = [workload(ours)]
+        for key in keys:
+            for row in (stock, ours):
+                is_first = key.startswith("ttft")
+                cells.append(f"{row[key] / 1000:.1f}" if is_first else f"{row[key]:.0f}")
+        rows.append(cells)
+    return table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# One batch
+
+TIMES = ("prefill", "decode", "end_to_end")
+
+
+def decode_bound(stock: Row, ours: Row) -> float:
+    """How many times fewer bytes a decode step reads."""
+    return stock["decode_bytes"] / ours["decode_bytes"]
+
+
+def batch_table(results: dict[str, list[Row]]) -> str:
+    header = ["prompt tokens", "batch", "stock prefill, ms", "ours", "ratio", "stock decode, ms"]
+    header += ["ours", "ratio", "bound", "end to end, ratio"]
+    rows = []
+    for stock, ours in pairs(results, "stock", "ours"):
+        ratios = {name: stock[name] / ours[name] for name in TIMES}
+        rows.append(
+            [
+                f"{stock['prompt_tokens']:,}",
+                str(stock["batch"]),
+                f"{stock['prefill']:.0f}",
+                f"{ours['prefill']:.0f}",
+                f"{ratios['prefill']:.2f}",
+                f"{stock['decode']:.1f}",
+                f"{ours['decode']:.1f}",
+                f"{ratios['decode']:.2f}",
+                f"{decode_bound(stock, ours):.2f}",
+                f"{ratios['end_to_end']:.2f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def whole_table(results: dict[str, list[Row]]) -> str:
+    header = ["prompt tokens", "batch", "prefill", "decode", "end to end"]
+    return table(
+        header,
+        (
+            [f"{stock['prompt_tokens']:,}", str(stock["batch"])]
+            + [f"{stock[name] / whole[name]:.3f}" for name in TIMES]
+            for stock, whole in pairs(results, "stock", "whole")
+        ),
+    )
+
+
+def peers_table(results: dict[str, list[Row]]) -> str:
+    engines = [name for name in ("hf", "snapkv", "stock", "ours") if name in results]
+    names = {
+        "hf": "transformers",
+        "snapkv": "transformers + kvpress SnapKV",
+        "stock": "vLLM",
+        "ours": "vLLM + vlcache",
+    }
+    header = ["prompt tokens", "batch"]
+    header += [f"{names[name]}: prefill, decode, end to end" for name in engines]
+    rows = []
+    for place, first in enumerate(results["stock"]):
+        cells = [f"{first['prompt_tokens']:,}", str(first["batch"])]
+        for name in engines:
+            row = results[name][place]
+            cells.append(f"{row['prefill']:.0f}, {row['decode']:.1f}, {row['end_to_end']:.0f} ms")
+        rows.append(cells)
+    return table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Goals and losses
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def goals(serving: Row, ample: Row, offline: Row) -> str:
+    """Each goal with what was measured; the comparison decides, not the writer."""
+    limited = [
+        (stock, ours)
+        for stock, ours in pairs(serving["results"], "stock", "ours")
+        if ours["output_len"] >= LONG_ANSWER and ours["request_rate"] == "inf"
+    ]
+    most = max(limited, key=lambda pair: pair[0]["prompt_tokens"])
+    stock, ours = most
+    sequences = running(ours) / running(stock)
+    throughput = ours["output_throughput"] / stock["output_throughput"]
+    lowest = min(
+        ours["output_throughput"] / stock["output_throughput"]
+        for stock, ours in pairs(ample["results"], "stock", "ours")
+    )
+    rows = list(pairs(offline["results"], "stock", "ours"))
+    slowest = min(stock["end_to_end"] / ours["end_to_end"] for stock, ours in rows)
+    long = [(stock, ours) for stock, ours in rows if stock["prompt_tokens"] >= 2000]
+    faster = min(stock["decode"] / ours["decode"] for stock, ours in long)
+    of_bound = min(
+        stock["decode"] / ours["decode"] / decode_bound(stock, ours) for stock, ours in long
+    )
+    whole = [
+        stock["end_to_end"] / whole["end_to_end"]
+        for stock, whole in pairs(offline["results"], "stock", "whole")
+    ]
+    apart = max(abs(1 - ratio) for ratio in whole)
+    found = (
+        (
+            f"limited pool, long answers ({workload(ours)}): at least 4x running sequences",
+            f"{sequences:.1f}x",
+            sequences >= 4,
+        ),
+        ("the same: at least 1.8x output throughput", f"{throughput:.2f}x", throughput >= 1.8),
+        (
+            "ample pool: never below 0.98x of stock's output throughput",
+            f"{lowest:.2f}x at least",
+            lowest >= 0.98,
+        ),
+        (
+            "one batch, end to end: never below 0.98x of stock",
+            f"{slowest:.2f}x at least",
+            slowest >= 0.98,
+        ),
+        (
+            "decode at equal batch, prompts of 2K tokens and more: faster than stock",
+            f"{faster:.2f}x at least",
+            faster > 1,
+        ),
+        (
+            "the same: within 15 % of the bound by bytes",
+            f"{of_bound:.0%} of it at least",
+            of_bound >= 0.85,
+        ),
+        (
+            "nothing evicted (budget 1.0): within 1 % of stock, end to end",
+            f"{apart:.1%} apart at most",
+            apart <= 0.01,
+        ),
+    )
+    return table(
+        ["goal", "measured", ""], ([goal, said, verdict(met)] for goal, said, met in found)
+    )
+
+
+def losses(serving: Row, ample: Row, offline: Row) -> str:
+    """Every case in which stock vLLM is ahead, or nothing is gained."""
+    found = []
+    for pool, report in (("limited pool", serving), ("ample pool", ample)):
+        for stock, ours in pairs(report["results"], "stock", "ours"):
+            for name, key, unit in (
+                ("output throughput", "output_throughput", "tokens/s"),
+                ("TTFT p50", "ttft_p50_ms", "ms"),
+                ("ITL p50", "itl_p50_ms", "ms"),
+                ("ITL p99", "itl_p99_ms", "ms"),
+            ):
+                worse, better = sorted((ours[key], stock[key]), reverse=unit == "ms")
+                if ours[key] == worse != better:
+                    found.append(
+                        f"- {pool}, {workload(ours)}: {name} {worse:.0f} against "
+                        f"{better:.0f} {unit}"
+                    )
+    for stock, ours in pairs(offline["results"], "stock", "ours"):
+        for name in TIMES:
+            if ours[name] > stock[name]:
+                found.append(
+                    f"- one batch of {stock['batch']}, {stock['prompt_tokens']:,} tokens: "
+                    f"{name.replace('_', ' ')} {ours[name]:.1f} against {stock[name]:.1f} ms"
+                )
+    return "\n".join(found) or "- none"
+
+
+def page() -> str:
+    """The page's text: the template with the tables."""
+    serving, ample, offline = load("serving"), load("serving-ample"), load("offline")
+    pool = next(a for a in reversed(serving["server_arguments"]) if "blocks-override" in a)
+    return Template(TEMPLATE.read_text()).substitute(
+        policy=serving["policy"],
+        budget=serving["budget"],
+        goals=goals(serving, ample, offline),
+        pool=pool,
+        serving_machine=measured_on(serving),
+        serving_throughput=throughput_table(serving["results"]),
+        serving_latency=latency_table(serving["results"]),
+        ample_machine=measured_on(ample),
+        ample_throughput=throughput_table(ample["results"]),
+        ample_latency=latency_table(ample["results"]),
+        output_len=offline["output_len"],
+        repeats=offline["repeats"],
+        offline_machine=measured_on(offline),
+        batch=batch_table(offline["results"]),
+        whole=whole_table(offline["results"]),
+        peers=peers_table(offline["results"]),
+        losses=losses(serving, ample, offline),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    text = page()
+    if parser.parse_args().check:
+        sys.exit(PAGE.read_text() != text and f"{PAGE.name} is not what the results say")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

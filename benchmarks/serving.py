@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock vLLM against eviction through the real server: same machine, pool, workload and client.
+
+    python -m benchmarks.serving --profile cpu [--json FILE] [--plot FILE]
+    python -m benchmarks.serving --model MODEL --image-size 336 --images 1 2 --output-len 128 512 \\
+        --request-rate 1 2 4 inf --num-prompts 200 -- --gpu-memory-utilization 0.9
+
+Starts ``vllm serve`` twice, without and with ``--kv-compress``, and sends both the same requests
+with vLLM's own client (``vllm bench serve``). The first number of images with the last output
+length is offered at every rate; with another output length, or another number of images, at the
+highest rate. What follows ``--`` goes to both servers. A profile is a set of defaults: ``cpu``
+takes about 20 minutes on two cores, ``cpu-ample``, with a pool that limits neither, 8.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks import machine, server, shape, tiny_models
+
+QUESTION = "Describe everything that you can see in the pictures, from left to right."
+# Name in the results: name in /metrics.
+WATCHED = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_usage": "vllm:kv_cache_usage_perc",
+    "preemptions": "vllm:num_preemptions_total",
+    "generated_tokens": "vllm:generation_tokens_total",
+    "evicted_requests": "vllm:kv_compress_evicted_requests_total",
+}
+TOTALS = ("preemptions", "generated_tokens", "evicted_requests")
+
+_CPU: dict[str, Any] = {
+    "images": [2, 1],
+    "image_size": shape.IMAGE_SIZE,
+    "output_len": [16, 128, 512],
+    "request_rate": [0.1, 0.2, math.inf],
+    "seconds": 40.0,
+    "num_prompts": 16,
+    "server_arguments": [
+        "--load-format=dummy",
+        "--block-size=32",
+        "--max-model-len=4096",
+        "--max-num-seqs=64",
+        "--gpu-memory-utilization=0.5",  # of the memory that the machine must have free
+        "--num-gpu-blocks-override=192",  # two prompts of two images and their answers
+    ],
+}
+PROFILES: dict[str, dict[str, Any]] = {
+    "cpu": _CPU,
+    "cpu-ample": _CPU
+    | {
+        "images": [2],
+        "output_len": [128, 512],
+        "request_rate": [math.inf],
+        "server_arguments": [*_CPU["server_arguments"], "--num-gpu-blocks-override=2048"],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One workload at one load."""
+
+    images: int
+    output_len: int
+    request_rate: float
+    """Requests per second, Poisson; ``inf``: all at once."""
+    num_prompts: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images} images, {self.output_len} output tokens, {self.request_rate} requests/s"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The load as text: JSON has no infinity."""
+        return {**vars(self), "request_rate": str(self.request_rate)}
+
+
+def points(options: argparse.Namespace) -> list[Point]:
+    """The load sweep of one workload, then others at the highest load, one thing changed."""
+    first, longest = options.images[0], options.output_len[-1]
+    highest = max(options.request_rate)
+    found = []
+    for rate in sorted(options.request_rate):
+        count = options.num_prompts
+        if rate != math.inf and options.seconds:
+            count = max(1, min(count, round(rate * options.seconds)))
+        found.append(Point(first, longest, rate, count))
+    others = [(first, output_len) for output_len in reversed(options.output_len[:-1])]
+    others += [(images, longest) for images in options.images[1:]]
+    return found + [Point(*other, highest, options.num_prompts) for other in others]
+
+
+def write_workload(path: Path, point: Point, image_size: int, first: int) -> None:
+    """The requests of a point, for the client: all images different, the question last."""
+    with path.open("w") as file:
+        for number in range(point.num_prompts):
+            seeds = range(first + number * point.images, first + (number + 1) * point.images)
+            content: list[dict[str, Any]] = [
+                {
+                    "type": "image_url",
+                    "image_url": {
+                        "url": server.image_url(
+                            tiny_models.random_image(seed, (image_size, image_size))
+                        )
+                    },
+                }
+                for seed in seeds
+            ]
+            content.append({"type": "text", "text": QUESTION})
+            file.write(json.dumps({"content": content}) + "\n")
+
+
+class Watcher:
+    """Reads a server's ``/metrics`` at intervals, in a thread."""
+
+    def __init__(self, running: server.Server, interval: float) -> None:
+        self.samples: list[dict[str, float]] = []
+        self._server = running
+        self._interval = interval
+        self._start = time.perf_counter()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self._take()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._take()
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._interval):
+            with contextlib.suppress(urllib.error.URLError, TimeoutError):
+                self._take()
+
+    def _take(self) -> None:
+        values = dict.fromkeys(WATCHED, 0.0)
+        names = {metric: name for name, metric in WATCHED.items()}
+        for family in text_string_to_metric_families(self._server.get("/metrics")):
+            for sample in family.samples:
+                if sample.name in names:
+                    values[names[sample.name]] += sample.value
+        self.samples.append({"seconds": time.perf_counter() - self._start, **values})
+
+
+def watched(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """What the samples of a run say.
+
+    "Saturated" is the time from the first sample in which requests wait to the last one: before it
+    the server fills, after it the batch only shrinks.
+    """
+    first, last = samples[0], samples[-1]
+    waiting = [sample for sample in samples if sample["waiting"] > 0]
+    found: dict[str, Any] = {name: int(last[name] - first[name]) for name in TOTALS}
+    found["most_running"] = int(max(sample["running"] for sample in samples))
+    found["most_kv_usage"] = round(max(sample["kv_usage"] for sample in samples), 3)
+    if len(waiting) > 1:
+        seconds = waiting[-1]["seconds"] - waiting[0]["seconds"]
+        tokens = waiting[-1]["generated_tokens"] - waiting[0]["generated_tokens"]
+        found["saturated"] = {
+            "seconds": round(seconds, 1),
+            "running": round(statistics.mean(sample["running"] for sample in waiting), 2),
+            "output_throughput": round(tokens / seconds, 2),
+        }
+    return found
+
+
+def series(samples: list[dict[str, float]], most: int = 240) -> dict[str, list[float]]:
+    """Samples by name, thinned out, for the plots over time."""
+    kept = samples[:: math.ceil(len(samples) / most)]
+    names = ("seconds", "running", "waiting", "kv_usage")
+    return {name: [round(sample[name], 3) for sample in kept] for name in names}
+
+
+def client_command(
+    running: server.Server, model: str, point: Point, workload: Path, result: Path
+) -> list[str]:
+    """``vllm bench serve`` for a point."""
+    return [
+        str(Path(sys.executable).parent / "vllm"),
+        *("bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
+        *("--base-url", running.url, "--model", model, "--trust-remote-code"),
+        *("--dataset-name", "custom_image", "--dataset-path", str(workload), "--disable-shuffle"),
+        *("--output-len", str(point.output_len), "--ignore-eos", "--temperature", "0"),
+        *("--num-prompts", str(point.num_prompts), "--request-rate", str(point.request_rate)),
+        *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
+        *("--disable-tqdm", "--save-result"),
+        *("--result-dir", str(result.parent), "--result-filename", result.name),
+    ]
+
+
+def run_point(
+    running: server.Server, model: str, point: Point, image_size: int, first: int, interval: float
+) -> dict[str, Any]:
+    """Send a point's requests; what the client and the metrics say.
+
+    Raises:
+        RuntimeError: if a request failed, with the end of the client's output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        workload, result = Path(folder) / "workload.jsonl", Path(folder) / "result.json"
+        write_workload(workload, point, image_size, first)
+        command = client_command(running, model, point, workload, result)
+        with Watcher(running, interval) as watcher:
+            client = subprocess.run(
+                command, env=server.environment(), capture_output=True, text=True
+            )
+        if client.returncode or not result.exists():
+            raise RuntimeError(f"{' '.join(command)} failed:\n{client.stderr[-4000:]}")
+        found = json.loads(result.read_text())
+    if found["failed"] or found["completed"] != point.num_prompts:
+        raise RuntimeError(f"{found['failed']} requests failed:\n{client.stdout[-4000:]}")
+    latencies = {
+        f"{name}_{percentile}_ms": round(found[f"{percentile}_{name}_ms"], 1)
+        for name, percentile in itertools.product(("ttft", "tpot", "itl", "e2el"), ("p50", "p99"))
+    }
+    return {
+        **point.as_json(),
+        "prompt_tokens": round(found["total_input_tokens"] / found["completed"]),
+        "seconds": round(found["duration"], 1),
+        "output_throughput": round(found["output_throughput"], 2),
+        "request_throughput": round(found["request_throughput"], 4),
+        **latencies,
+        **watched(watcher.samples),
+        "series": series(watcher.samples),
+    }
+
+
+def measure(model: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The rows of both servers, in the order of the points."""
+    ours = [f"--kv-compress={options.policy}", f"--kv-compress-budget={options.budget}"]
+    if options.config:
+        ours.append(f"--kv-compress-config={options.config}")
+    arms: dict[str, list[str]] = {"stock": [], "ours": ours}
+    results: dict[str, list[dict[str, Any]]] = {}
+    limit = f'--limit-mm-per-prompt={{"image": {max(options.images)}}}'
+    for arm, arguments in arms.items():
+        log = options.log_dir / f"{arm}.log"
+        results[arm] = []
+        all_arguments = [limit, *options.server_arguments, *arguments]
+        print(f"{arm}: {' '.join(server.command(Path(model), *all_arguments))}", flush=True)
+        with server.running(Path(model), log, *all_arguments) as running:
+            warm_up = Point(max(options.images), 8, math.inf, 2)
+            run_point(running, model, warm_up, options.image_size, 0, options.interval)
+            first = 2 * warm_up.images
+            for point in points(options):
+                row = run_point(running, model, point, options.image_size, first, options.interval)
+                first += point.images * point.num_prompts
+                results[arm].append(row)
+                print(f"{arm}: {point}: {summary(row)}", flush=True)
+            results[arm][0]["num_blocks"] = running.num_blocks()
+    return results
+
+
+def summary(row: dict[str, Any]) -> str:
+    saturated = row.get("saturated", {})
+    return (
+        f"{row['output_throughput']:.1f} tokens/s, TTFT {row['ttft_p50_ms']:.0f} ms, "
+        f"ITL {row['itl_p50_ms']:.1f} ms, running {saturated.get('running', row['most_running'])}, "
+        f"preemptions {row['preemptions']}, evicted {row['evicted_requests']}, "
+        f"{row['seconds']:.0f} s"
+    )
+
+
+@contextlib.contextmanager
+def profile_model(options: argparse.Namespace) -> Iterator[str]:
+    """The model to serve: the given one, or one of the 0.5B class without weights."""
+    if options.model:
+        yield options.model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(shape.build(Path(folder) / "llava-0.5b"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--profile", choices=sorted(PROFILES), help="defaults for a class of machines")
+    add("--model", help="default: a LLaVA of the 0.5B class with --load-format dummy")
+    add("--policy", default="vlcache")
+    add("--budget", type=float, default=0.1)
+    add("--config", metavar="JSON", help="--kv-compress-config")
+    add("--images", type=int, nargs="+", default=[1], help="of a prompt; the first one is swept")
+    add("--image-size", type=int, default=448, help="pixels a side")
+    add("--output-len", type=int, nargs="+", default=[128, 512], help="the last one is swept")
+    add("--request-rate", type=float, nargs="+", default=[math.inf], help="requests per second")
+    add("--num-prompts", type=int, default=100, help="of each point, at most")
+    add("--seconds", type=float, help="of requests at a finite rate (fewer than --num-prompts)")
+    add("--interval", type=float, default=0.5, help="seconds between two reads of /metrics")
+    add("--json", type=Path, metavar="FILE", help="write the results here")
+    add("--plot", type=Path, metavar="FILE", help="default: beside --json, as .png")
+    add("--log-dir", type=Path, metavar="FOLDER", help="keep the servers' logs here")
+    add("server_arguments", nargs="*", metavar="-- SERVER ARGUMENTS", help="of both servers")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; those of the profile where the command line is silent."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments).profile
+    if chosen:
+        parser.set_defaults(**PROFILES[chosen])
+    options = parser.parse_args(arguments)
+    if chosen:  # in addition to, and stronger than, the profile's own
+        extra = options.server_arguments
+        own = PROFILES[chosen]["server_arguments"]
+        options.server_arguments = own if extra == own else [*own, *extra]
+    if not chosen and not options.model:
+        parser.error("one of --profile and --model is needed")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(arguments)
+    if options.profile in PROFILES:  # vLLM's default leaves one of two cores to the API server
+        last = len(os.sched_getaffinity(0)) - 1
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, profile_model(options) as model:
+        options.log_dir = options.log_dir or Path(folder)
+        results = measure(model, options)
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    print(f"{minutes} minutes")
+    if options.json:
+        settings = {
+            name: getattr(options, name)
+            for name in ("profile", "policy", "budget", "config", "image_size", "server_arguments")
+        }
+        machine.write_report(
+            options.json,
+            "benchmarks.serving",
+            arguments,
+            minutes=minutes,
+            model=options.model or "LLaVA, Qwen2-0.5B language model, dummy weights",
+            **settings,
+            results=results,
+        )
+    if options.json or options.plot:
+        from benchmarks import serving_plots
+
+        serving_plots.draw(results, options.plot or options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results page is what the committed results say."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert report.PAGE.read_text() == report.page()
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The committed results, to be changed."""
+    loaded = {n: copy.deepcopy(report.load(n)) for n in ("serving", "serving-ample", "offline")}
+    monkeypatch.setattr(report, "load", loaded.__getitem__)
+    return loaded
+
+
+def test_a_goal_that_is_missed_is_said_to_be(results: dict[str, Any]) -> None:
+    def verdicts() -> str:
+        return report.goals(results["serving"], results["serving-ample"], results["offline"])
+
+    for row in results["offline"]["results"]["whole"]:
+        row["end_to_end"] = 1.02 * row["end_to_end"]
+    for arm in ("stock", "ours"):
+        for row in results["serving"]["results"][arm]:
+            row["output_throughput"] = 100.0
+    text = verdicts()
+    assert "1.00x | **missed**" in text
+    for row, stock in zip(
+        results["offline"]["results"]["whole"], results["offline"]["results"]["stock"], strict=True
+    ):
+        row["end_to_end"] = stock["end_to_end"] / 1.005
+    assert "0.5% apart at most | met" in verdicts()
+
+
+def test_a_loss_is_listed(results: dict[str, Any]) -> None:
+    stock = results["offline"]["results"]["stock"][0]
+    results["offline"]["results"]["ours"][0]["prefill"] = stock["prefill"] + 5
+    line = f"prefill {stock['prefill'] + 5:.1f} against {stock['prefill']:.1f} ms"
+    assert line in report.page()

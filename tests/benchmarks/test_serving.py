@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving benchmark: its points, what it reads from the metrics, and one small run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import serving, tiny_models
+from benchmarks.serving import Point
+
+
+def test_one_workload_is_swept_the_others_run_at_the_highest_load() -> None:
+    rates = ["--request-rate", "0.5", "inf", "0.1", "--num-prompts", "30", "--seconds", "100"]
+    options = serving.parse(
+        ["--model=m", "--images", "2", "1", "--output-len", "4", "16", "512", *rates]
+    )
+    assert serving.points(options) == [
+        Point(2, 512, 0.1, 10),  # as many as come in the time
+        Point(2, 512, 0.5, 30),  # at most so many
+        Point(2, 512, math.inf, 30),
+        Point(2, 16, math.inf, 30),
+        Point(2, 4, math.inf, 30),
+        Point(1, 512, math.inf, 30),
+    ]
+
+
+def test_the_command_line_is_stronger_than_the_profile() -> None:
+    profile = serving.parse(["--profile", "cpu"])
+    assert profile.images == serving.PROFILES["cpu"]["images"]
+    changed = serving.parse(
+        ["--profile", "cpu", "--images", "3", "--", "--num-gpu-blocks-override=9"]
+    )
+    assert changed.images == [3]
+    assert changed.output_len == profile.output_len
+    assert changed.server_arguments == [*profile.server_arguments, "--num-gpu-blocks-override=9"]
+
+
+def test_without_profile_and_model_nothing_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serving.parse([])
+    assert "--profile" in capsys.readouterr().err
+
+
+def test_images_of_a_workload_differ(tmp_path: Path) -> None:
+    serving.write_workload(tmp_path / "a", Point(2, 16, 1.0, 3), 28, first=0)
+    serving.write_workload(tmp_path / "b", Point(1, 16, 1.0, 1), 28, first=6)
+    lines = [*(tmp_path / "a").read_text().splitlines(), *(tmp_path / "b").read_text().splitlines()]
+    contents = [json.loads(line)["content"] for line in lines]
+    urls = [part["image_url"]["url"] for content in contents for part in content[:-1]]
+    assert len(urls) == len(set(urls)) == 7
+    assert {content[-1]["type"] for content in contents} == {"text"}
+
+
+def sample(seconds: float, running: int, waiting: int, tokens: int) -> dict[str, float]:
+    zeros = dict.fromkeys(serving.WATCHED, 0.0)
+    return zeros | {
+        "seconds": seconds,
+        "running": running,
+        "waiting": waiting,
+        "generated_tokens": 1000 + tokens,
+    }
+
+
+def test_saturated_is_while_requests_wait() -> None:
+    found = serving.watched(
+        [
+            sample(0, 0, 0, 0),
+            sample(1, 2, 3, 10),
+            sample(2, 4, 1, 50),
+            sample(3, 3, 2, 110),
+            sample(4, 9, 0, 200),
+            sample(5, 0, 0, 300),
+        ]
+    )
+    assert found["saturated"] == {"seconds": 2.0, "running": 3.0, "output_throughput": 50.0}
+    assert found["most_running"] == 9
+    assert found["generated_tokens"] == 300
+    assert "saturated" not in serving.watched([sample(0, 0, 0, 0), sample(1, 1, 0, 9)])
+
+
+def test_a_run(tmp_path: Path) -> None:
+    """Both servers, the client, the report and the figure."""
+    model = tiny_models.build("llava", tmp_path / "model", image_size=112)
+    result = tmp_path / "serving.json"
+    serving.main(
+        (
+            f"--model={model} --json={result} --log-dir={tmp_path} --image-size=112 --images 2 "
+            "--output-len 40 --request-rate inf --num-prompts 8 --interval=0.05 --budget=0.25 "
+            "-- --enforce-eager --dtype=float32 --block-size=32 --num-gpu-blocks-override=24 "
+            "--max-model-len=480 --gpu-memory-utilization=0.5"
+        ).split()
+    )
+    report = json.loads(result.read_text())
+    stock, ours = report["results"]["stock"], report["results"]["ours"]
+    assert [row["output_len"] for row in ours] == [40]
+    for row, other in zip(stock, ours, strict=True):
+        assert row["prompt_tokens"] == other["prompt_tokens"] > 128
+        assert row["generated_tokens"] == other["generated_tokens"] == 8 * row["output_len"]
+        assert row["evicted_requests"] == 0
+        assert other["evicted_requests"] >= 8
+        assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"]
+    assert ours[0]["most_running"] > stock[0]["most_running"]
+    assert result.with_suffix(".png").stat().st_size > 10_000
