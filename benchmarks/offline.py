@@ -97,7 +97,7 @@ def run_vllm(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         additional_config={} if options.engine == "stock" else {"kv_compress": settings},
     ) as llm:
         engine = llm.llm_engine
-        weight_bytes, token_bytes = step_bytes(llm)
+        weight_bytes, token_bytes = step_bytes(model)
         for images, batch in [cells(options)[0], *cells(options)]:  # the first once more: warm-up
             for number, (text, pictures) in enumerate(prompts(images, batch)):
                 request: Any = {"prompt": text, "multi_modal_data": {"image": pictures}}
@@ -125,27 +125,25 @@ def run_vllm(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows[1:]
 
 
-def step_bytes(llm: Any) -> tuple[int, int]:
-    """Bytes of the weights that a decode step reads, and of a token's keys and values."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    runner = executor.driver_worker.worker.model_runner
-    language_model = runner.get_model().get_language_model()
-    # A table of embeddings counts where it is the output layer, too: then it is one parameter.
-    weight_bytes = sum(
-        parameter.nbytes
-        for name, parameter in language_model.named_parameters()
-        if "embed_tokens" not in name or llm.llm_engine.model_config.hf_config.tie_word_embeddings
-    )
-    config = llm.llm_engine.model_config
-    parallel = llm.llm_engine.vllm_config.parallel_config
-    token_bytes = (
-        2
-        * config.dtype.itemsize
-        * config.get_num_layers(parallel)
-        * config.get_num_kv_heads(parallel)
-        * config.get_head_size()
-    )
-    return weight_bytes, token_bytes
+def step_bytes(model: Path) -> tuple[int, int]:
+    """Bytes of the weights that a decode step reads, and of a token's keys and values.
+
+    Of the checkpoint's shape, not of vLLM's parameters: its CPU kernels pack those away.
+    """
+    import torch
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        network = LlavaForConditionalGeneration(config)
+    text = config.text_config
+    # A step reads one row of the table of embeddings, but all of the output layer.
+    numbers = sum(p.numel() for p in network.model.language_model.layers.parameters())
+    numbers += network.lm_head.weight.numel()
+    head_size = text.hidden_size // text.num_attention_heads
+    token_numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
+    size = config.dtype.itemsize
+    return size * numbers, size * token_numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, nargs="+", default=[1, 2, 4], help="of a prompt")
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
-    add("--output-len", type=int, default=64)
+    add("--output-len", type=int, default=64, help="at least 2")
     add("--repeats", type=int, default=3)
     add("--kv-cache-gib", type=int, default=2)
     add("--policy", default="vlcache")
@@ -267,8 +265,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     options.arguments = arguments
+    if options.output_len < 2 or not cells(options):
+        parser.error("--output-len must be at least 2, and --max-images not below --images")
     if options.engine:
         run = run_transformers if options.engine in ("hf", "snapkv") else run_vllm
         options.rows.write_text(json.dumps(run(options.model_dir, options)))

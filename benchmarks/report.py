@@ -8,6 +8,7 @@ Writes ``docs/benchmarks.md``; with ``--check`` it only says whether the page is
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,8 +62,10 @@ def workload(row: Row) -> str:
 
 
 def running(row: Row) -> float:
-    """Sequences that run while others wait; the most that did where none waits."""
-    return row["saturated"]["running"] if "saturated" in row else row["most_running"]
+    """Sequences that run while others wait, median; the most that did where none waits."""
+    series = row["series"]
+    both = zip(series["running"], series["waiting"], strict=True)
+    return statistics.median([runs for runs, waits in both if waits] or [row["most_running"]])
 
 
 def throughput_table(results: dict[str, list[Row]]) -> str:
@@ -103,6 +106,26 @@ def latency_table(results: dict[str, list[Row]]) -> str:
                 cells.append(f"{row[key] / 1000:.1f}" if is_first else f"{row[key]:.0f}")
         rows.append(cells)
     return table(header, rows)
+
+
+def headline(results: dict[str, list[Row]]) -> str:
+    """The README's table: the swept workload at the highest load."""
+    first = results["ours"][0]
+    at = max(
+        place
+        for place, row in enumerate(results["ours"])
+        if (row["images"], row["output_len"]) == (first["images"], first["output_len"])
+    )
+    stock, ours = results["stock"][at], results["ours"][at]
+    forms = (
+        ("output tokens per second", lambda row: f"{row['output_throughput']:.1f}"),
+        ("sequences running, median while others wait", lambda row: f"{running(row):.1f}"),
+        ("time to first token, median", lambda row: f"{row['ttft_p50_ms'] / 1000:.1f} s"),
+        ("inter-token latency, median", lambda row: f"{row['itl_p50_ms']:.1f} ms"),
+        ("preemptions", lambda row: str(row["preemptions"])),
+    )
+    rows = ([name, form(stock), form(ours)] for name, form in forms)
+    return table([workload(ours), "stock", "evicted"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,9 +274,11 @@ def losses(serving: Row, ample: Row, offline: Row) -> str:
         for stock, ours in pairs(report["results"], "stock", "ours"):
             for name, key, unit in (
                 ("output throughput", "output_throughput", "tokens/s"),
-                ("TTFT p50", "ttft_p50_ms", "ms"),
-                ("ITL p50", "itl_p50_ms", "ms"),
-                ("ITL p99", "itl_p99_ms", "ms"),
+                *(
+                    (f"{name.upper()} {percentile}", f"{name}_{percentile}_ms", "ms")
+                    for name in ("ttft", "tpot", "itl", "e2el")
+                    for percentile in ("p50", "p99")
+                ),
             ):
                 worse, better = sorted((ours[key], stock[key]), reverse=unit == "ms")
                 if ours[key] == worse != better:

@@ -14,6 +14,7 @@ takes about 20 minutes on two cores, ``cpu-ample``, with a pool that limits neit
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import math
@@ -24,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +148,12 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._take()
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the client says more
+            self._take()
 
     def _watch(self) -> None:
         while not self._end.wait(self._interval):
-            with contextlib.suppress(urllib.error.URLError, TimeoutError):
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a late answer
                 self._take()
 
     def _take(self) -> None:
@@ -181,7 +182,7 @@ def watched(samples: list[dict[str, float]]) -> dict[str, Any]:
         tokens = waiting[-1]["generated_tokens"] - waiting[0]["generated_tokens"]
         found["saturated"] = {
             "seconds": round(seconds, 1),
-            "running": round(statistics.mean(sample["running"] for sample in waiting), 2),
+            "running": statistics.median(sample["running"] for sample in waiting),
             "output_throughput": round(tokens / seconds, 2),
         }
     return found
@@ -329,8 +330,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         extra = options.server_arguments
         own = PROFILES[chosen]["server_arguments"]
         options.server_arguments = own if extra == own else [*own, *extra]
-    if not chosen and not options.model:
-        parser.error("one of --profile and --model is needed")
+    if bool(chosen) == bool(options.model):
+        parser.error(
+            "one of --profile (which brings a model without weights) and --model is needed"
+        )
+    if min(options.request_rate) <= 0 or min(options.images) < 1 or min(options.output_len) < 2:
+        parser.error("--request-rate must be above 0, --images at least 1, --output-len at least 2")
     return options
 
 
@@ -343,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, profile_model(options) as model:
         options.log_dir = options.log_dir or Path(folder)
+        options.log_dir.mkdir(parents=True, exist_ok=True)
         results = measure(model, options)
     minutes = round((time.perf_counter() - start) / 60, 1)
     print(f"{minutes} minutes")

@@ -13,6 +13,11 @@ def test_the_page_is_up_to_date() -> None:
     assert report.PAGE.read_text() == report.page()
 
 
+def test_the_readme_says_the_same() -> None:
+    readme = (report.ROOT / "README.md").read_text()
+    assert report.headline(report.load("serving")["results"]) in readme
+
+
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The committed results, to be changed."""

@@ -74,7 +74,7 @@ def test_saturated_is_while_requests_wait() -> None:
             sample(5, 0, 0, 300),
         ]
     )
-    assert found["saturated"] == {"seconds": 2.0, "running": 3.0, "output_throughput": 50.0}
+    assert found["saturated"] == {"seconds": 2.0, "running": 3, "output_throughput": 50.0}
     assert found["most_running"] == 9
     assert found["generated_tokens"] == 300
     assert "saturated" not in serving.watched([sample(0, 0, 0, 0), sample(1, 1, 0, 9)])

@@ -193,7 +193,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "engine/block_manager.py": (
         CDIV,
-        Has("vllm.v1.request:RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED"),
+        Called("vllm.v1.request:Request.is_finished", "", "bool"),
         # Admission asks once more than allocation does, and only it may be told of later needs.
         Steps(
             f"{KV_CACHE_MANAGER}.allocate_slots",
@@ -204,7 +204,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.v1.request:Request",
             "request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
-            "max_tokens block_hashes num_output_tokens status",
+            "max_tokens block_hashes num_output_tokens",
         ),
         Has(
             MANAGER,

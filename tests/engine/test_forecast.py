@@ -57,13 +57,19 @@ def test_expected_is_that_of_the_latest(values: list[tuple[int, int]], generated
     assert answers.expected(generated, 70) == expected
 
 
-ANSWERS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=12)
+NUMBER = st.integers(0, 20)
+ANSWERS = st.lists(st.tuples(NUMBER, NUMBER, NUMBER), max_size=12)
 
 
 @given(ANSWERS)
-def test_peak_is_that_of_the_answers_played_out(answers: list[tuple[int, int]]) -> None:
+def test_peak_is_that_of_the_answers_played_out(answers: list[tuple[int, int, int]]) -> None:
     """Step by step: whoever has all its blocks ends after the moment in which it got the last."""
     most = 0
     for moment in range(21):
-        most = max(most, sum(holds + moment for holds, growth in answers if growth >= moment))
+        sizes = (
+            min(holds + moment, max(holds, limit))
+            for holds, growth, limit in answers
+            if growth >= moment
+        )
+        most = max(most, sum(sizes))
     assert peak_blocks(answers) == most

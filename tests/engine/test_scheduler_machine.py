@@ -237,10 +237,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.seen["preempt evicted"] += bool(
                 expected and expected.is_freed and not request.is_finished()
             )
-            complete = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
             if expected and expected.num_kept and expected.is_decided:
                 share = Fraction(request.num_output_tokens, request.max_tokens)
-                self.answers += [share] * (request.status in complete)
+                self.answers += [share] * request.is_finished()
             free(request)
 
         def reported() -> Any:
@@ -586,7 +585,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.settings["answer_reserve"]:
             return False
         lasting = self.usable - self.pool.get_num_free_blocks()
-        answers = []  # blocks now, blocks at the end
+        answers = []  # blocks now, blocks at the end, blocks that are counted at most
         for expected in [*self.expected.values(), newcomer]:
             request = expected.request
             self.decide_by_pressure(expected)
@@ -601,11 +600,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             length = max(generated, length)
             here = max(0, request.num_tokens - expected.prompt_tokens)
             now = cdiv(here, BLOCK_SIZE)
-            whole = expected.num_prompt - expected.num_kept  # as much as if it were not evicted
-            end = max(now, min(whole, cdiv(here + length - generated, BLOCK_SIZE)))
-            answers.append((expected.num_kept + now, expected.num_kept + end))
+            end = cdiv(here + length - generated, BLOCK_SIZE)
+            most = max(expected.num_prompt, expected.num_kept + now)
+            answers.append((expected.num_kept + now, expected.num_kept + end, most))
         return bool(answers) and any(
-            max(0, lasting) + sum(now + moment for now, end in answers if now + moment <= end)
+            max(0, lasting)
+            + sum(min(now + moment, most) for now, end, most in answers if now + moment <= end)
             > self.usable
             for moment in range(cdiv(MAX_MODEL_LEN, BLOCK_SIZE) + 1)
         )

@@ -67,16 +67,15 @@ class LayerInputs:
         tables, pool = metadata.step.tables, metadata.worker.pool.pages
         self.cache = pool.view(pool.shape[0], *kv_cache.shape[1:])  # the whole pool as a layer's
         self._metadata = dataclasses.replace(metadata)  # one for each layer in its turn
-        self._own = [
-            (*tensors, tuple(lengths))
-            for *tensors, lengths in zip(
+        self._own = list(
+            zip(
                 tables.seq_lens.unbind(),
                 tables.block_table.unbind(),
                 tables.slot_mapping.unbind(),
-                tables.seq_lens.tolist(),
+                map(tuple, tables.seq_lens.tolist()),
                 strict=True,
             )
-        ]
+        )
         self._schedules: dict[tuple[int, ...], torch.Tensor] = {}
 
     def metadata_of(self, layer: int) -> CompressedCPUAttentionMetadata:

@@ -24,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import (
@@ -37,8 +37,6 @@ from vl_cache_vllm.engine.admission import (
 from vl_cache_vllm.engine.forecast import AnswerLengths, peak_blocks
 from vl_cache_vllm.engine.pressure import PressureGauge
 from vl_cache_vllm.engine.stats import EvictionStats
-
-_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -112,10 +110,18 @@ class CompressedAttentionManager(FullAttentionManager):
         """
         if request.request_id in self._decided:
             return 0
+        return self._missing_here(request) + self._missing_elsewhere(request)
+
+    def _missing_here(self, request: Request) -> int:
+        """Those of this group."""
         held = len(self.req_to_blocks.get(request.request_id, ()))
         if not held:
             held = sum(1 for _ in takewhile(self._is_held, request.block_hashes))
-        missing = max(0, cdiv(request.num_tokens, self.block_size) - held)
+        return max(0, cdiv(request.num_tokens, self.block_size) - held)
+
+    def _missing_elsewhere(self, request: Request) -> int:
+        """The same of the other groups."""
+        missing = 0
         for other in self._others:
             blocks = other.req_to_blocks.get(request.request_id, ())
             held = sum(1 for block in blocks if not block.is_null)
@@ -184,10 +190,8 @@ class CompressedAttentionManager(FullAttentionManager):
     def _expected_peak(self, newcomer: Request) -> int:
         """Blocks that requests are expected to hold at most if one more is admitted.
 
-        0 where none of them is evicted: admission is vLLM's alone.
-
-        An evicted request is never expected to grow beyond the blocks of its prompt. So whatever
-        the forecast, as many are admitted as if nothing were evicted.
+        0 where none of them is evicted: admission is vLLM's alone. An evicted request is never
+        counted with more blocks than its prompt had, whatever is expected of its answer.
         """
         total = self.block_pool.num_gpu_blocks - 1  # one is the null block
         lasting = total - self.block_pool.get_num_free_blocks()
@@ -197,6 +201,9 @@ class CompressedAttentionManager(FullAttentionManager):
             if request is None:
                 continue
             plan = self.plan(request)
+            if request is newcomer and not plan.kept_blocks:
+                lasting += self._missing_here(request)  # vLLM adds what other groups need
+                continue
             if not plan.kept_blocks:
                 lasting += self.missing_blocks(request)
                 continue
@@ -205,16 +212,17 @@ class CompressedAttentionManager(FullAttentionManager):
             answers.append(self._expected_answer(request, plan))
         return max(0, lasting) + peak_blocks(answers) if answers else 0
 
-    def _expected_answer(self, request: Request, plan: EvictionPlan) -> tuple[int, int]:
-        """Blocks of an evicted request and its answer so far, and of what is still expected."""
+    def _expected_answer(self, request: Request, plan: EvictionPlan) -> tuple[int, int, int]:
+        """Blocks of an evicted request and its answer so far, of what is still expected, at most.
+
+        At most as many as its prompt had are counted.
+        """
         generated = request.num_output_tokens
         coming = self._answer_lengths.expected(generated, request.max_tokens) - generated
         decoded = max(0, request.num_tokens - plan.prompt_tokens)
         now = cdiv(decoded, self.block_size)
-        end = min(
-            cdiv(decoded + max(0, coming), self.block_size), plan.prompt_blocks - plan.kept_blocks
-        )
-        return plan.kept_blocks + now, max(0, end - now)
+        end = cdiv(decoded + max(0, coming), self.block_size)
+        return plan.kept_blocks + now, end - now, plan.prompt_blocks
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         plan = self._plan_of(request_id)
@@ -287,7 +295,7 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         plan, request = self._decided.pop(request_id, None), self._lookup(request_id)
-        if plan and plan.kept_blocks and request and request.status in _COMPLETE:
+        if plan and plan.kept_blocks and request and request.is_finished():
             self._answer_lengths.add(request.num_output_tokens, request.max_tokens)
         self._prompt_freed.discard(request_id)
         return super().pop_blocks_for_free(request_id)

@@ -9,8 +9,10 @@ answers' beginnings do not fit together with their ends, and every preemption co
 import math
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import accumulate
+
+import numpy
 
 
 class AnswerLengths:
@@ -25,7 +27,7 @@ class AnswerLengths:
         self._sums = [0.0]  # of the sorted ones before each place
 
     def add(self, length: int, max_tokens: int) -> None:
-        """An answer has ended."""
+        """An answer has ended, by itself or because its client wanted no more."""
         if len(self._latest) == self.LATEST:
             self._sorted.remove(self._latest[0])
         self._latest.append(length / max_tokens)
@@ -47,16 +49,18 @@ class AnswerLengths:
         return math.ceil(share * max_tokens - 1e-6)  # sums of shares are not exact
 
 
-def peak_blocks(answers: Iterable[tuple[int, int]]) -> int:
+def peak_blocks(answers: Sequence[tuple[int, int, int]]) -> int:
     """The most blocks that answers hold at once.
 
     All take their blocks at the same pace and free what they hold at their end.
 
     Args:
-        answers: of each, blocks that it holds and blocks that it will still take.
+        answers: of each, blocks that it holds, blocks that it will still take, and the most that
+            it is counted with.
     """
-    most = held = 0
-    for count, (holds, growth) in enumerate(sorted(answers, key=lambda a: -a[1]), 1):
-        held += holds  # at the end of this one all with more to come are there
-        most = max(most, held + count * growth)
-    return most
+    if not answers:
+        return 0
+    holds, growth, limit = numpy.array(answers).T[:, :, None]
+    ends = numpy.unique(growth)  # in between nothing is freed
+    sizes = numpy.minimum(holds + ends, numpy.maximum(holds, limit))
+    return int((sizes * (growth >= ends)).sum(0).max())
