@@ -204,7 +204,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.v1.request:Request",
             "request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
-            "max_tokens block_hashes num_output_tokens",
+            "max_tokens block_hashes num_output_tokens priority",
         ),
         Has(
             MANAGER,

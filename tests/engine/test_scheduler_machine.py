@@ -589,6 +589,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for expected in [*self.expected.values(), newcomer]:
             request = expected.request
             self.decide_by_pressure(expected)
+            if request.priority > newcomer.request.priority:  # will be preempted
+                lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+                continue
             if not expected.num_kept:
                 lasting += 0 if expected.is_decided else self.asks_for(request)
                 continue

@@ -191,7 +191,8 @@ class CompressedAttentionManager(FullAttentionManager):
         """Blocks that requests are expected to hold at most if one more is admitted.
 
         0 where none of them is evicted: admission is vLLM's alone. An evicted request is never
-        counted with more blocks than its prompt had, whatever is expected of its answer.
+        counted with more blocks than its prompt had, whatever is expected of its answer. Less
+        urgent requests (``--scheduling-policy priority``) make room by being preempted.
         """
         total = self.block_pool.num_gpu_blocks - 1  # one is the null block
         lasting = total - self.block_pool.get_num_free_blocks()
@@ -201,13 +202,16 @@ class CompressedAttentionManager(FullAttentionManager):
             if request is None:
                 continue
             plan = self.plan(request)
+            freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
+            if request.priority > newcomer.priority:
+                lasting -= len(blocks) - freed
+                continue
             if request is newcomer and not plan.kept_blocks:
                 lasting += self._missing_here(request)  # vLLM adds what other groups need
                 continue
             if not plan.kept_blocks:
                 lasting += self.missing_blocks(request)
                 continue
-            freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
             lasting -= len(blocks) - freed
             answers.append(self._expected_answer(request, plan))
         return max(0, lasting) + peak_blocks(answers) if answers else 0
