@@ -3,7 +3,7 @@
 
     python -m benchmarks.offline [--images 1 2 4] [--batch 1 8] [--output-len 64] [--json FILE]
 
-The engines, each in a process of its own, in turn, ``--repeats`` times; medians are reported:
+The engines, each in a process of its own:
 
     stock   vLLM
     ours    vLLM with --kv-compress POLICY and a budget
@@ -11,31 +11,40 @@ The engines, each in a process of its own, in turn, ``--repeats`` times; medians
     hf      transformers, same architecture and shape
     snapkv  transformers with kvpress's SnapKV, which keeps as large a share
 
+All are loaded first. Then each row is measured by every engine in turn, ``--repeats`` times, while
+the others sleep, so that what is compared lies seconds apart. Medians are reported, and how far
+the repeats' decode steps were apart.
+
 A decode step reads every weight once, and every sequence's KV cache: the bound is the ratio of
 those bytes without and with eviction. Prefill reads no less with eviction: its bound is 1. The pool
-is ample. Without --model: a LLaVA of the 0.5B class without weights, 1,024 tokens an image.
+is ample. The model is a LLaVA of the 0.5B class without weights, 1,024 tokens an image.
 """
 
 import argparse
 import contextlib
 import itertools
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, shape, tiny_models
 
-ENGINES = ("stock", "ours", "whole", "hf", "snapkv")
+TRANSFORMERS = ("hf", "snapkv")
+ENGINES = ("stock", "ours", "whole", *TRANSFORMERS)
 QUESTION = "Describe everything that you can see in the pictures, from left to right."
 TIMES = ("prefill", "decode", "end_to_end")
 SNAPKV_WINDOW = 64  # kvpress's default
+
+Row = dict[str, Any]
+Measure = Callable[[int, int], Row]  # of so many images and such a batch
 
 
 def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -69,21 +78,22 @@ def times(ends: Sequence[float]) -> dict[str, float]:
 # vLLM
 
 
-def run_vllm(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one vLLM engine, in this process."""
+@contextlib.contextmanager
+def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
+    """One vLLM engine, in this process."""
     from vllm import SamplingParams
 
     from benchmarks.engine import read_trace, running_llm
 
-    trace = model / "trace.jsonl"
+    trace = model / f"{engine}.jsonl"
     settings = {
         "policy": options.policy,
-        "budget": 1.0 if options.engine == "whole" else options.budget,
+        "budget": 1.0 if engine == "whole" else options.budget,
         "trace_path": str(trace),
     }
     most_tokens = (options.max_images + max(options.batch)) * shape.VISUAL_TOKENS
     params = SamplingParams(temperature=0, max_tokens=options.output_len, ignore_eos=True)
-    rows = []
+    weight_bytes, token_bytes = step_bytes(model)
     with running_llm(
         model=str(model),
         load_format="dummy",
@@ -93,36 +103,36 @@ def run_vllm(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         max_num_batched_tokens=most_tokens,
         max_num_seqs=max(options.batch),
         kv_cache_memory_bytes=options.kv_cache_gib << 30,
+        gpu_memory_utilization=0.1,  # of the machine's memory: three of them share it
         limit_mm_per_prompt={"image": max(options.images)},
-        additional_config={} if options.engine == "stock" else {"kv_compress": settings},
+        additional_config={} if engine == "stock" else {"kv_compress": settings},
     ) as llm:
-        engine = llm.llm_engine
-        weight_bytes, token_bytes = step_bytes(model)
-        for images, batch in [cells(options)[0], *cells(options)]:  # the first once more: warm-up
+        core = llm.llm_engine
+
+        def measure(images: int, batch: int) -> Row:
             for number, (text, pictures) in enumerate(prompts(images, batch)):
                 request: Any = {"prompt": text, "multi_modal_data": {"image": pictures}}
-                engine.add_request(str(number), request, params)
+                core.add_request(str(number), request, params)
             ends = [time.perf_counter()]
-            while engine.has_unfinished_requests():
-                outputs = engine.step()
+            while core.has_unfinished_requests():
+                outputs = core.step()
                 ends.append(time.perf_counter())
             assert len(ends) == 1 + options.output_len, "the whole batch is prefilled in one step"
             prompt_tokens = len(outputs[0].prompt_token_ids or ())
             kept = float(prompt_tokens)
-            if options.engine == "ours":
+            if engine == "ours":
                 kept = statistics.mean(list(read_trace(trace).values())[-1]["kept_tokens"])
             cache_tokens = batch * (kept + options.output_len / 2)
-            rows.append(
-                {
-                    "images": images,
-                    "batch": batch,
-                    "prompt_tokens": prompt_tokens,
-                    "kept_tokens": kept,
-                    "decode_bytes": weight_bytes + token_bytes * cache_tokens,
-                    **times(ends),
-                }
-            )
-    return rows[1:]
+            return {
+                "images": images,
+                "batch": batch,
+                "prompt_tokens": prompt_tokens,
+                "kept_tokens": kept,
+                "decode_bytes": weight_bytes + token_bytes * cache_tokens,
+                **times(ends),
+            }
+
+        yield measure
 
 
 def step_bytes(model: Path) -> tuple[int, int]:
@@ -150,87 +160,116 @@ def step_bytes(model: Path) -> tuple[int, int]:
 # transformers
 
 
-def run_transformers(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of transformers, with or without kvpress: a plain greedy loop."""
+@contextlib.contextmanager
+def transformers(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
+    """transformers, with or without kvpress: a plain greedy loop."""
     import torch
     from transformers import AutoConfig, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
     press: Any = None
-    if options.engine == "snapkv":
+    if engine == "snapkv":
         from tests.presses import SnapKVPress
 
         press = SnapKVPress(compression_ratio=1 - options.budget, window_size=SNAPKV_WINDOW)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(model)
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    network = LlavaForConditionalGeneration(config).eval().to(device)
+    network = LlavaForConditionalGeneration(AutoConfig.from_pretrained(model)).eval().to(device)
     torch.set_default_dtype(torch.float32)
     processor = AutoProcessor.from_pretrained(model)
-    rows = []
-    for images, batch in [cells(options)[0], *cells(options)]:  # the first once more: warm-up
+
+    @torch.inference_mode()
+    def measure(images: int, batch: int) -> Row:
         texts, pictures = zip(*prompts(images, batch), strict=True)
         features = processor(text=list(texts), images=list(pictures), return_tensors="pt")
         inputs = features.to(device, torch.bfloat16)
         prompt_tokens = inputs["input_ids"].shape[1]
         cache = DynamicCache()
         ends = [time.perf_counter()]
-        with torch.inference_mode():
-            for step in range(options.output_len):
-                # kvpress asks for the cache position, and evicts only from the prompt.
-                first = prompt_tokens + step - 1 if step else 0
-                position = torch.arange(first, prompt_tokens + step, device=device)
-                inputs["position_ids"] = position.expand(batch, -1)
-                with press(network) if press and not step else contextlib.nullcontext():
-                    logits = network(
-                        **inputs, past_key_values=cache, cache_position=position, logits_to_keep=1
-                    ).logits
-                inputs = {"input_ids": logits[:, -1].argmax(-1, keepdim=True)}
-                inputs["input_ids"].tolist()  # waits for the device
-                ends.append(time.perf_counter())
-        kept = cache.layers[0].keys.shape[2] - (options.output_len - 1)
-        rows.append(
-            {
-                "images": images,
-                "batch": batch,
-                "prompt_tokens": prompt_tokens,
-                "kept_tokens": float(kept),
-                **times(ends),
-            }
-        )
-    return rows[1:]
+        for step in range(options.output_len):
+            # kvpress asks for the cache position, and evicts only from the prompt.
+            first = prompt_tokens + step - 1 if step else 0
+            position = torch.arange(first, prompt_tokens + step, device=device)
+            inputs["position_ids"] = position.expand(batch, -1)
+            with press(network) if press and not step else contextlib.nullcontext():
+                logits = network(
+                    **inputs, past_key_values=cache, cache_position=position, logits_to_keep=1
+                ).logits
+            inputs = {"input_ids": logits[:, -1].argmax(-1, keepdim=True)}
+            inputs["input_ids"].tolist()  # waits for the device
+            ends.append(time.perf_counter())
+        return {
+            "images": images,
+            "batch": batch,
+            "prompt_tokens": prompt_tokens,
+            "kept_tokens": float(cache.layers[0].keys.shape[2] - (options.output_len - 1)),
+            **times(ends),
+        }
+
+    yield measure
 
 
 # --------------------------------------------------------------------------------------------------
 # All of them
 
 
-def run_apart(model: Path, options: argparse.Namespace, engine: str) -> list[dict[str, Any]]:
-    """The rows of an engine in a process of its own.
+def serve(connection: Connection, model: Path, options: argparse.Namespace, engine: str) -> None:
+    """A process: loads an engine, then measures what it is asked to, until asked nothing."""
+    start: Callable[..., AbstractContextManager[Measure]] = (
+        transformers if engine in TRANSFORMERS else vllm
+    )
+    with start(model, options, engine) as measure:
+        measure(*cells(options)[0])  # warm-up
+        connection.send("ready")
+        while cell := connection.recv():
+            connection.send(measure(*cell))
+
+
+def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
+    """Of each engine, of each repeat, its rows.
 
     Raises:
-        subprocess.CalledProcessError: if it failed; it has said why.
+        EOFError: if an engine died; it has said why.
     """
-    result = model / "rows.json"
-    arguments = [*options.arguments, "--engine", engine, "--rows", str(result)]
-    command = [sys.executable, "-m", "benchmarks.offline", *arguments, "--model-dir", str(model)]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-    }
-    subprocess.run(command, env=environment, check=True)
-    return json.loads(result.read_text())
+    context = multiprocessing.get_context("spawn")
+    engines: dict[str, Connection] = {}
+    processes = []
+    try:
+        for engine in options.engines:
+            engines[engine], theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, model, options, engine))
+            process.start()
+            processes.append(process)
+            theirs.close()
+            assert engines[engine].recv() == "ready"
+        runs: dict[str, list[list[Row]]] = {engine: [] for engine in engines}
+        for repeat in range(options.repeats):
+            for rows in runs.values():
+                rows.append([])
+            for cell in cells(options):
+                order = list(engines.items())
+                for engine, connection in order if repeat % 2 else reversed(order):
+                    connection.send(cell)
+                    row = connection.recv()
+                    runs[engine][repeat].append(row)
+                    print(line(engine, row), flush=True)
+        for connection in engines.values():
+            connection.send(None)
+        return runs
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
 
 
-def merge(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Medians of the times over repeats; what else a row says is the same in all."""
+def merge(runs: list[list[Row]]) -> list[Row]:
+    """Medians of the times over repeats, and how far the decode steps were apart, as a share."""
     merged = []
     for rows in zip(*runs, strict=True):
         row = dict(rows[0])
         for key in TIMES:
             row[key] = round(statistics.median(other[key] for other in rows), 3)
+        decode = [other["decode"] for other in rows]
+        row["decode_spread"] = round((max(decode) - min(decode)) / row["decode"], 3)
         merged.append(row)
     return merged
 
@@ -252,14 +291,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
     add("--output-len", type=int, default=64, help="at least 2")
-    add("--repeats", type=int, default=3)
-    add("--kv-cache-gib", type=int, default=2)
+    add("--repeats", type=int, default=5)
+    add("--kv-cache-gib", type=int, default=1)
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
     add("--json", type=Path, metavar="FILE", help="write the results here")
-    add("--engine", help=argparse.SUPPRESS)
-    add("--rows", type=Path, help=argparse.SUPPRESS)
-    add("--model-dir", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
@@ -267,23 +303,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(arguments)
-    options.arguments = arguments
     if options.output_len < 2 or not cells(options):
         parser.error("--output-len must be at least 2, and --max-images not below --images")
-    if options.engine:
-        run = run_transformers if options.engine in ("hf", "snapkv") else run_vllm
-        options.rows.write_text(json.dumps(run(options.model_dir, options)))
-        return
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1"
+    )
     print(
         f"{'':<8}{'prompt':>8}{'batch':>6}{'kept':>8}{'prefill':>10}{'decode':>10}{'all, ms':>11}"
     )
-    runs: dict[str, list[list[dict[str, Any]]]] = {engine: [] for engine in options.engines}
     with tempfile.TemporaryDirectory() as folder:
-        model = shape.build(Path(folder) / "model")
-        for _, engine in itertools.product(range(options.repeats), options.engines):
-            runs[engine].append(run_apart(model, options, engine))
-            for row in runs[engine][-1]:
-                print(line(engine, row), flush=True)
+        runs = run(shape.build(Path(folder) / "model"), options)
     results = {engine: merge(found) for engine, found in runs.items()}
     if options.json:
         settings = {

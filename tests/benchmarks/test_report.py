@@ -44,6 +44,11 @@ def test_a_goal_that_is_missed_is_said_to_be(results: dict[str, Any]) -> None:
     assert "0.5% apart at most | met" in verdicts()
 
 
+def test_what_is_not_measured_has_no_verdict(results: dict[str, Any]) -> None:
+    text = report.goals(results["serving"], None, results["offline"])
+    assert f"output throughput | {report.NOT_MEASURED} |  |" in text
+
+
 def test_a_loss_is_listed(results: dict[str, Any]) -> None:
     stock = results["offline"]["results"]["stock"][0]
     results["offline"]["results"]["ours"][0]["prefill"] = stock["prefill"] + 5
