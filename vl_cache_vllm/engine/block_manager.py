@@ -136,11 +136,15 @@ class CompressedAttentionManager(FullAttentionManager):
     def blocks_held(self) -> int:
         """Blocks of requests that are evicted or being so."""
         return sum(
-            len(self.req_to_blocks.get(request_id, ()))
-            - (plan.prompt_blocks if request_id in self._prompt_freed else 0)
+            self._num_held(request_id, plan)
             for request_id, plan in self._decided.items()
             if plan.kept_blocks
         )
+
+    def _num_held(self, request_id: str, plan: EvictionPlan) -> int:
+        """Blocks of a request's row without the null blocks in the place of its prompt."""
+        freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
+        return len(self.req_to_blocks.get(request_id, ())) - freed
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
         """Count what the worker has done."""
@@ -187,34 +191,31 @@ class CompressedAttentionManager(FullAttentionManager):
         decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
         return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
 
-    def _expected_peak(self, newcomer: Request) -> int:
-        """Blocks that requests are expected to hold at most if one more is admitted.
+    def _free_for_answers(self, newcomer: Request) -> int:
+        """Free blocks with which the pool is not expected to run out if one more is admitted.
 
         0 where none of them is evicted: admission is vLLM's alone. An evicted request is never
         counted with more blocks than its prompt had, whatever is expected of its answer. Less
         urgent requests (``--scheduling-policy priority``) make room by being preempted.
         """
         total = self.block_pool.num_gpu_blocks - 1  # one is the null block
-        lasting = total - self.block_pool.get_num_free_blocks()
+        held = lasting = total - self.block_pool.get_num_free_blocks()
         answers = []
-        for request_id, blocks in {**self.req_to_blocks, newcomer.request_id: ()}.items():
+        for request_id in {*self.req_to_blocks, newcomer.request_id}:
             request = self._lookup(request_id)
             if request is None:
                 continue
             plan = self.plan(request)
-            freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
             if request.priority > newcomer.priority:
-                lasting -= len(blocks) - freed
-                continue
-            if request is newcomer and not plan.kept_blocks:
+                lasting -= self._num_held(request_id, plan)
+            elif plan.kept_blocks:
+                lasting -= self._num_held(request_id, plan)
+                answers.append(self._expected_answer(request, plan))
+            elif request is newcomer:
                 lasting += self._missing_here(request)  # vLLM adds what other groups need
-                continue
-            if not plan.kept_blocks:
+            else:
                 lasting += self.missing_blocks(request)
-                continue
-            lasting -= len(blocks) - freed
-            answers.append(self._expected_answer(request, plan))
-        return max(0, lasting) + peak_blocks(answers) if answers else 0
+        return max(0, lasting) + peak_blocks(answers) - held if answers else 0
 
     def _expected_answer(self, request: Request, plan: EvictionPlan) -> tuple[int, int, int]:
         """Blocks of an evicted request and its answer so far, of what is still expected, at most.
@@ -240,8 +241,8 @@ class CompressedAttentionManager(FullAttentionManager):
         num_blocks += ends_prefill
         if kwargs.get("apply_admission_cap") and self._config.answer_reserve:
             request = self._lookup(request_id)
-            held = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-            return max(num_blocks, self._expected_peak(request) - held) if request else num_blocks
+            if request is not None and num_blocks <= self.block_pool.get_num_free_blocks():
+                return max(num_blocks, self._free_for_answers(request))
         return num_blocks
 
     def allocate_new_blocks(
