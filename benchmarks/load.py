@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks import tiny_models
-from benchmarks.server import Server, image_url
+from benchmarks.server import Server, chat_body, image_url
 
 MAX_MODEL_LEN = 1248
 IMAGE_TOKENS = 64  # of the tiny LLaVA with image_size 112
@@ -76,18 +76,8 @@ class Load:
 
     def chat(self, text: str, num_images: int, **parameters: Any) -> dict[str, Any]:
         """A greedy answer of exactly ``max_tokens`` tokens."""
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": url}}
-            for url in self.rng.choices(self.images, k=num_images)
-        ]
-        content.append({"type": "text", "text": text})
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "ignore_eos": True,
-            **parameters,
-        }
+        urls = self.rng.choices(self.images, k=num_images)
+        return chat_body(Path(self.model), text, *urls, ignore_eos=True, **parameters)
 
     def text(self, length: int) -> str:
         """That many tokens: the tokenizer has one a byte."""

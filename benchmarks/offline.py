@@ -39,7 +39,6 @@ from benchmarks import machine, shape, tiny_models
 
 TRANSFORMERS = ("hf", "snapkv")
 ENGINES = ("stock", "ours", "whole", *TRANSFORMERS)
-QUESTION = "Describe everything that you can see in the pictures, from left to right."
 TIMES = ("prefill", "decode", "end_to_end")
 SNAPKV_WINDOW = 64  # kvpress's default
 
@@ -55,7 +54,7 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 def prompts(images: int, batch: int) -> list[tuple[str, list[Any]]]:
     """Of each sequence: prompt and images, no two alike."""
-    text = tiny_models.prompt_for("llava", QUESTION, num_images=images)
+    text = tiny_models.prompt_for("llava", shape.QUESTION, num_images=images)
     size = (shape.IMAGE_SIZE, shape.IMAGE_SIZE)
     seeds = itertools.count()
     return [

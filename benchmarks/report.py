@@ -8,7 +8,6 @@ Writes ``docs/benchmarks.md``; with ``--check`` it only says whether the page is
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "report.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOT_MEASURED = "Not measured yet."
-LONG_ANSWER = 512  # tokens
 
 Row = dict[str, Any]
 
@@ -29,6 +27,12 @@ def load(name: str) -> Any:
     """A result; None where it has not been measured."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_serving() -> dict[str, Row | None]:
+    """The serving results by what they are about."""
+    names = {"limited": "serving", "ample": "serving-ample", "early": "serving-early"}
+    return {about: load(name) for about, name in names.items()}
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -59,21 +63,42 @@ def measured_on(report: Row) -> str:
 # Serving
 
 
+def lengths(row: Row) -> str:
+    """Of a row's prompts and answers."""
+    most = "up to " if row.get("ends_early") else ""
+    return f"{row['prompt_tokens']:,} in, {most}{row['output_len']} out"
+
+
+def load_of(row: Row) -> str:
+    """The load that was offered."""
+    return "all at once" if row["request_rate"] == "inf" else f"{row['request_rate']} requests/s"
+
+
 def workload(row: Row) -> str:
-    load = "all at once" if row["request_rate"] == "inf" else f"{row['request_rate']} requests/s"
-    return f"{row['prompt_tokens']:,} in, {row['output_len']} out, {load}"
+    return f"{lengths(row)}, {load_of(row)}"
+
+
+def sweep(rows: list[Row]) -> list[Row]:
+    """Those of the workload that was offered at every load, by load; it comes first."""
+    first = rows[0]["images"], rows[0]["output_len"]
+    return [row for row in rows if (row["images"], row["output_len"]) == first]
 
 
 def running(row: Row) -> float:
     """Sequences that run while others wait, median; the most that did where none waits."""
-    series = row["series"]
-    both = zip(series["running"], series["waiting"], strict=True)
-    return statistics.median([runs for runs, waits in both if waits] or [row["most_running"]])
+    return row.get("saturated", {}).get("running", row["most_running"])
 
 
 def throughput_table(results: dict[str, list[Row]]) -> str:
     header = ["workload", "stock tokens/s", "ours", "ratio", "stock running", "ours", "ratio"]
-    header += ["stock preemptions", "ours", "stock KV in use, most", "ours"]
+    header += [
+        "stock answering, mean",
+        "ours",
+        "stock preemptions",
+        "ours",
+        "stock KV in use, most",
+        "ours",
+    ]
     return table(
         header,
         (
@@ -85,8 +110,10 @@ def throughput_table(results: dict[str, list[Row]]) -> str:
                 f"{running(stock):.1f}",
                 f"{running(ours):.1f}",
                 f"{running(ours) / running(stock):.1f}",
-                str(stock["preemptions"]),
-                str(ours["preemptions"]),
+                f"{stock['mean_answering']:.1f}",
+                f"{ours['mean_answering']:.1f}",
+                f"{stock['preemptions']:g}",
+                f"{ours['preemptions']:g}",
                 f"{stock['most_kv_usage']:.0%}",
                 f"{ours['most_kv_usage']:.0%}",
             ]
@@ -113,19 +140,13 @@ def latency_table(results: dict[str, list[Row]]) -> str:
 
 def headline(results: dict[str, list[Row]]) -> str:
     """The README's table: the swept workload at the highest load."""
-    first = results["ours"][0]
-    at = max(
-        place
-        for place, row in enumerate(results["ours"])
-        if (row["images"], row["output_len"]) == (first["images"], first["output_len"])
-    )
-    stock, ours = results["stock"][at], results["ours"][at]
+    stock, ours = (sweep(results[arm])[-1] for arm in ("stock", "ours"))
     forms = (
         ("output tokens per second", lambda row: f"{row['output_throughput']:.1f}"),
         ("sequences running, median while others wait", lambda row: f"{running(row):.1f}"),
         ("time to first token, median", lambda row: f"{row['ttft_p50_ms'] / 1000:.1f} s"),
         ("inter-token latency, median", lambda row: f"{row['itl_p50_ms']:.1f} ms"),
-        ("preemptions", lambda row: str(row["preemptions"])),
+        ("preemptions", lambda row: f"{row['preemptions']:g}"),
     )
     rows = ([name, form(stock), form(ours)] for name, form in forms)
     return table([workload(ours), "stock", "evicted"], rows)
@@ -210,13 +231,7 @@ def verdict(met: bool | None) -> str:
 
 def goals(serving: Row, ample: Row | None, offline: Row) -> str:
     """Each goal with what was measured; the comparison decides, not the writer."""
-    limited = [
-        (stock, ours)
-        for stock, ours in pairs(serving["results"], "stock", "ours")
-        if ours["output_len"] >= LONG_ANSWER and ours["request_rate"] == "inf"
-    ]
-    most = max(limited, key=lambda pair: pair[0]["prompt_tokens"])
-    stock, ours = most
+    stock, ours = (sweep(serving["results"][arm])[-1] for arm in ("stock", "ours"))
     sequences = running(ours) / running(stock)
     throughput = ours["output_throughput"] / stock["output_throughput"]
     lowest = ample and min(
@@ -273,10 +288,11 @@ def goals(serving: Row, ample: Row | None, offline: Row) -> str:
     )
 
 
-def losses(serving: Row, ample: Row | None, offline: Row) -> str:
+def losses(reports: dict[str, Row | None], offline: Row) -> str:
     """Every case in which stock vLLM is ahead, or nothing is gained."""
     found = []
-    for pool, report in (("limited pool", serving), ("ample pool", ample)):
+    for about, report in reports.items():
+        pool = "ample" if about == "ample" else "limited"
         for stock, ours in pairs(report["results"], "stock", "ours") if report else ():
             for name, key, unit in (
                 ("output throughput", "output_throughput", "tokens/s"),
@@ -289,7 +305,7 @@ def losses(serving: Row, ample: Row | None, offline: Row) -> str:
                 worse, better = sorted((ours[key], stock[key]), reverse=unit == "ms")
                 if ours[key] == worse != better:
                     found.append(
-                        f"- {pool}, {workload(ours)}: {name} {worse:.0f} against "
+                        f"- {pool} pool, {workload(ours)}: {name} {worse:.0f} against "
                         f"{better:.0f} {unit}"
                     )
     for stock, ours in pairs(offline["results"], "stock", "ours"):
@@ -304,26 +320,26 @@ def losses(serving: Row, ample: Row | None, offline: Row) -> str:
 
 def page() -> str:
     """The page's text: the template with the tables."""
-    serving, ample, offline = load("serving"), load("serving-ample"), load("offline")
-    pool = next(a for a in reversed(serving["server_arguments"]) if "blocks-override" in a)
+    reports = load_serving()
+    serving, offline = reports["limited"], load("offline")
+    sections = {}
+    for about, report in reports.items():
+        sections[f"{about}_machine"] = measured_on(report) if report else NOT_MEASURED
+        sections[f"{about}_throughput"] = throughput_table(report["results"]) if report else ""
+        sections[f"{about}_latency"] = latency_table(report["results"]) if report else ""
     return Template(TEMPLATE.read_text()).substitute(
         policy=serving["policy"],
         budget=serving["budget"],
-        goals=goals(serving, ample, offline),
-        pool=pool,
-        serving_machine=measured_on(serving),
-        serving_throughput=throughput_table(serving["results"]),
-        serving_latency=latency_table(serving["results"]),
-        ample_machine=measured_on(ample) if ample else NOT_MEASURED,
-        ample_throughput=throughput_table(ample["results"]) if ample else "",
-        ample_latency=latency_table(ample["results"]) if ample else "",
+        goals=goals(serving, reports["ample"], offline),
+        blocks=serving["results"]["stock"][0]["num_blocks"],
+        **sections,
         output_len=offline["output_len"],
         repeats=offline["repeats"],
         offline_machine=measured_on(offline),
         batch=batch_table(offline["results"]),
         whole=whole_table(offline["results"]),
         peers=peers_table(offline["results"]),
-        losses=losses(serving, ample, offline),
+        losses=losses(reports, offline),
     )
 
 

@@ -59,9 +59,7 @@ class Server:
 
     def metric(self, name: str, label: str = "") -> float:
         """Sum of a metric's samples, of those with a label such as ``layer="0"``."""
-        labels = rf"(?:{{.*{re.escape(label)}.*}})" + ("" if label else "?")
-        pattern = rf"^{re.escape(name)}{labels} ([0-9.e+-]+)$"
-        return sum(float(v) for v in re.findall(pattern, self.get("/metrics"), re.MULTILINE))
+        return metric_of(self.get("/metrics"), name, label)
 
     def num_blocks(self) -> int:
         """Blocks of the KV cache pool."""
@@ -70,16 +68,23 @@ class Server:
         return int(match[1])
 
 
+def metric_of(page: str, name: str, label: str = "") -> float:
+    """`Server.metric` of a page that has been read."""
+    labels = rf"(?:{{.*{re.escape(label)}.*}})" + ("" if label else "?")
+    pattern = rf"^{re.escape(name)}{labels} ([0-9.e+-]+)$"
+    return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))
+
+
 def command(model: Path, *arguments: str) -> list[str]:
     """The command line of a server, as a user would type it."""
     return [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a server: no hub, engine core in its own process."""
+    """The environment of a server: no hub if not asked for, engine core in its own process."""
     return {
-        **os.environ,
         "HF_HUB_OFFLINE": "1",
+        **os.environ,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
@@ -87,11 +92,18 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(model: Path, log: Path, *arguments: str, port: int | None = None) -> Iterator[Server]:
+def running(
+    model: Path,
+    log: Path,
+    *arguments: str,
+    port: int | None = None,
+    start_timeout: float = START_TIMEOUT_SECONDS,
+) -> Iterator[Server]:
     """Start ``vllm serve MODEL ARGUMENTS``, wait until it answers, stop it afterwards.
 
     Args:
         port: a free one by default.
+        start_timeout: seconds.
 
     Raises:
         RuntimeError: if it exits or does not answer in time, with the end of its log.
@@ -107,7 +119,7 @@ def running(model: Path, log: Path, *arguments: str, port: int | None = None) ->
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        deadline = time.monotonic() + start_timeout
         while not _answers(server):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-6000:]}")
@@ -137,15 +149,17 @@ def image_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def chat_content(question: str, *image_urls: str) -> list[dict[str, Any]]:
+    """What a user says about images: these first, then the question."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in image_urls]
+    return [*images, {"type": "text", "text": question}]
+
+
 def chat_body(model: Path, question: str, *image_urls: str, **parameters: Any) -> dict[str, Any]:
     """The body of a chat completion about images."""
-    content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": url}} for url in image_urls
-    ]
-    content.append({"type": "text", "text": question})
     return {
         "model": str(model),
-        "messages": [{"role": "user", "content": content}],
+        "messages": [{"role": "user", "content": chat_content(question, *image_urls)}],
         "temperature": 0,
         **parameters,
     }

@@ -8,8 +8,14 @@
 Starts ``vllm serve`` twice, without and with ``--kv-compress``, and sends both the same requests
 with vLLM's own client (``vllm bench serve``). The first number of images with the last output
 length is offered at every rate; with another output length, or another number of images, at the
-highest rate. What follows ``--`` goes to both servers. A profile is a set of defaults: ``cpu``
-takes about 20 minutes on two cores, ``cpu-ample``, with a pool that limits neither, 8.
+highest rate. ``--repeats`` does all of it again, the other server first; medians are reported.
+What follows ``--`` goes to both servers.
+
+Answers have exactly their output length, as is usual for vLLM's benchmarks, if not ``--end-early``:
+then the model ends them, and the scheduler cannot know when.
+
+A profile is a set of defaults: ``cpu`` takes about 20 minutes on two cores, ``cpu-ample``, with a
+pool that limits neither, 8, and ``cpu-early``, with answers that end early, 9.
 """
 
 import argparse
@@ -30,11 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks import machine, server, shape, tiny_models
 
-QUESTION = "Describe everything that you can see in the pictures, from left to right."
 # Name in the results: name in /metrics.
 WATCHED = {
     "running": "vllm:num_requests_running",
@@ -45,6 +48,9 @@ WATCHED = {
     "evicted_requests": "vllm:kv_compress_evicted_requests_total",
 }
 TOTALS = ("preemptions", "generated_tokens", "evicted_requests")
+ARMS = ("stock", "ours")
+# Of their output length, where answers end early in a model without weights.
+MEAN_SHARE = 0.25
 
 _CPU: dict[str, Any] = {
     "images": [2, 1],
@@ -71,6 +77,14 @@ PROFILES: dict[str, dict[str, Any]] = {
         "request_rate": [math.inf],
         "server_arguments": [*_CPU["server_arguments"], "--num-gpu-blocks-override=2048"],
     },
+    "cpu-early": _CPU
+    | {
+        "images": [2],
+        "output_len": [512],
+        "request_rate": [math.inf],
+        "num_prompts": 32,
+        "end_early": True,
+    },
 }
 
 
@@ -83,10 +97,13 @@ class Point:
     request_rate: float
     """Requests per second, Poisson; ``inf``: all at once."""
     num_prompts: int
+    ends_early: bool = False
 
     def __str__(self) -> str:
+        most = "at most " if self.ends_early else ""
         return (
-            f"{self.images} images, {self.output_len} output tokens, {self.request_rate} requests/s"
+            f"{self.images} images, {most}{self.output_len} output tokens, "
+            f"{self.request_rate} requests/s"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -103,10 +120,11 @@ def points(options: argparse.Namespace) -> list[Point]:
         count = options.num_prompts
         if rate != math.inf and options.seconds:
             count = max(1, min(count, round(rate * options.seconds)))
-        found.append(Point(first, longest, rate, count))
+        found.append(Point(first, longest, rate, count, options.end_early))
     others = [(first, output_len) for output_len in reversed(options.output_len[:-1])]
     others += [(images, longest) for images in options.images[1:]]
-    return found + [Point(*other, highest, options.num_prompts) for other in others]
+    most = options.num_prompts
+    return found + [Point(*other, highest, most, options.end_early) for other in others]
 
 
 def write_workload(path: Path, point: Point, image_size: int, first: int) -> None:
@@ -114,19 +132,12 @@ def write_workload(path: Path, point: Point, image_size: int, first: int) -> Non
     with path.open("w") as file:
         for number in range(point.num_prompts):
             seeds = range(first + number * point.images, first + (number + 1) * point.images)
-            content: list[dict[str, Any]] = [
-                {
-                    "type": "image_url",
-                    "image_url": {
-                        "url": server.image_url(
-                            tiny_models.random_image(seed, (image_size, image_size))
-                        )
-                    },
-                }
-                for seed in seeds
-            ]
-            content.append({"type": "text", "text": QUESTION})
+            images = (tiny_models.random_image(seed, (image_size, image_size)) for seed in seeds)
+            content = server.chat_content(shape.QUESTION, *map(server.image_url, images))
             file.write(json.dumps({"content": content}) + "\n")
+
+
+Runs = dict[str, list[list[dict[str, Any]]]]  # of each arm, of each repeat, its rows
 
 
 class Watcher:
@@ -157,12 +168,8 @@ class Watcher:
                 self._take()
 
     def _take(self) -> None:
-        values = dict.fromkeys(WATCHED, 0.0)
-        names = {metric: name for name, metric in WATCHED.items()}
-        for family in text_string_to_metric_families(self._server.get("/metrics")):
-            for sample in family.samples:
-                if sample.name in names:
-                    values[names[sample.name]] += sample.value
+        page = self._server.get("/metrics")
+        values = {name: server.metric_of(page, metric) for name, metric in WATCHED.items()}
         self.samples.append({"seconds": time.perf_counter() - self._start, **values})
 
 
@@ -196,35 +203,47 @@ def series(samples: list[dict[str, float]], most: int = 240) -> dict[str, list[f
 
 
 def client_command(
-    running: server.Server, model: str, point: Point, workload: Path, result: Path
+    running: server.Server, model: str, point: Point, workload: Path, result: Path, how: list[str]
 ) -> list[str]:
-    """``vllm bench serve`` for a point."""
+    """``vllm bench serve`` for a point; ``how``: `ends`."""
     return [
         str(Path(sys.executable).parent / "vllm"),
         *("bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
         *("--base-url", running.url, "--model", model, "--trust-remote-code"),
         *("--dataset-name", "custom_image", "--dataset-path", str(workload), "--disable-shuffle"),
-        *("--output-len", str(point.output_len), "--ignore-eos", "--temperature", "0"),
+        *("--output-len", str(point.output_len)),
         *("--num-prompts", str(point.num_prompts), "--request-rate", str(point.request_rate)),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
         *("--disable-tqdm", "--save-result"),
         *("--result-dir", str(result.parent), "--result-filename", result.name),
+        *how,
     ]
 
 
+def ends(model: str, point: Point, has_weights: bool) -> list[str]:
+    """Arguments of `client_command` that decide how a point's answers end."""
+    if not point.ends_early:
+        return ["--ignore-eos", "--temperature", "0"]
+    if has_weights:
+        return []
+    bias = shape.ending_bias(Path(model), MEAN_SHARE * point.output_len)
+    return ["--temperature", "1", "--extra-body", json.dumps({"logit_bias": bias})]
+
+
 def run_point(
-    running: server.Server, model: str, point: Point, image_size: int, first: int, interval: float
+    running: server.Server, model: str, point: Point, options: argparse.Namespace, first: int
 ) -> dict[str, Any]:
-    """Send a point's requests; what the client and the metrics say.
+    """Send a point's requests, with images from the ``first`` on; what client and metrics say.
 
     Raises:
         RuntimeError: if a request failed, with the end of the client's output.
     """
     with tempfile.TemporaryDirectory() as folder:
         workload, result = Path(folder) / "workload.jsonl", Path(folder) / "result.json"
-        write_workload(workload, point, image_size, first)
-        command = client_command(running, model, point, workload, result)
-        with Watcher(running, interval) as watcher:
+        write_workload(workload, point, options.image_size, first)
+        how = ends(model, point, has_weights=options.model is not None)
+        command = client_command(running, model, point, workload, result, how)
+        with Watcher(running, options.interval) as watcher:
             client = subprocess.run(
                 command, env=server.environment(), capture_output=True, text=True
             )
@@ -237,42 +256,64 @@ def run_point(
         f"{name}_{percentile}_ms": round(found[f"{percentile}_{name}_ms"], 1)
         for name, percentile in itertools.product(("ttft", "tpot", "itl", "e2el"), ("p50", "p99"))
     }
+    # Little's law: mean number in a stage is arrivals per second times mean seconds in it.
+    answering = (found["mean_e2el_ms"] - found["mean_ttft_ms"]) / 1000
     return {
         **point.as_json(),
         "prompt_tokens": round(found["total_input_tokens"] / found["completed"]),
         "seconds": round(found["duration"], 1),
         "output_throughput": round(found["output_throughput"], 2),
         "request_throughput": round(found["request_throughput"], 4),
+        "mean_answering": round(found["completed"] / found["duration"] * answering, 2),
         **latencies,
         **watched(watcher.samples),
         "series": series(watcher.samples),
     }
 
 
-def measure(model: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The rows of both servers, in the order of the points."""
+def run_arm(
+    model: str, arm: str, arguments: list[str], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Start a server and send it every point's requests; a row of each."""
+    log = options.log_dir / f"{arm}.log"
+    print(f"{arm}: {' '.join(server.command(Path(model), *arguments))}", flush=True)
+    with server.running(
+        Path(model), log, *arguments, start_timeout=options.start_timeout
+    ) as running:
+        warm_up = Point(max(options.images), 8, math.inf, 2)
+        run_point(running, model, warm_up, options, 0)
+        first = 2 * warm_up.images
+        for point in points(options):
+            row = run_point(running, model, point, options, first)
+            first += point.images * point.num_prompts
+            print(f"{arm}: {point}: {summary(row)}", flush=True)
+            yield {**row, "num_blocks": running.num_blocks()}
+
+
+def measure(model: str, options: argparse.Namespace, runs: Runs) -> None:
+    """Add the rows of both servers, of every repeat, in the order of the points."""
     ours = [f"--kv-compress={options.policy}", f"--kv-compress-budget={options.budget}"]
     if options.config:
         ours.append(f"--kv-compress-config={options.config}")
-    arms: dict[str, list[str]] = {"stock": [], "ours": ours}
-    results: dict[str, list[dict[str, Any]]] = {}
-    limit = f'--limit-mm-per-prompt={{"image": {max(options.images)}}}'
-    for arm, arguments in arms.items():
-        log = options.log_dir / f"{arm}.log"
-        results[arm] = []
-        all_arguments = [limit, *options.server_arguments, *arguments]
-        print(f"{arm}: {' '.join(server.command(Path(model), *all_arguments))}", flush=True)
-        with server.running(Path(model), log, *all_arguments) as running:
-            warm_up = Point(max(options.images), 8, math.inf, 2)
-            run_point(running, model, warm_up, options.image_size, 0, options.interval)
-            first = 2 * warm_up.images
-            for point in points(options):
-                row = run_point(running, model, point, options.image_size, first, options.interval)
-                first += point.images * point.num_prompts
-                results[arm].append(row)
-                print(f"{arm}: {point}: {summary(row)}", flush=True)
-            results[arm][0]["num_blocks"] = running.num_blocks()
-    return results
+    both = [f'--limit-mm-per-prompt={{"image": {max(options.images)}}}', *options.server_arguments]
+    arguments = {"stock": both, "ours": [*both, *ours]}
+    for repeat in range(options.repeats):
+        for arm in reversed(ARMS) if repeat % 2 else ARMS:
+            runs[arm].append([])
+            for row in run_arm(model, arm, arguments[arm], options):
+                runs[arm][-1].append(row)
+
+
+def merged(values: Sequence[Any]) -> Any:
+    """Of several runs' values the median, in dictionaries of each entry that all have."""
+    if isinstance(values[0], dict):
+        names = [name for name in values[0] if all(name in value for value in values)]
+        return {
+            # Runs over time have no median; the first one stands for them.
+            name: values[0][name] if name == "series" else merged([v[name] for v in values])
+            for name in names
+        }
+    return values[0] if isinstance(values[0], str) else statistics.median(values)
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -311,8 +352,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-rate", type=float, nargs="+", default=[math.inf], help="requests per second")
     add("--num-prompts", type=int, default=100, help="of each point, at most")
     add("--seconds", type=float, help="of requests at a finite rate (fewer than --num-prompts)")
+    add("--end-early", action="store_true", help="the model ends answers; --output-len is the most")
+    add("--repeats", type=int, default=1, help="of all, with the order of the servers changed")
+    add("--start-timeout", type=float, default=1800.0, help="seconds until a server must answer")
     add("--interval", type=float, default=0.5, help="seconds between two reads of /metrics")
-    add("--json", type=Path, metavar="FILE", help="write the results here")
+    add(
+        "--json", type=Path, metavar="FILE", help="results; of a run cut short in FILE.partial.json"
+    )
     add("--plot", type=Path, metavar="FILE", help="default: beside --json, as .png")
     add("--log-dir", type=Path, metavar="FOLDER", help="keep the servers' logs here")
     add("server_arguments", nargs="*", metavar="-- SERVER ARGUMENTS", help="of both servers")
@@ -336,36 +382,47 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if min(options.request_rate) <= 0 or min(options.images) < 1 or min(options.output_len) < 2:
         parser.error("--request-rate must be above 0, --images at least 1, --output-len at least 2")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
     return options
+
+
+def write(
+    path: Path, arguments: Sequence[str], options: argparse.Namespace, **contents: Any
+) -> None:
+    """A report with the settings."""
+    names = ("profile", "policy", "budget", "config", "image_size", "repeats", "server_arguments")
+    settings = {name: getattr(options, name) for name in names}
+    model = options.model or "LLaVA, Qwen2-0.5B language model, dummy weights"
+    machine.write_report(path, "benchmarks.serving", arguments, model=model, **settings, **contents)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
-    if options.profile in PROFILES:  # vLLM's default leaves one of two cores to the API server
+    if options.model:
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    if options.profile:  # vLLM's default leaves one of two cores to the API server
         last = len(os.sched_getaffinity(0)) - 1
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}")
     start = time.perf_counter()
+    runs: Runs = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder, profile_model(options) as model:
         options.log_dir = options.log_dir or Path(folder)
         options.log_dir.mkdir(parents=True, exist_ok=True)
-        results = measure(model, options)
+        try:
+            measure(model, options, runs)
+        except BaseException:
+            if options.json:
+                write(options.json.with_suffix(".partial.json"), arguments, options, runs=runs)
+            raise
     minutes = round((time.perf_counter() - start) / 60, 1)
     print(f"{minutes} minutes")
+    results = {
+        arm: [merged(rows) for rows in zip(*repeats, strict=True)] for arm, repeats in runs.items()
+    }
     if options.json:
-        settings = {
-            name: getattr(options, name)
-            for name in ("profile", "policy", "budget", "config", "image_size", "server_arguments")
-        }
-        machine.write_report(
-            options.json,
-            "benchmarks.serving",
-            arguments,
-            minutes=minutes,
-            model=options.model or "LLaVA, Qwen2-0.5B language model, dummy weights",
-            **settings,
-            results=results,
-        )
+        write(options.json, arguments, options, minutes=minutes, results=results)
     if options.json or options.plot:
         from benchmarks import serving_plots
 

@@ -14,23 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.report import Row, lengths, load_of, sweep
+
 COLORS = {"stock": "tab:gray", "ours": "tab:blue"}
-Rows = dict[str, list[dict[str, Any]]]
-
-
-def workload(row: dict[str, Any]) -> str:
-    """A short name of a row's prompts and answers."""
-    return f"{row['prompt_tokens']:,} in, {row['output_len']} out"
-
-
-def _same(row: dict[str, Any], other: dict[str, Any], *keys: str) -> bool:
-    return all(row[key] == other[key] for key in keys)
-
-
-def _sweep(results: Rows, arm: str) -> list[dict[str, Any]]:
-    """The rows of the swept workload, by load."""
-    rows = results[arm]
-    return [row for row in rows if _same(row, rows[0], "images", "output_len")]
+Rows = dict[str, list[Row]]
 
 
 def _draw_load(axes: Any, results: Rows) -> None:
@@ -42,7 +29,7 @@ def _draw_load(axes: Any, results: Rows) -> None:
     )
     for axis, (key, label, logarithmic) in zip(axes, columns, strict=True):
         for arm in results:
-            rows = _sweep(results, arm)
+            rows = sweep(results[arm])
             loads = range(len(rows))
             axis.plot(loads, [row[key] for row in rows], "o-", color=COLORS[arm], label=arm)
             axis.set_xticks(list(loads), [row["request_rate"] for row in rows])
@@ -54,13 +41,14 @@ def _draw_load(axes: Any, results: Rows) -> None:
         else:
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].set_title(workload(results["ours"][0]), loc="left", fontsize=10)
+    axes[0].set_title(lengths(results["ours"][0]), loc="left", fontsize=10)
 
 
 def _draw_time(axes: Any, results: Rows) -> None:
     """Columns: sequences, KV usage of the sweep's highest load; throughput of all workloads."""
     for arm in results:
-        series = _sweep(results, arm)[-1]["series"]
+        highest = sweep(results[arm])[-1]
+        series = highest["series"]
         minutes = [seconds / 60 for seconds in series["seconds"]]
         axes[0].plot(minutes, series["running"], color=COLORS[arm], label=f"{arm}: running")
         axes[0].plot(
@@ -68,27 +56,21 @@ def _draw_time(axes: Any, results: Rows) -> None:
         )
         axes[1].plot(minutes, [100 * usage for usage in series["kv_usage"]], color=COLORS[arm])
     axes[0].set(xlabel="minutes", ylabel="sequences", ylim=(0, None))
-    axes[0].set_title("all requests at once", loc="left", fontsize=10)
+    axes[0].set_title(f"{lengths(highest)}, {load_of(highest)}", loc="left", fontsize=10)
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="minutes", ylabel="KV cache in use, %", ylim=(0, 105))
     for axis in axes[:2]:
         axis.grid(alpha=0.3)
 
-    highest = [
-        row for row in results["ours"] if _same(row, _sweep(results, "ours")[-1], "request_rate")
-    ]
     width = 0.8 / len(results)
-    for offset, arm in enumerate(results):
-        for place, ours in enumerate(highest):
-            row = next(
-                row
-                for row in results[arm]
-                if _same(row, ours, "images", "output_len", "request_rate")
-            )
-            axes[2].bar(place + offset * width, row["output_throughput"], width, color=COLORS[arm])
-    names = [workload(row).replace(", ", "\n") for row in highest]
-    axes[2].set_xticks([place + width / 2 for place in range(len(highest))], names, fontsize=7)
-    axes[2].set(ylabel="output tokens/s, all at once")
+    for offset, (arm, every) in enumerate(results.items()):
+        rows = [row for row in every if row["request_rate"] == highest["request_rate"]]
+        places = [place + offset * width for place in range(len(rows))]
+        heights = [row["output_throughput"] for row in rows]
+        axes[2].bar(places, heights, width, color=COLORS[arm])
+    names = [lengths(row).replace(", ", "\n") for row in rows]
+    axes[2].set_xticks([place + width / 2 for place in range(len(rows))], names, fontsize=7)
+    axes[2].set(ylabel=f"output tokens/s, {load_of(highest)}")
     axes[2].grid(alpha=0.3, axis="y")
 
 

@@ -9,14 +9,17 @@ with and without eviction, and on a CPU a real one would drown what is measured.
 
 import argparse
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from benchmarks import tiny_models
 
+QUESTION = "Describe everything that you can see in the pictures, from left to right."
 IMAGE_SIZE = 448  # pixels a side
 VISUAL_TOKENS = (IMAGE_SIZE // 14) ** 2  # of an image
 
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_size": 896,
@@ -43,6 +46,15 @@ def build(path: Path) -> Path:
     config["dtype"] = "bfloat16"
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return path
+
+
+def ending_bias(path: Path, mean: float) -> dict[str, float]:
+    """``logit_bias`` that ends answers after so many tokens on average, at temperature 1.
+
+    Without weights all tokens are equally likely: the lengths follow a geometric distribution.
+    """
+    end = json.loads((path / "config.json").read_text())["text_config"]["eos_token_id"]
+    return {str(end): math.log((_TEXT["vocab_size"] - 1) / (mean - 1))}
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ def test_the_readme_says_the_same() -> None:
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The committed results, to be changed."""
-    loaded = {n: copy.deepcopy(report.load(n)) for n in ("serving", "serving-ample", "offline")}
+    names = ("serving", "serving-ample", "serving-early", "offline")
+    loaded = {name: copy.deepcopy(report.load(name)) for name in names}
     monkeypatch.setattr(report, "load", loaded.__getitem__)
     return loaded
 

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import serving, tiny_models
+from benchmarks import serving, shape, tiny_models
 from benchmarks.serving import Point
 
 
@@ -78,6 +79,57 @@ def test_saturated_is_while_requests_wait() -> None:
     assert found["most_running"] == 9
     assert found["generated_tokens"] == 300
     assert "saturated" not in serving.watched([sample(0, 0, 0, 0), sample(1, 1, 0, 9)])
+
+
+def test_repeats_are_merged() -> None:
+    one = {
+        "request_rate": "inf",
+        "itl_p50_ms": 3.0,
+        "saturated": {"running": 2},
+        "series": {"a": 1},
+    }
+    two = {
+        "request_rate": "inf",
+        "itl_p50_ms": 5.0,
+        "saturated": {"running": 8},
+        "series": {"a": 2},
+    }
+    assert serving.merged([one, two]) == {
+        "request_rate": "inf",
+        "itl_p50_ms": 4.0,
+        "saturated": {"running": 5},
+        "series": {"a": 1},
+    }
+    del two["saturated"]  # nothing waited
+    assert "saturated" not in serving.merged([one, two])
+
+
+def test_the_order_of_the_servers_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def run_arm(model: str, arm: str, *_: object) -> list[dict[str, str]]:
+        started.append(arm)
+        return [{"of": arm}]
+
+    monkeypatch.setattr(serving, "run_arm", run_arm)
+    runs: serving.Runs = {arm: [] for arm in serving.ARMS}
+    serving.measure("m", serving.parse(["--model=m", "--repeats=3"]), runs)
+    assert started == ["stock", "ours", "ours", "stock", "stock", "ours"]
+    assert runs == {arm: [[{"of": arm}]] * 3 for arm in serving.ARMS}
+
+
+def test_answers_end_early_where_asked(tmp_path: Path) -> None:
+    model = str(shape.build(tmp_path))
+    [exact] = serving.points(serving.parse(["--model=m", "--output-len", "512"]))
+    [early] = serving.points(serving.parse(["--model=m", "--output-len", "512", "--end-early"]))
+    assert "--ignore-eos" in serving.ends(model, exact, has_weights=False)
+    assert serving.ends(model, early, has_weights=True) == []
+    body = json.loads(serving.ends(model, early, has_weights=False)[-1])
+    [(token, bias)] = body["logit_bias"].items()
+    vocabulary = json.loads((tmp_path / "config.json").read_text())["text_config"]["vocab_size"]
+    logits = torch.zeros(vocabulary, dtype=torch.float64)
+    logits[int(token)] += bias
+    assert logits.softmax(0)[int(token)].item() == pytest.approx(1 / 128)
 
 
 def test_a_run(tmp_path: Path) -> None:
