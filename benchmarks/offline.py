@@ -12,8 +12,8 @@ The engines, each in a process of its own:
     snapkv  transformers with kvpress's SnapKV, which keeps as large a share
 
 All are loaded first. Then each row is measured by every engine in turn, ``--repeats`` times, while
-the others sleep, so that what is compared lies seconds apart. Medians are reported, and how far
-the repeats' decode steps were apart.
+the others sleep, so that what is compared lies seconds apart. The slow transformers take part in
+the first ``--peer-repeats`` only. All times are reported, and their medians.
 
 A decode step reads every weight once, and every sequence's KV cache: the bound is the ratio of
 those bytes without and with eviction. Prefill reads no less with eviction: its bound is 1. The pool
@@ -50,6 +50,17 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
     """Number of images and batch size of each row."""
     pairs = itertools.product(options.images, options.batch)
     return [(images, batch) for images, batch in pairs if images * batch <= options.max_images]
+
+
+def turns(options: argparse.Namespace) -> Iterator[list[str]]:
+    """The engines of each repeat, in their order."""
+    for repeat in range(options.repeats):
+        taking_part = [
+            engine
+            for engine in options.engines
+            if engine not in TRANSFORMERS or repeat < options.peer_repeats
+        ]
+        yield taking_part[::-1] if repeat % 2 else taking_part
 
 
 def prompts(images: int, batch: int) -> list[tuple[str, list[Any]]]:
@@ -241,15 +252,14 @@ def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
             theirs.close()
             assert engines[engine].recv() == "ready"
         runs: dict[str, list[list[Row]]] = {engine: [] for engine in engines}
-        for repeat in range(options.repeats):
-            for rows in runs.values():
-                rows.append([])
+        for order in turns(options):
+            for engine in order:
+                runs[engine].append([])
             for cell in cells(options):
-                order = list(engines.items())
-                for engine, connection in order if repeat % 2 else reversed(order):
-                    connection.send(cell)
-                    row = connection.recv()
-                    runs[engine][repeat].append(row)
+                for engine in order:
+                    engines[engine].send(cell)
+                    row = engines[engine].recv()
+                    runs[engine][-1].append(row)
                     print(line(engine, row), flush=True)
         for connection in engines.values():
             connection.send(None)
@@ -261,15 +271,12 @@ def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
 
 
 def merge(runs: list[list[Row]]) -> list[Row]:
-    """Medians of the times over repeats, and how far the decode steps were apart, as a share."""
+    """Each row's times: those of every repeat in its order, and their medians."""
     merged = []
     for rows in zip(*runs, strict=True):
-        row = dict(rows[0])
-        for key in TIMES:
-            row[key] = round(statistics.median(other[key] for other in rows), 3)
-        decode = [other["decode"] for other in rows]
-        row["decode_spread"] = round((max(decode) - min(decode)) / row["decode"], 3)
-        merged.append(row)
+        every = {key: [round(row[key], 3) for row in rows] for key in TIMES}
+        medians = {key: round(statistics.median(values), 3) for key, values in every.items()}
+        merged.append({**rows[0], **medians, "repeats": every})
     return merged
 
 
@@ -291,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
     add("--output-len", type=int, default=64, help="at least 2")
     add("--repeats", type=int, default=5)
+    add("--peer-repeats", type=int, default=1, help="of hf and snapkv")
     add("--kv-cache-gib", type=int, default=1)
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
@@ -304,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output_len < 2 or not cells(options):
         parser.error("--output-len must be at least 2, and --max-images not below --images")
+    if not 1 <= options.peer_repeats <= options.repeats:
+        parser.error("--repeats must be at least 1, and --peer-repeats between 1 and that")
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1"
     )
@@ -315,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {engine: merge(found) for engine, found in runs.items()}
     if options.json:
         settings = {
-            name: getattr(options, name) for name in ("policy", "budget", "output_len", "repeats")
+            name: getattr(options, name)
+            for name in ("policy", "budget", "output_len", "repeats", "peer_repeats")
         }
         machine.write_report(
             options.json, "benchmarks.offline", arguments, **settings, results=results

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline benchmark: its rows, the turns of the engines, and what is made of the repeats."""
+
+import argparse
+from typing import Any
+
+from benchmarks import offline
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    settings = {
+        "engines": ["stock", "ours", "hf"],
+        "images": [1, 4],
+        "batch": [1, 8],
+        "max_images": 16,
+        "repeats": 3,
+        "peer_repeats": 2,
+    }
+    return argparse.Namespace(**settings | changed)
+
+
+def test_batches_of_too_many_images_are_left_out() -> None:
+    assert offline.cells(options()) == [(1, 1), (1, 8), (4, 1)]
+
+
+def test_engines_take_turns_and_peers_the_first_ones_only() -> None:
+    assert list(offline.turns(options())) == [
+        ["stock", "ours", "hf"],
+        ["hf", "ours", "stock"],
+        ["stock", "ours"],
+    ]
+
+
+def test_steps_are_told_apart() -> None:
+    found = offline.times([10.0, 12.0, 12.5, 12.75, 13.75])
+    assert found == {"prefill": 2000, "decode": 500, "end_to_end": 3750}
+
+
+def test_of_repeats_all_times_and_the_medians_stay() -> None:
+    runs = [
+        [{"batch": 1, "prefill": 30.0, "decode": 2.0, "end_to_end": 50.0}],
+        [{"batch": 1, "prefill": 10.0, "decode": 3.0, "end_to_end": 40.0}],
+        [{"batch": 1, "prefill": 20.0, "decode": 1.0, "end_to_end": 60.0}],
+    ]
+    [row] = offline.merge(runs)
+    assert row == {
+        "batch": 1,
+        "prefill": 20.0,
+        "decode": 2.0,
+        "end_to_end": 50.0,
+        "repeats": {
+            "prefill": [30.0, 10.0, 20.0],
+            "decode": [2.0, 3.0, 1.0],
+            "end_to_end": [50.0, 40.0, 60.0],
+        },
+    }
