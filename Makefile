@@ -33,10 +33,11 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The second run drives the tests marked both_runners through vLLM's V2 model runner.
+# The second run drives the tests marked both_runners through vLLM's V2 model runner, and the Triton
+# kernels, through Triton's interpreter.
 test: lint
 	$(RUN) $(BIN)/python -m pytest tests
-	$(RUN) VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests -m both_runners
+	$(RUN) VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests -m "both_runners or interpreter"
 
 demo: env
 	$(RUN) $(BIN)/python -m benchmarks.demo

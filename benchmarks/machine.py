@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a result was measured on, and the file that says so."""
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -11,20 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def describe() -> dict[str, object]:
-    """Processor, cores, memory and the versions that matter."""
+    """Processor, cores, memory, GPU, and the versions of what is installed of what matters."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
-    names = ["torch", "transformers", "vllm", "vl-cache-vllm"]
-    if importlib.util.find_spec("kvpress"):  # of benchmarks with peers; no dependency of ours
-        names.append("kvpress")
+    names = ("torch", "triton", "transformers", "vllm", "vl-cache-vllm", "kvpress")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        **gpu,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **versions,
     }
 
 

@@ -105,9 +105,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
 
-    from vl_cache_vllm.ops import native
+    from vl_cache_vllm.ops import dispatch
 
-    with tempfile.TemporaryDirectory() as folder, native.use(not options.torch):
+    with tempfile.TemporaryDirectory() as folder, dispatch.use("torch" if options.torch else "cpp"):
         model = shape.build(Path(folder) / "model")
         rows = measure(model, {"policy": "vlcache", "budget": 0.1}, options)
         stock = [] if options.no_stock else measure(model, None, options)

@@ -54,8 +54,9 @@ def measured_on(report: Row) -> str:
         for name in ("vllm", "torch", "transformers", "kvpress", "vl-cache-vllm")
         if name in machine
     )
+    processor = ", ".join(machine[name] for name in ("gpu", "processor") if name in machine)
     return (
-        f"`{report['command']}`; {machine['processor']}, {machine['cores']} cores, "
+        f"`{report['command']}`; {processor}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB; {versions}."
     )
 

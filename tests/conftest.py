@@ -29,6 +29,8 @@ settings.register_profile("soak", max_examples=20_000, print_blob=True)
 def examples(number: int, **more: Any) -> settings:
     """Settings of a property test."""
     is_soak = settings.get_current_profile_name() == "soak"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # a thousand times slower than a kernel is
+        number = -(-number // 10)
     number = settings.default.max_examples if is_soak else number
     return settings(max_examples=number, deadline=None, derandomize=not is_soak, **more)
 
@@ -40,15 +42,20 @@ def histories(number: int) -> settings:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "both_runners: also run on the V2 model runner")
+    config.addinivalue_line("markers", "interpreter: needs Triton's interpreter, as V2 does here")
     config.addinivalue_line("markers", "server: starts a real server process")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
-        skip = pytest.mark.skip(reason="runner-neutral or V1 only; runs in the V1 run")
-        for item in items:
-            if "both_runners" not in item.keywords:
-                item.add_marker(skip)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    is_second_run = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    others = []
+    for item in items:
+        in_second_only = "interpreter" in item.keywords
+        in_second = in_second_only or "both_runners" in item.keywords
+        if not in_second if is_second_run else in_second_only:
+            others.append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")

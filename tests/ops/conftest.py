@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of operations with several implementations run on each of them."""
+"""Tests of operations with several implementations run on each of them.
+
+Triton's run through its interpreter, in the second run of ``make test``.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 
-from vl_cache_vllm.ops import native
+from tests.ops.pools import PACKINGS
+from vl_cache_vllm.ops import dispatch, native
 
 
-@pytest.fixture(params=["torch", "cpp"], scope="module")
+@pytest.fixture(
+    params=["torch", "cpp", pytest.param("triton", marks=pytest.mark.interpreter)], scope="module"
+)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpp" and not native.is_built():
         pytest.skip("the C++ operators have not been built")
-    with native.use(request.param == "cpp"):
+    with dispatch.use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=PACKINGS)
+def packing(request: pytest.FixtureRequest, implementation: str) -> str:
+    if implementation == "triton" and request.param == "random":
+        pytest.skip("on a GPU, tokens lie at regular strides in a page")
+    return request.param

@@ -53,6 +53,28 @@ def make_pool(
     )
 
 
+def pool_of_keys(keys: torch.Tensor, block_size: int) -> tuple[PagePool, torch.Tensor]:
+    """A pool with such keys, ``[L, K, tokens, D]``, whole blocks, and the row of their blocks."""
+    num_layers, num_kv_heads, tokens, head_size = keys.shape
+    num_blocks = tokens // block_size
+    pool = make_pool(
+        num_layers=num_layers,
+        num_blocks=2 * num_blocks,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        head_size=head_size,
+        dtype=keys.dtype,
+    )
+    row = torch.arange(2 * num_blocks)[1::2].flip(0)
+    for layer in range(num_layers):
+        blocks = keys[layer].unflatten(1, (num_blocks, block_size)).transpose(0, 1)
+        page = pool.page_ids(layer, row)
+        filled = pool.pages[page]
+        pool.packing.key.pack(filled, blocks)
+        pool.pages[page] = filled
+    return pool, row
+
+
 def page_number(pool: PagePool, layer: int, block: int) -> int:
     return layer * pool.layer_stride + block * pool.block_stride
 

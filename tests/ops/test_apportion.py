@@ -7,10 +7,20 @@ from math import floor
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from vl_cache_vllm.ops.apportion import apportion
+
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.parametrize(  # there is none in C++
+        "implementation",
+        ["torch", pytest.param("triton", marks=pytest.mark.interpreter)],
+        indirect=True,
+    ),
+]
 
 NEAR_TIE = Fraction(1, 10**9)
 
@@ -129,25 +139,25 @@ ANY_WEIGHTS = st.floats(1e-6, 1e3, allow_nan=False)
 ROUND_WEIGHTS = st.integers(1, 100).map(lambda percent: percent / 100)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(divisions(POLICY_WEIGHTS))
 def test_random_weights_of_the_policy(division: tuple[list[float], int, int]) -> None:
     check(*division)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(divisions(ANY_WEIGHTS))
 def test_random_weights_of_any_size(division: tuple[list[float], int, int]) -> None:
     check(*division)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(divisions(ROUND_WEIGHTS))
 def test_random_round_weights(division: tuple[list[float], int, int]) -> None:
     check(*division)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 @given(divisions(POLICY_WEIGHTS))
 def test_never_against_the_weights(division: tuple[list[float], int, int]) -> None:
     """Equal layers get equal pages but for one, the lower first; a heavier one at least as many."""
@@ -162,14 +172,14 @@ def test_never_against_the_weights(division: tuple[list[float], int, int]) -> No
                 assert pages[heavy] >= pages[light]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(divisions(POLICY_WEIGHTS), st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**20]))
 def test_only_proportions_count(division: tuple[list[float], int, int], factor: float) -> None:
     weights, total, cap = division
     assert dealt(weights, total, cap) == dealt([factor * w for w in weights], total, cap)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(st.integers(1, 48), st.data())
 @example(32, None)
 def test_equal_weights_differ_by_at_most_one(num_layers: int, data: st.DataObject | None) -> None:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from tests.ops.pools import PACKINGS, PAGE_ORDERS, key_of, make_pool, page_number, value_of
+from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number, value_of
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 
@@ -38,7 +38,6 @@ def random_positions(
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
-@pytest.mark.parametrize("packing", PACKINGS)
 @DEALS
 @DTYPES
 def test_equals_copying_token_by_token(
@@ -85,7 +84,6 @@ def test_equals_copying_token_by_token(
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
-@pytest.mark.parametrize("packing", PACKINGS)
 @DEALS
 def test_layer_tables_find_the_survivors(
     page_order: str, packing: str, kept_pages: tuple[int, ...]

@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 import torch
 
-from vl_cache_vllm.ops import native
+from vl_cache_vllm.ops import dispatch, native
 
 COMPILER = (sysconfig.get_config_var("CXX") or "g++").split()[0]
 CPU = torch.zeros(1)
@@ -20,19 +20,22 @@ def test_where_there_is_a_compiler_they_are_built() -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no {COMPILER}")
     assert native.is_built()
-    assert native.serves(CPU)
-    assert not native.serves(CPU.to("meta"))
 
 
-def test_torch_serves_where_asked() -> None:
-    with native.use(False):
-        assert not native.serves(CPU)
-    assert native.serves(CPU) == native.is_built()
+def test_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = dispatch.implementation_for
+    assert served(torch.device("cpu")) == ("cpp" if native.is_built() else "torch")
+    assert served(torch.device("cuda")) == "triton"
+    assert served(torch.device("meta")) == "torch"
+    with dispatch.use("torch"):
+        assert served(torch.device("cpu")) == served(torch.device("cuda")) == "torch"
+    monkeypatch.setattr(native, "_library", None)
+    assert served(torch.device("cpu")) == "torch"
 
 
 def test_they_cannot_serve_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_library", None)
-    with pytest.raises(RuntimeError, match="have not been built"), native.use(True):
+    with pytest.raises(RuntimeError, match="have not been built"), dispatch.use("cpp"):
         pass
 
 

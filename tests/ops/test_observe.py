@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.ops.pools import PACKINGS, PAGE_ORDERS, make_pool
-from vl_cache_vllm.ops.observe import elite_queries, observe
+from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number
+from vl_cache_vllm.ops.observe import elite_queries, observe, observe_pages
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -92,6 +92,57 @@ def test_equals_softmax_row_by_row(
     query, key = random_case(num_queries, 63, 2, group, 80, dtype)
     sums, dense = run(query, key, first_position, softcap=softcap)
     expected, expected_dense = naive_observe(query, key, first_position, 0.2, THRESHOLD, softcap)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
+    assert dense == expected_dense
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+@pytest.mark.parametrize("block_size", [5, 16])
+def test_keys_in_pages(page_order: str, packing: str, block_size: int) -> None:
+    pool = make_pool(page_order, packing, num_blocks=17, block_size=block_size, head_size=12)
+    row = torch.randperm(17, generator=torch.Generator().manual_seed(2))[:13].int()
+    num_queries, first = 6, 9 * block_size + 2
+    query, _ = random_case(num_queries, 1, 2, 3, 12)
+    sums, dense = torch.zeros(2, first + num_queries), torch.zeros((), dtype=torch.int64)
+    observe_pages(query, pool, 1, row, first, 0.2, THRESHOLD, 0.0, sums, dense)
+    key = torch.stack(
+        [
+            torch.stack(
+                [key_of(pool, page_number(pool, 1, block), head, token) for head in range(2)]
+            )
+            for block in row.tolist()
+            for token in range(block_size)
+        ],
+        1,
+    )
+    expected, expected_dense = naive_observe(query, key, first, 0.2, THRESHOLD, 0.0)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
+    assert int(dense) == expected_dense
+
+
+def test_queries_have_weights() -> None:
+    query, key = random_case(9, 63, 2, 3, 80)
+    weights = torch.rand(2, 9, generator=torch.Generator().manual_seed(6))
+    sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
+    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sums, dense, weights)
+    one_by_one = torch.zeros(2, 63, dtype=torch.float64)
+    for q in range(9):
+        alone, _ = naive_observe(query[q : q + 1], key, 54 + q, 0.2, THRESHOLD, 0.0)
+        one_by_one[:, : 55 + q] += weights[:, q, None] * alone
+    torch.testing.assert_close(sums.double(), one_by_one, rtol=1e-5, atol=1e-6)
+    assert int(dense) == run(query, key, 54)[1]
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("num_keys", [1, 64, 65, 500])
+def test_sizes(head_size: int, num_keys: int) -> None:
+    """Whole and broken tiles, keys split over several programs."""
+    num_queries = min(5, num_keys)
+    query, key = random_case(num_queries, num_keys, 1, 2, head_size, torch.bfloat16)
+    sums, dense = run(query, key, num_keys - num_queries, scale=head_size**-0.5)
+    expected, expected_dense = naive_observe(
+        query, key, num_keys - num_queries, head_size**-0.5, THRESHOLD, 0.0
+    )
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
     assert dense == expected_dense
 
@@ -204,7 +255,6 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
-@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_reads_keys_from_pages(page_order: str, packing: str, dtype: torch.dtype) -> None:
     """63 tokens in 9 blocks of 8: the last page is not full."""

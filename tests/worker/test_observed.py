@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from tests.ops.pools import pool_of_keys
 from vl_cache_vllm.ops.diversity import key_similarity
 from vl_cache_vllm.ops.observe import elite_queries, observe
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
@@ -18,6 +19,7 @@ def collect(policy: VLCachePolicy, chunks: list[int]) -> Observed:
     torch.manual_seed(0)
     queries = torch.randn(LAYERS, TOKENS - FIRST, 4, 8)
     keys = torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)  # pages hold more than the prompt
+    pool, row = pool_of_keys(keys, block_size=5)
     observed = Observed(policy, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
     buffer = torch.zeros(TOKENS, 4, 8)
     begin = 0
@@ -25,7 +27,7 @@ def collect(policy: VLCachePolicy, chunks: list[int]) -> Observed:
         for layer in range(LAYERS):
             buffer[:size] = queries[layer, begin : begin + size]
             first = FIRST + begin
-            observed.add(layer, buffer[:size], keys[layer], first, 0.3, 0.0)
+            observed.add(layer, buffer[:size], pool, row, first, 0.3, 0.0)
         begin += size
     return observed
 

@@ -3,9 +3,11 @@
 
 import torch
 
+from vl_cache_vllm.ops.dispatch import operation
 from vl_cache_vllm.ops.rank import rank
 
 
+@operation
 def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
     """Deal ``total_pages`` out in proportion to ``weights``, 1 to ``max_pages`` to each layer.
 
@@ -30,10 +32,7 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     # Only proportions count; within these no step of the arithmetic leaves float64.
     weights = weights.nan_to_num(nan=0.0, posinf=1e300)
     weights = (weights / weights.max().clamp(min=1e-300)).clamp(min=1e-100)
-    if not num_layers <= total_pages <= num_layers * max_pages:
-        raise ValueError(
-            f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
-        )
+    check_deal(num_layers, total_pages, max_pages)
     quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
@@ -41,6 +40,14 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     # Rounded, so that noise does not decide between equal remainders either.
     remainder = torch.where(pages < max_pages, (quota - pages).round(decimals=9), -1.0)
     return pages + (rank(remainder) < missing)
+
+
+def check_deal(num_layers: int, total_pages: int, max_pages: int) -> None:
+    """Raise ValueError if so many pages cannot be dealt."""
+    if not num_layers <= total_pages <= num_layers * max_pages:
+        raise ValueError(
+            f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
+        )
 
 
 def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tensor:

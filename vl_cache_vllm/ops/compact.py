@@ -3,10 +3,11 @@
 
 import torch
 
-from vl_cache_vllm.ops import native
+from vl_cache_vllm.ops.dispatch import operation
 from vl_cache_vllm.ops.page_pool import PagePool
 
 
+@operation
 def compact(
     pool: PagePool,
     prompt_row: torch.Tensor,
@@ -27,19 +28,6 @@ def compact(
         positions: kept positions, int64 ``[L, num_kv_heads, max_kept]``, valid up to
             ``kept_pages[l] * block_size``.
     """
-    if native.serves(pool.pages):
-        torch.ops.vl_cache.compact(
-            pool.pages,
-            pool.packing.key_index,
-            pool.packing.value_index,
-            prompt_row,
-            kept_row,
-            kept_pages,
-            positions,
-            pool.layer_stride,
-            pool.block_stride,
-        )
-        return
     num_layers, block_size = pool.num_layers, pool.block_size
     total_pages = kept_row.shape[0] * num_layers
     device = positions.device

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vl_cache_vllm.ops import native
+from vl_cache_vllm.ops.dispatch import operation
 
 
 @dataclass
@@ -17,6 +17,7 @@ class LayerTables:
     slot_mapping: torch.Tensor  # int64 [L, T]
 
 
+@operation
 def layer_tables(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -50,23 +51,6 @@ def layer_tables(
         block_stride: pages from one block's page to the next block's, of the same layer.
         out: written in place; ``slot_mapping`` beyond the last query is -1.
     """
-    if native.serves(block_table):
-        torch.ops.vl_cache.layer_tables(
-            block_table,
-            query_start_loc,
-            seq_lens,
-            evicted_tokens,
-            prompt_blocks,
-            kept_blocks,
-            kept_pages,
-            block_size,
-            layer_stride,
-            block_stride,
-            out.block_table,
-            out.seq_lens,
-            out.slot_mapping,
-        )
-        return
     num_layers, num_reqs, width = out.block_table.shape
     device = block_table.device
     layer = torch.arange(num_layers, device=device)

@@ -5,19 +5,16 @@ They are a plain C library, so that building them needs a compiler but no torch,
 serves every torch. Tensors are checked here; C++ sees pointers and numbers.
 """
 
-import contextlib
 import ctypes
-import functools
 import importlib.machinery
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from vl_cache_vllm.ops.page_pool import PagePool
 
 
 def _load() -> ctypes.CDLL | None:
@@ -30,47 +27,11 @@ def _load() -> ctypes.CDLL | None:
 
 
 _library = _load()
-_enabled = _library is not None
 
 
 def is_built() -> bool:
     """Whether there is a library."""
     return _library is not None
-
-
-def serves(tensor: torch.Tensor) -> bool:
-    """Whether an operation on such a tensor is the library's."""
-    return _enabled and tensor.device.type == "cpu"
-
-
-def or_cpp(operation: Callable[P, R]) -> Callable[P, R]:
-    """A torch operation that the operator of its name, which takes the same, may serve for."""
-
-    @functools.wraps(operation)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = next(iter((*args, *kwargs.values())))
-        if serves(first):
-            return getattr(torch.ops.vl_cache, operation.__name__)(*args, **kwargs)
-        return operation(*args, **kwargs)
-
-    return run
-
-
-@contextlib.contextmanager
-def use(enabled: bool) -> Iterator[None]:
-    """Let the library serve, or the torch operations; for tests and benchmarks.
-
-    Raises:
-        RuntimeError: if there is no library to serve.
-    """
-    global _enabled
-    if enabled and not is_built():
-        raise RuntimeError("the C++ operators have not been built")
-    before, _enabled = _enabled, enabled
-    try:
-        yield
-    finally:
-        _enabled = before
 
 
 def _observe(
@@ -226,14 +187,55 @@ def _call(
     )
 
 
+_OPERATORS: dict[Callable[..., Any], tuple[str, ...]] = {  # and what each writes
+    _observe: ("column_sums", "dense_entries"),
+    _select: (),
+    _compact: ("pages",),
+    _layer_tables: ("out_block_table", "out_seq_lens", "out_slot_mapping"),
+}
+
 if _library is not None:
     _namespace = torch.library.Library("vl_cache", "DEF")
-    for _operator, _written in (
-        (_observe, ("column_sums", "dense_entries")),
-        (_select, ()),
-        (_compact, ("pages",)),
-        (_layer_tables, ("out_block_table", "out_seq_lens", "out_slot_mapping")),
-    ):
+    for _operator, _written in _OPERATORS.items():
         _name = _operator.__name__.removeprefix("_")
         _namespace.define(_name + torch.library.infer_schema(_operator, mutates_args=_written))
         _namespace.impl(_name, _operator, "CPU")
+
+
+# --------------------------------------------------------------------------------------------------
+# As operations of the same name call them
+
+OPERATIONS = ("observe", "select", "compact", "layer_tables")
+
+
+def observe(*args: Any, **kwargs: Any) -> None:
+    torch.ops.vl_cache.observe(*args, **kwargs)
+
+
+def select(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.ops.vl_cache.select(*args, **kwargs)
+
+
+def compact(
+    pool: PagePool,
+    prompt_row: torch.Tensor,
+    kept_row: torch.Tensor,
+    kept_pages: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    torch.ops.vl_cache.compact(
+        pool.pages,
+        pool.packing.key_index,
+        pool.packing.value_index,
+        prompt_row,
+        kept_row,
+        kept_pages,
+        positions,
+        pool.layer_stride,
+        pool.block_stride,
+    )
+
+
+def layer_tables(*args: Any) -> None:
+    *numbers, out = args
+    torch.ops.vl_cache.layer_tables(*numbers, out.block_table, out.seq_lens, out.slot_mapping)

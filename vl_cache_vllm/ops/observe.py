@@ -5,13 +5,14 @@ import math
 
 import torch
 
-from vl_cache_vllm.ops import native
+from vl_cache_vllm.ops.dispatch import operation
+from vl_cache_vllm.ops.page_pool import PagePool
 
 # Bounds the float32 logits that one slice of queries materialises: 64 MiB.
 _MAX_LOGITS = 1 << 24
 
 
-@native.or_cpp
+@operation
 def observe(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -59,6 +60,37 @@ def observe(
         if query_weights is not None:
             attention.mul_(query_weights[:, None, start : start + step, None])
         column_sums[:, :num_keys] += attention.sum((1, 2))
+
+
+@operation
+def observe_pages(
+    query: torch.Tensor,
+    pool: PagePool,
+    layer: int,
+    block_row: torch.Tensor,
+    first_position: int,
+    scale: float,
+    threshold: float,
+    softcap: float,
+    column_sums: torch.Tensor,
+    dense_entries: torch.Tensor,
+    query_weights: torch.Tensor | None = None,
+) -> None:
+    """`observe` with the keys of a layer in the pages of ``block_row``, ``[N]``.
+
+    The other arguments are those of `observe`. Triton reads the pages in place.
+    """
+    observe(
+        query,
+        pool.read_keys(layer, block_row),
+        first_position,
+        scale,
+        threshold,
+        softcap,
+        column_sums,
+        dense_entries,
+        query_weights,
+    )
 
 
 def elite_queries(

@@ -23,6 +23,16 @@ class CellOrder:
         regular = offset + tokens[:, None] * token + elements * element
         return (offset, token, element) if torch.equal(regular, self.index) else None
 
+    def regular_strides(self) -> tuple[int, int, int]:
+        """Offset of the first token, stride of tokens, stride of a token's elements.
+
+        Raises:
+            ValueError: if the order is not that regular, as some of CPU kernels are not.
+        """
+        if self._strides is None:
+            raise ValueError("the tokens of a page do not lie at regular strides")
+        return self._strides
+
     def unpack(self, pages: torch.Tensor) -> torch.Tensor:
         """``[n, K, page]`` as ``[n, K, block_size, head_size]``; a view if regular."""
         if self._strides is None:
@@ -83,6 +93,10 @@ class PagePool:
     layer_stride: int  # in pages
     block_stride: int  # in pages
     number_type: torch.dtype | None = None  # of an fp8 cache, whose pages are bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.pages.device
 
     @property
     def block_size(self) -> int:

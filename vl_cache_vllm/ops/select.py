@@ -3,11 +3,11 @@
 
 import torch
 
-from vl_cache_vllm.ops import native
+from vl_cache_vllm.ops.dispatch import operation
 from vl_cache_vllm.ops.rank import rank
 
 
-@native.or_cpp
+@operation
 def select(
     scores: torch.Tensor,
     kept_tokens: torch.Tensor,

@@ -184,7 +184,8 @@ class EvictionWorker:
             state.observed.add(
                 layer,
                 query[observation.query_start : observation.query_end],
-                self.pool.read_keys(layer, row),
+                self.pool,
+                row,
                 observation.first_position,
                 scale,
                 softcap,

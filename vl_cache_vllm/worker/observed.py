@@ -4,7 +4,8 @@
 import torch
 
 from vl_cache_vllm.ops.diversity import key_similarity
-from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.observe import elite_queries, observe, observe_pages
+from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import EvictionPolicy
 
 
@@ -42,15 +43,18 @@ class Observed:
         self,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
+        pool: PagePool,
+        block_row: torch.Tensor,
         first_position: int,
         scale: float,
         softcap: float,
     ) -> None:
-        """Take in the next queries of a layer; arguments as for `observe`."""
+        """Take in the next queries of a layer; arguments as for `observe_pages`."""
         policy = self._policy
         end = first_position + query.shape[0]
         weights = None
+        wants_key = policy.elite_window or self.similarity is not None
+        key = pool.read_keys(layer, block_row) if wants_key and end == self.tokens else None
         if policy.elite_window:
             if end < self.tokens:
                 self._waiting[layer].append(query.clone())  # the runner reuses its buffers
@@ -58,10 +62,9 @@ class Observed:
             query = torch.cat((*self._waiting[layer], query))
             self._waiting[layer].clear()
             first_position = end - query.shape[0]
+            assert key is not None
             weights = elite_queries(query, key, first_position, scale, softcap, policy.elite_window)
-        observe(
-            query,
-            key,
+        how = (
             first_position,
             scale,
             policy.threshold,
@@ -70,5 +73,9 @@ class Observed:
             self.dense_entries[layer],
             weights,
         )
-        if self.similarity is not None and end == self.tokens:
+        if key is None:
+            observe_pages(query, pool, layer, block_row, *how)
+        else:
+            observe(query, key, *how)
+        if self.similarity is not None and key is not None:
             self.similarity[layer] = key_similarity(key[:, :end])
