@@ -45,11 +45,13 @@ demo: env
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
 
-# 50 minutes on two cores, which it wants for itself.
+# One to two hours on two cores, which it wants for itself.
 bench: env
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --json benchmarks/results/serving-early.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --json benchmarks/results/serving-ample.json
 	$(RUN) $(BIN)/python -m benchmarks.offline --json benchmarks/results/offline.json
+	$(RUN) $(BIN)/python -m benchmarks.overhead --no-stock --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.report
 
 soak: env
