@@ -10,6 +10,7 @@ A row is a query of one head of the KV head's group: row r is query ``r // group
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -251,7 +252,7 @@ def observe_blocks(
     softcap: float,
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None,
+    query_weights: torch.Tensor | None = None,
 ) -> None:
     """`observe` with keys in blocks.
 
@@ -315,33 +316,10 @@ def observe_blocks(
     )
 
 
-def observe(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
-    column_sums: torch.Tensor,
-    dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None = None,
-) -> None:
+def observe(query: torch.Tensor, key: torch.Tensor, *how: Any, **named: Any) -> None:
     """See the operation; all keys are one block."""
-    observe_blocks(
-        query,
-        key,
-        (0, *key.stride()),
-        torch.zeros(1, dtype=torch.int32, device=key.device),
-        0,
-        key.shape[1],
-        first_position,
-        scale,
-        threshold,
-        softcap,
-        column_sums,
-        dense_entries,
-        query_weights,
-    )
+    row = torch.zeros(1, dtype=torch.int32, device=key.device)
+    observe_blocks(query, key, (0, *key.stride()), row, 0, key.shape[1], *how, **named)
 
 
 def observe_pages(
@@ -349,13 +327,8 @@ def observe_pages(
     pool: PagePool,
     layer: int,
     block_row: torch.Tensor,
-    first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
-    column_sums: torch.Tensor,
-    dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None = None,
+    *how: Any,
+    **named: Any,
 ) -> None:
     """See the operation.
 
@@ -365,18 +338,7 @@ def observe_pages(
     offset, token_stride, element_stride = pool.packing.key.regular_strides()
     page_stride, head_stride, _ = pool.pages.stride()
     offset += pool.pages.storage_offset() + layer * pool.layer_stride * page_stride
-    observe_blocks(
-        query,
-        pool.pages.as_strided((1,), (1,), offset),
-        (page_stride, head_stride, token_stride, element_stride),
-        block_row,
-        pool.block_stride,
-        pool.block_size,
-        first_position,
-        scale,
-        threshold,
-        softcap,
-        column_sums,
-        dense_entries,
-        query_weights,
-    )
+    first_key = pool.pages.as_strided((1,), (1,), offset)
+    strides = page_stride, head_stride, token_stride, element_stride
+    blocks = block_row, pool.block_stride, pool.block_size
+    observe_blocks(query, first_key, strides, *blocks, *how, **named)
