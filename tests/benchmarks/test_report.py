@@ -55,7 +55,5 @@ def test_what_is_not_measured_has_no_verdict(results: dict[str, Any]) -> None:
 def test_a_loss_is_listed(results: dict[str, Any]) -> None:
     engines = results["offline"]["results"]
     stock, ours = engines["stock"][0], engines["ours"][0]
-    ours["repeats"]["prefill"] = [time + 5 for time in stock["repeats"]["prefill"]]
-    ours["prefill"] = stock["prefill"] + 5
-    line = f"prefill {stock['prefill'] + 5:.1f} against {stock['prefill']:.1f} ms"
-    assert line in report.page()
+    ours["repeats"]["prefill"] = [1.25 * time for time in stock["repeats"]["prefill"]]
+    assert "prefill 1.25 times stock's" in report.page()

@@ -67,21 +67,15 @@ class LayerInputs:
         tables, pool = metadata.step.tables, metadata.worker.pool.pages
         self.cache = pool.view(pool.shape[0], *kv_cache.shape[1:])  # the whole pool as a layer's
         self._metadata = dataclasses.replace(metadata)  # one for each layer in its turn
-        self._own = list(
-            zip(
-                tables.seq_lens.unbind(),
-                tables.block_table.unbind(),
-                tables.slot_mapping.unbind(),
-                map(tuple, tables.seq_lens.tolist()),
-                strict=True,
-            )
-        )
+        self._tables = tables.layers
+        self._lengths = [*map(tuple, tables.seq_lens.tolist())]
         self._schedules: dict[tuple[int, ...], torch.Tensor] = {}
 
     def metadata_of(self, layer: int) -> CompressedCPUAttentionMetadata:
         """The step's metadata with a layer's table, until it is asked for another's."""
         own = self._metadata
-        own.seq_lens, own.block_table, own.slot_mapping, lengths = self._own[layer]
+        own.seq_lens, own.block_table, own.slot_mapping = self._tables[layer]
+        lengths = self._lengths[layer]
         # Many layers keep equally many pages, and the kernel only reads it.
         if lengths not in self._schedules:
             assert own.builder is not None

@@ -2,6 +2,7 @@
 """Each layer's block table, lengths and slots of one step."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,6 +16,18 @@ class LayerTables:
     block_table: torch.Tensor  # int32 [L, R, W]
     seq_lens: torch.Tensor  # int32 [L, R]
     slot_mapping: torch.Tensor  # int64 [L, T]
+
+    @cached_property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Views of each layer's lengths, block table and slots."""
+        return list(
+            zip(
+                self.seq_lens.unbind(),
+                self.block_table.unbind(),
+                self.slot_mapping.unbind(),
+                strict=True,
+            )
+        )
 
 
 @operation

@@ -79,6 +79,7 @@ class EvictionWorker:
         )
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
+        self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
 
     def begin_step(
         self,
@@ -134,14 +135,10 @@ class EvictionWorker:
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
     ) -> LayerTables:
-        num_layers, num_reqs = self.pool.num_layers, len(evicted)
-        out = LayerTables(
-            _prefix_view(self._block_table, num_layers, num_reqs, width),
-            _prefix_view(self._seq_lens, num_layers, num_reqs),
-            _prefix_view(self._slots, num_layers, num_tokens),
-        )
-        numbers = torch.tensor(evicted, dtype=torch.int64).to(block_table.device, non_blocking=True)
-        evicted_tokens, prompt_blocks, kept_blocks, slot = numbers.unbind(1)
+        out = self._views(len(evicted), num_tokens, width)
+        columns = torch.tensor([*zip(*evicted, strict=True)], dtype=torch.int64)
+        columns = columns.to(block_table.device, non_blocking=True)
+        evicted_tokens, prompt_blocks, kept_blocks, slot = columns
         layer_tables(
             block_table,
             query_start_loc,
@@ -156,6 +153,19 @@ class EvictionWorker:
             out,
         )
         return out
+
+    def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
+        """The buffers in the shapes of a step; steps that follow one another mostly share them."""
+        shape = num_reqs, num_tokens, width
+        if self._last_views is None or self._last_views[0] != shape:
+            num_layers = self.pool.num_layers
+            views = LayerTables(
+                _prefix_view(self._block_table, num_layers, num_reqs, width),
+                _prefix_view(self._seq_lens, num_layers, num_reqs),
+                _prefix_view(self._slots, num_layers, num_tokens),
+            )
+            self._last_views = shape, views
+        return self._last_views[1]
 
     def layer_done(
         self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
