@@ -51,7 +51,7 @@ bench: env
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --json benchmarks/results/serving-early.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --json benchmarks/results/serving-ample.json
 	$(RUN) $(BIN)/python -m benchmarks.offline --json benchmarks/results/offline.json
-	$(RUN) $(BIN)/python -m benchmarks.overhead --no-stock --json benchmarks/results/overhead.json
+	$(RUN) $(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.report
 
 soak: env

@@ -34,8 +34,8 @@ from vl_cache_vllm.ops import dispatch, native
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
-from vl_cache_vllm.ops.observe import observe_pages
-from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
+from vl_cache_vllm.ops.observe import observe
+from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
 from vl_cache_vllm.ops.select import select
 
 OBSERVED = 64  # queries
@@ -150,11 +150,9 @@ class Prompt:
     def observe(self) -> torch.Tensor:
         """Of all layers."""
         for layer in range(self.shape.num_layers):
-            observe_pages(
+            observe(
                 self.query,
-                self.pool,
-                layer,
-                self.row[: -self.kept_blocks],
+                PagedKeys(self.pool, layer, self.row[: -self.kept_blocks]),
                 self.tokens - OBSERVED,
                 self.shape.head_size**-0.5,
                 THRESHOLD,

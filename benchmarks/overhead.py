@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What eviction itself costs: the share of prefill and decode steps that is spent in our code.
 
-    python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--torch] [--json FILE]
+    python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--budget 0.1 1.0] [--json FILE]
 
 One image is 1,024 visual tokens; the question after them has 64 observed tokens. Every prompt is
-read in one step. ``--torch`` measures the torch operations in place of the C++ ones.
+read in one step. At budget 1.0 nothing is evicted. ``--torch`` measures the torch operations in
+place of the C++ ones, ``--stock`` stock vLLM's steps, too.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
                     rows.append(
                         {
                             "step": kind,
+                            "budget": settings and settings["budget"],
                             "visual_tokens": images * shape.VISUAL_TOKENS,
                             "batch": batch,
                             "milliseconds": round(1000 * whole, 2),
@@ -101,7 +103,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--torch", action="store_true", help="without the C++ operators")
-    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--stock", action="store_true", help="also without eviction")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
 
@@ -109,8 +112,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, dispatch.use("torch" if options.torch else "cpp"):
         model = shape.build(Path(folder) / "model")
-        rows = measure(model, {"policy": "vlcache", "budget": 0.1}, options)
-        stock = [] if options.no_stock else measure(model, None, options)
+        rows = [
+            row
+            for budget in options.budget
+            for row in measure(model, {"policy": "vlcache", "budget": budget}, options)
+        ]
+        stock = measure(model, None, options) if options.stock else []
     for row in rows:
         row["own_share"] = round(row["own_milliseconds"] / row["milliseconds"], 4)
         for other in stock:

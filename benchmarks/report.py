@@ -249,12 +249,13 @@ def share(row: Row) -> float:
 
 
 def overhead_table(rows: list[Row]) -> str:
-    header = ["step", "visual tokens", "batch", "ms", "of these in our code", "share"]
+    header = ["step", "budget", "visual tokens", "batch", "ms", "of these in our code", "share"]
     return table(
         header,
         (
             [
                 row["step"],
+                f"{row['budget']:g}",
                 f"{row['visual_tokens']:,}",
                 str(row["batch"]),
                 f"{row['milliseconds']:.1f}",

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.page_pool import PagedKeys
 
 ROWS, KEYS = 64, 64  # of a program
 PROGRAMS_PER_SM = 2
@@ -316,29 +316,21 @@ def observe_blocks(
     )
 
 
-def observe(query: torch.Tensor, key: torch.Tensor, *how: Any, **named: Any) -> None:
-    """See the operation; all keys are one block."""
-    row = torch.zeros(1, dtype=torch.int32, device=key.device)
-    observe_blocks(query, key, (0, *key.stride()), row, 0, key.shape[1], *how, **named)
-
-
-def observe_pages(
-    query: torch.Tensor,
-    pool: PagePool,
-    layer: int,
-    block_row: torch.Tensor,
-    *how: Any,
-    **named: Any,
-) -> None:
-    """See the operation.
+def observe(query: torch.Tensor, key: torch.Tensor | PagedKeys, *how: Any, **named: Any) -> None:
+    """See the operation; keys that are not in pages are one block.
 
     Raises:
         ValueError: if tokens do not lie at regular strides in a page, as they do on every GPU.
     """
+    if isinstance(key, torch.Tensor):
+        row = torch.zeros(1, dtype=torch.int32, device=key.device)
+        observe_blocks(query, key, (0, *key.stride()), row, 0, key.shape[1], *how, **named)
+        return
+    pool = key.pool
     offset, token_stride, element_stride = pool.packing.key.regular_strides()
     page_stride, head_stride, _ = pool.pages.stride()
-    offset += pool.pages.storage_offset() + layer * pool.layer_stride * page_stride
+    offset += pool.pages.storage_offset() + key.layer * pool.layer_stride * page_stride
     first_key = pool.pages.as_strided((1,), (1,), offset)
     strides = page_stride, head_stride, token_stride, element_stride
-    blocks = block_row, pool.block_stride, pool.block_size
+    blocks = key.block_row, pool.block_stride, pool.block_size
     observe_blocks(query, first_key, strides, *blocks, *how, **named)

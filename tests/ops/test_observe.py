@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number
-from vl_cache_vllm.ops.observe import elite_queries, observe, observe_pages
+from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.page_pool import PagedKeys
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -104,7 +105,7 @@ def test_keys_in_pages(page_order: str, packing: str, block_size: int) -> None:
     num_queries, first = 6, 9 * block_size + 2
     query, _ = random_case(num_queries, 1, 2, 3, 12)
     sums, dense = torch.zeros(2, first + num_queries), torch.zeros((), dtype=torch.int64)
-    observe_pages(query, pool, 1, row, first, 0.2, THRESHOLD, 0.0, sums, dense)
+    observe(query, PagedKeys(pool, 1, row), first, 0.2, THRESHOLD, 0.0, sums, dense)
     key = torch.stack(
         [
             torch.stack(

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.pools import make_pool
 from vl_cache_vllm.config import KVCompressConfig, _field_types
 from vl_cache_vllm.policy import POLICIES, PatchGrid, Prompt
 from vl_cache_vllm.worker.choice import choose
@@ -57,13 +56,10 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
     assert 0 <= first < TOKENS
     observed = Observed(policy, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    row = torch.arange(-(-TOKENS // BLOCK))
-    pool = make_pool(
-        num_layers=LAYERS, num_blocks=len(row), num_kv_heads=KV_HEADS, block_size=BLOCK
-    )
     for layer in range(LAYERS):
         query = torch.randn(TOKENS - first, HEADS, 8, generator=generator)
-        observed.add(layer, query, pool, row, first, 0.3, 0.0)
+        key = torch.randn(KV_HEADS, TOKENS, 8, generator=generator)
+        observed.add(layer, query, key, first, 0.3, 0.0)
     kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK))
     choice = choose(
         policy, config.budget, observed, observed.dense_entries, PROMPT, HEADS, first,

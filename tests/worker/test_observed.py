@@ -7,6 +7,7 @@ import torch
 from tests.ops.pools import pool_of_keys
 from vl_cache_vllm.ops.diversity import key_similarity
 from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.observed import Observed
 
@@ -27,7 +28,7 @@ def collect(policy: VLCachePolicy, chunks: list[int]) -> Observed:
         for layer in range(LAYERS):
             buffer[:size] = queries[layer, begin : begin + size]
             first = FIRST + begin
-            observed.add(layer, buffer[:size], pool, row, first, 0.3, 0.0)
+            observed.add(layer, buffer[:size], PagedKeys(pool, layer, row), first, 0.3, 0.0)
         begin += size
     return observed
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
 
 def _load() -> ctypes.CDLL | None:
@@ -208,8 +208,9 @@ if _library is not None:
 OPERATIONS = ("observe", "select", "compact", "layer_tables")
 
 
-def observe(*args: Any, **kwargs: Any) -> None:
-    torch.ops.vl_cache.observe(*args, **kwargs)
+def observe(query: torch.Tensor, key: torch.Tensor | PagedKeys, *how: Any, **named: Any) -> None:
+    key = key.read() if isinstance(key, PagedKeys) else key
+    torch.ops.vl_cache.observe(query, key, *how, **named)
 
 
 def select(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.page_pool import PagedKeys
 
 # Bounds the float32 logits that one slice of queries materialises: 64 MiB.
 _MAX_LOGITS = 1 << 24
@@ -15,7 +15,7 @@ _MAX_LOGITS = 1 << 24
 @operation
 def observe(
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | PagedKeys,
     first_position: int,
     scale: float,
     threshold: float,
@@ -29,7 +29,7 @@ def observe(
     Args:
         query: ``[num_queries, num_heads, head_size]``, rotary embedding applied.
         key: ``[num_kv_heads, num_keys, head_size]``, ``num_keys >= first_position + num_queries``;
-            later keys are ignored.
+            later keys are ignored. Triton reads those in pages in place.
         first_position: position of ``query[0]`` in the sequence.
         scale: softmax scale.
         threshold: p; an entry is dense iff it is at least p times its row's maximum.
@@ -41,6 +41,8 @@ def observe(
 
     Source: paper sections 1 and 3. Scores in float32 whatever the cache's type.
     """
+    if isinstance(key, PagedKeys):
+        key = key.read()
     num_queries, num_heads, _ = query.shape
     num_keys = first_position + num_queries
     keys = key[:, :num_keys].float().transpose(1, 2)  # [K, D, S]
@@ -60,37 +62,6 @@ def observe(
         if query_weights is not None:
             attention.mul_(query_weights[:, None, start : start + step, None])
         column_sums[:, :num_keys] += attention.sum((1, 2))
-
-
-@operation
-def observe_pages(
-    query: torch.Tensor,
-    pool: PagePool,
-    layer: int,
-    block_row: torch.Tensor,
-    first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
-    column_sums: torch.Tensor,
-    dense_entries: torch.Tensor,
-    query_weights: torch.Tensor | None = None,
-) -> None:
-    """`observe` with the keys of a layer in the pages of ``block_row``, ``[N]``.
-
-    The other arguments are those of `observe`. Triton reads the pages in place.
-    """
-    observe(
-        query,
-        pool.read_keys(layer, block_row),
-        first_position,
-        scale,
-        threshold,
-        softcap,
-        column_sums,
-        dense_entries,
-        query_weights,
-    )
 
 
 def elite_queries(

@@ -141,3 +141,16 @@ class PagePool:
         for order in (self.packing.key, self.packing.value):
             order.pack(filled, order.gather(self.pages, source_page, head, source_offset))
         self.pages[destination] = filled
+
+
+@dataclass(frozen=True)
+class PagedKeys:
+    """The keys of a layer in a row of blocks, where they lie."""
+
+    pool: PagePool
+    layer: int
+    block_row: torch.Tensor  # [N]
+
+    def read(self) -> torch.Tensor:
+        """As `PagePool.read_keys` gives them."""
+        return self.pool.read_keys(self.layer, self.block_row)

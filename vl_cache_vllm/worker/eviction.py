@@ -16,7 +16,7 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.report import EvictionReport
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
-from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 from vl_cache_vllm.policy import Prompt, Shard
 from vl_cache_vllm.worker.choice import Choice, choose
 from vl_cache_vllm.worker.observed import Observed
@@ -194,8 +194,7 @@ class EvictionWorker:
             state.observed.add(
                 layer,
                 query[observation.query_start : observation.query_end],
-                self.pool,
-                row,
+                PagedKeys(self.pool, layer, row),
                 observation.first_position,
                 scale,
                 softcap,

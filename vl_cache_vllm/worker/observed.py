@@ -4,8 +4,8 @@
 import torch
 
 from vl_cache_vllm.ops.diversity import key_similarity
-from vl_cache_vllm.ops.observe import elite_queries, observe, observe_pages
-from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy import EvictionPolicy
 
 
@@ -43,28 +43,30 @@ class Observed:
         self,
         layer: int,
         query: torch.Tensor,
-        pool: PagePool,
-        block_row: torch.Tensor,
+        key: torch.Tensor | PagedKeys,
         first_position: int,
         scale: float,
         softcap: float,
     ) -> None:
-        """Take in the next queries of a layer; arguments as for `observe_pages`."""
+        """Take in the next queries of a layer; arguments as for `observe`."""
         policy = self._policy
         end = first_position + query.shape[0]
         weights = None
-        wants_key = policy.elite_window or self.similarity is not None
-        key = pool.read_keys(layer, block_row) if wants_key and end == self.tokens else None
+        is_last = end == self.tokens
+        if isinstance(key, PagedKeys) and is_last and (policy.elite_window or policy.diversity):
+            key = key.read()
         if policy.elite_window:
-            if end < self.tokens:
+            if not is_last:
                 self._waiting[layer].append(query.clone())  # the runner reuses its buffers
                 return
             query = torch.cat((*self._waiting[layer], query))
             self._waiting[layer].clear()
             first_position = end - query.shape[0]
-            assert key is not None
+            assert isinstance(key, torch.Tensor)
             weights = elite_queries(query, key, first_position, scale, softcap, policy.elite_window)
-        how = (
+        observe(
+            query,
+            key,
             first_position,
             scale,
             policy.threshold,
@@ -73,9 +75,6 @@ class Observed:
             self.dense_entries[layer],
             weights,
         )
-        if key is None:
-            observe_pages(query, pool, layer, block_row, *how)
-        else:
-            observe(query, key, *how)
-        if self.similarity is not None and key is not None:
+        if self.similarity is not None and is_last:
+            assert isinstance(key, torch.Tensor)
             self.similarity[layer] = key_similarity(key[:, :end])
