@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,7 @@ def compile_for(launch: Launch, architecture: int) -> Row:
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         is_tensor = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or (value == 1 if isinstance(value, int) else False):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
         elif is_tensor:
@@ -401,10 +401,7 @@ def launches(shape: Shape) -> list[Launch]:
     # As on a GPU, but small: addresses and types matter, not contents.
     prompt = Prompt(shape, 512, 16, torch.device("cpu"))
     prompt.query = prompt.query.bfloat16()
-    narrow = prompt.pool.pages.bfloat16()
-    prompt.pool = PagePool(
-        narrow, prompt.pool.packing, shape.num_layers, prompt.pool.layer_stride, 1
-    )
+    prompt.pool = replace(prompt.pool, pages=prompt.pool.pages.bfloat16())
     with dispatch.use("triton"), recorded() as found:
         for operation in prompt.operations():
             operation.run()

@@ -11,10 +11,15 @@ CHUNK = 16  # kinks, or layers, that are compared with all layers at once
 
 
 @triton.jit
+def _finite(weights, layer, exists):
+    weight = tl.load(weights + layer, mask=exists, other=0.0)
+    return tl.where(weight != weight, 0.0, tl.minimum(weight, 1e300))
+
+
+@triton.jit
 def _weight(weights, layer, exists, largest):
     """Weights within the bounds that keep the arithmetic in float64."""
-    weight = tl.load(weights + layer, mask=exists, other=0.0)
-    weight = tl.where(weight != weight, 0.0, tl.minimum(weight, 1e300))
+    weight = _finite(weights, layer, exists)
     return tl.maximum(weight / tl.maximum(largest, 1e-300), 1e-100)
 
 
@@ -46,8 +51,7 @@ def apportion_kernel(
     exists = layer < num_layers
     total = tl.full((), total, tl.float64)
     cap = tl.full((), max_pages, tl.float64)
-    raw = tl.load(weights + layer, mask=exists, other=0.0)
-    largest = tl.max(tl.where(raw != raw, 0.0, tl.minimum(raw, 1e300)), 0)
+    largest = tl.max(_finite(weights, layer, exists), 0)
     weight = _weight(weights, layer, exists, largest)
 
     # The sum of the quotas grows with the scale, linearly between kinks, where a layer leaves the

@@ -11,10 +11,10 @@ import pytest
 from tests.ops.pools import PACKINGS
 from vl_cache_vllm.ops import dispatch, native
 
+TRITON = pytest.param("triton", marks=pytest.mark.interpreter)
 
-@pytest.fixture(
-    params=["torch", "cpp", pytest.param("triton", marks=pytest.mark.interpreter)], scope="module"
-)
+
+@pytest.fixture(params=["torch", "cpp", TRITON], scope="module")
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpp" and not native.is_built():
         pytest.skip("the C++ operators have not been built")

@@ -11,14 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import examples
+from tests.ops.conftest import TRITON
 from vl_cache_vllm.ops.apportion import apportion
 
 pytestmark = [
     pytest.mark.usefixtures("implementation"),
     pytest.mark.parametrize(  # there is none in C++
-        "implementation",
-        ["torch", pytest.param("triton", marks=pytest.mark.interpreter)],
-        indirect=True,
+        "implementation", ["torch", TRITON], indirect=True
     ),
 ]
 

@@ -205,7 +205,7 @@ if _library is not None:
 # --------------------------------------------------------------------------------------------------
 # As operations of the same name call them
 
-OPERATIONS = ("observe", "select", "compact", "layer_tables")
+OPERATIONS = frozenset(operator.__name__.removeprefix("_") for operator in _OPERATORS)
 
 
 def observe(query: torch.Tensor, key: torch.Tensor | PagedKeys, *how: Any, **named: Any) -> None:
