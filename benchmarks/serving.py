@@ -58,8 +58,9 @@ _CPU: dict[str, Any] = {
     "image_size": shape.IMAGE_SIZE,
     "output_len": [16, 128, 512],
     "request_rate": [0.1, 0.2, math.inf],
-    "seconds": 40.0,
-    "num_prompts": 12,
+    "seconds": 20.0,
+    "num_prompts": 10,
+    "other_prompts": 4,
     "server_arguments": [
         "--load-format=dummy",
         "--block-size=32",
@@ -76,6 +77,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "images": [2],
         "output_len": [128, 512],
         "request_rate": [math.inf],
+        "num_prompts": 12,
+        "other_prompts": None,
         "server_arguments": [*_CPU["server_arguments"], "--num-gpu-blocks-override=2048"],
     },
     "cpu-early": _CPU
@@ -85,6 +88,25 @@ PROFILES: dict[str, dict[str, Any]] = {
         "request_rate": [math.inf],
         "num_prompts": 24,
         "end_early": True,
+    },
+    # Three images: the paper's prompts of 2.9K tokens.
+    **{
+        f"gpu-{name}": {
+            "shape": name,
+            "images": [3, 1],
+            "image_size": shape.IMAGE_SIZE,
+            "output_len": [16, 256],
+            "request_rate": [2.0, 8.0, math.inf],
+            "seconds": 20.0,
+            "num_prompts": 160,
+            "server_arguments": [
+                "--load-format=dummy",
+                "--max-model-len=8192",
+                "--max-num-seqs=256",
+                f"--kv-cache-memory-bytes={gib << 30}",  # a dozen of these prompts
+            ],
+        }
+        for name, gib in (("7b-mha", 20), ("7b-gqa", 5))
     },
 }
 
@@ -124,7 +146,7 @@ def points(options: argparse.Namespace) -> list[Point]:
         found.append(Point(first, longest, rate, count, options.end_early))
     others = [(first, output_len) for output_len in reversed(options.output_len[:-1])]
     others += [(images, longest) for images in options.images[1:]]
-    most = options.num_prompts
+    most = options.other_prompts or options.num_prompts
     return found + [Point(*other, highest, most, options.end_early) for other in others]
 
 
@@ -208,7 +230,7 @@ def client_command(
 ) -> list[str]:
     """``vllm bench serve`` for a point; ``how``: `ends`."""
     return [
-        str(Path(sys.executable).parent / "vllm"),
+        *server.program(),
         *("bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
         *("--base-url", running.url, "--model", model, "--trust-remote-code"),
         *("--dataset-name", "custom_image", "--dataset-path", str(workload), "--disable-shuffle"),
@@ -329,12 +351,12 @@ def summary(row: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def profile_model(options: argparse.Namespace) -> Iterator[str]:
-    """The model to serve: the given one, or one of the 0.5B class without weights."""
+    """The model to serve: the given one, or one without weights."""
     if options.model:
         yield options.model
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield str(shape.build(Path(folder) / "llava-0.5b"))
+        yield str(shape.build(Path(folder) / f"llava-{options.shape}", options.shape))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -344,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--profile", choices=sorted(PROFILES), help="defaults for a class of machines")
     add("--model", help="default: a LLaVA of the 0.5B class with --load-format dummy")
+    add("--shape", choices=shape.SHAPES, default="0.5b", help="of the profile's model")
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
     add("--config", metavar="JSON", help="--kv-compress-config")
@@ -352,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-len", type=int, nargs="+", default=[128, 512], help="the last one is swept")
     add("--request-rate", type=float, nargs="+", default=[math.inf], help="requests per second")
     add("--num-prompts", type=int, default=100, help="of each point, at most")
+    add("--other-prompts", type=int, help="of the points that are not swept; default: as many")
     add("--seconds", type=float, help="of requests at a finite rate (fewer than --num-prompts)")
     add("--end-early", action="store_true", help="the model ends answers; --output-len is the most")
     add("--repeats", type=int, default=1, help="of all, with the order of the servers changed")
@@ -394,7 +418,7 @@ def write(
     """A report with the settings."""
     names = ("profile", "policy", "budget", "config", "image_size", "repeats", "server_arguments")
     settings = {name: getattr(options, name) for name in names}
-    model = options.model or "LLaVA, Qwen2-0.5B language model, dummy weights"
+    model = options.model or f"LLaVA, language model of shape {options.shape}, dummy weights"
     machine.write_report(path, "benchmarks.serving", arguments, model=model, **settings, **contents)
 
 
