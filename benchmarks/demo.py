@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.accuracy import MODEL
 from benchmarks.cases import LAYOUT, MAX_ANSWER_TOKENS
-from benchmarks.server import Server, chat_body, command, image_url, running, stream
+from benchmarks.server import Server, chat_body, command, image_url, program, running, stream
 from training.pages import TASKS, Document, Page, Question, generate
 from training.render import render
 
@@ -107,7 +107,7 @@ def answers(
     log: Path, arguments: tuple[str, ...], questions: list[Question], pictures: list[Image.Image]
 ) -> list[Answer]:
     """Start a server, ask it everything, stop it."""
-    shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[1:]]
+    shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[len(program()) :]]
     print("$", shlex.join(part for part in shown if "trace_path" not in part))
     urls = [image_url(picture) for picture in pictures]
     with running(MODEL, log, *arguments, *COMMON) as server:

@@ -356,7 +356,8 @@ def compile_for(launch: Launch, architecture: int) -> Row:
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         is_tensor = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        is_special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and is_special):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
         elif is_tensor:
@@ -365,7 +366,11 @@ def compile_for(launch: Launch, architecture: int) -> Row:
             signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
         else:
             signature[parameter.name] = "fp32"
-        if is_tensor or (isinstance(value, int) and value % 16 == 0 and (place,) not in constants):
+        if (place,) not in constants and (
+            not parameter.do_not_specialize_on_alignment
+            if is_tensor
+            else isinstance(value, int) and value % 16 == 0 and is_special
+        ):
             attributes[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),

@@ -17,7 +17,7 @@ the first ``--peer-repeats`` only. All times are reported, and their medians.
 
 A decode step reads every weight once, and every sequence's KV cache: the bound is the ratio of
 those bytes without and with eviction. Prefill reads no less with eviction: its bound is 1. The pool
-is ample. The model is a LLaVA of the 0.5B class without weights, 1,024 tokens an image.
+is ample. The model is a LLaVA without weights (`benchmarks.shape`), 1,024 tokens an image.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
         load_format="dummy",
         block_size=32,
         enable_prefix_caching=False,
-        max_model_len=16384,
+        max_model_len=options.max_model_len,
         max_num_batched_tokens=most_tokens,
         max_num_seqs=max(options.batch),
         kv_cache_memory_bytes=options.kv_cache_gib << 30,
@@ -299,6 +299,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-len", type=int, default=64, help="at least 2")
     add("--repeats", type=int, default=5)
     add("--peer-repeats", type=int, default=1, help="of hf and snapkv")
+    add("--shape", choices=shape.SHAPES, default="0.5b", help="of the language model")
+    add("--max-model-len", type=int, default=16384)
     add("--kv-cache-gib", type=int, default=1)
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
@@ -321,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{'':<8}{'prompt':>8}{'batch':>6}{'kept':>8}{'prefill':>10}{'decode':>10}{'all, ms':>11}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        runs = run(shape.build(Path(folder) / "model"), options)
+        runs = run(shape.build(Path(folder) / "model", options.shape), options)
     results = {engine: merge(found) for engine, found in runs.items()}
     if options.json:
         settings = {

@@ -75,9 +75,17 @@ def metric_of(page: str, name: str, label: str = "") -> float:
     return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))
 
 
+def program() -> list[str]:
+    """The ``vllm`` command, or what it runs where vLLM was only unpacked."""
+    script = Path(sys.executable).parent / "vllm"
+    if script.exists():
+        return [str(script)]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
 def command(model: Path, *arguments: str) -> list[str]:
     """The command line of a server, as a user would type it."""
-    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
+    return [*program(), "serve", str(model), *arguments]
 
 
 def environment() -> dict[str, str]:

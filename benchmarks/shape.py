@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaVA of the 0.5B class without weights, for speed alone: ``--load-format dummy``.
+"""LLaVAs without weights, for speed alone: ``--load-format dummy``.
 
-The language model has Qwen2-0.5B's shape. The vision tower is a tiny one: what it costs is the same
-with and without eviction, and on a CPU a real one would drown what is measured.
+The language model has the shape of Qwen2-0.5B, or of the 7B models of LLaVA-1.5 (multi-head
+attention) and LLaVA-NeXT (Mistral's grouped queries). The vision tower is a tiny one: what it costs
+is the same with and without eviction, and on a CPU a real one would drown what is measured.
 
-    python -m benchmarks.shape DIRECTORY
+    python -m benchmarks.shape DIRECTORY [--shape 7b-mha]
 """
 
 import argparse
@@ -19,30 +20,50 @@ QUESTION = "Describe everything that you can see in the pictures, from left to r
 IMAGE_SIZE = 448  # pixels a side
 VISUAL_TOKENS = (IMAGE_SIZE // 14) ** 2  # of an image
 
-_TEXT: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "vocab_size": 32064,
+    "max_position_embeddings": 1 << 18,  # more than they were trained for: long prompts
+    "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "7b-mha": _LLAMA,
+    "7b-gqa": _LLAMA | {"num_key_value_heads": 8, "intermediate_size": 14336},
+}
+"""Text configs by name."""
 
 
-def build(path: Path) -> Path:
-    """Write config, tokenizer and processor."""
+def build(path: Path, name: str = "0.5b") -> Path:
+    """Write config, tokenizer and processor of a shape."""
     tiny_models.build("llava", path, image_size=IMAGE_SIZE)
     (path / "model.safetensors").unlink(missing_ok=True)
     config = json.loads((path / "config.json").read_text())
     tokens = {k: v for k, v in config["text_config"].items() if k.endswith("_token_id")}
-    config["text_config"] = _TEXT | tokens
-    config["tie_word_embeddings"] = True
+    config["text_config"] = SHAPES[name] | tokens
+    config["tie_word_embeddings"] = SHAPES[name]["tie_word_embeddings"]
     config["dtype"] = "bfloat16"
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return path
@@ -53,14 +74,16 @@ def ending_bias(path: Path, mean: float) -> dict[str, float]:
 
     Without weights all tokens are equally likely: the lengths follow a geometric distribution.
     """
-    end = json.loads((path / "config.json").read_text())["text_config"]["eos_token_id"]
-    return {str(end): math.log((_TEXT["vocab_size"] - 1) / (mean - 1))}
+    text = json.loads((path / "config.json").read_text())["text_config"]
+    return {str(text["eos_token_id"]): math.log((text["vocab_size"] - 1) / (mean - 1))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, metavar="DIRECTORY")
-    print(build(parser.parse_args().path))
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    options = parser.parse_args()
+    print(build(options.path, options.shape))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark's stages: what exists is not run again, what does not fit waits."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import agreement
+
+
+@pytest.fixture
+def run_log(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands run, by a stand-in that writes what it is told to."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **how: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        if "fails" in command:
+            return subprocess.CompletedProcess(command, 3)
+        Path(command[-1]).write_text(json.dumps({"command": " ".join(command)}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def one(name: str, minutes: float, command: str = "works") -> gpu.Stage:
+    return gpu.Stage(name, "something", minutes, (command,))
+
+
+def test_goes_on_where_it_stopped(
+    tmp_path: Path, run_log: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [one("a", 1), one("b", 8), one("c", 1, "fails"), one("d", 2)]
+    assert gpu.run(stages, tmp_path, minutes=4) == ["c"]
+    assert [command[2] for command in run_log] == ["works", "fails", "works"]
+    assert "b: left for the next call" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["a.json", "d.json"]
+
+    run_log.clear()
+    assert gpu.run(stages, tmp_path, minutes=20) == ["c"]
+    assert [Path(command[-1]).stem for command in run_log] == ["b", "c"]
+    assert "a: done before" in capsys.readouterr().out
+
+
+def test_every_stage_fits_into_a_call_and_is_a_command_of_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert all(stage.minutes <= 9.5 for stage in gpu.STAGES)
+    assert gpu.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(stage.name in listed for stage in gpu.STAGES)
+    from benchmarks import kernels, offline, serving
+
+    parsers = {"benchmarks.offline": offline._parser, "benchmarks.serving": serving._parser}
+    for stage in gpu.STAGES:
+        module, *arguments = stage.command
+        if module in parsers:
+            parsers[module]().parse_args([*arguments, "--json", "file"])
+        else:
+            assert module in ("benchmarks.gpu.agreement", kernels.__name__)
+
+
+def test_a_tree_becomes_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    folders = gpu.install(tmp_path)
+    assert folders == [str(tmp_path), str(gpu.ROOT)]
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    names = {point.name for point in found.entry_points}
+    assert {"vl_cache", "vlcache-plus", "random"} <= names
+    code = "import vl_cache_vllm.kernels as k; print(k.__file__)"
+    said = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": folders[0]},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert said.stdout.decode().strip().startswith(str(tmp_path))
+
+
+def test_engines_of_a_cpu_agree(tmp_path: Path) -> None:
+    """With each other: the same code as on a GPU, where it has more to compare."""
+    from benchmarks import tiny_models
+
+    rows = agreement.compare(tiny_models.build("llava", tmp_path / "model", image_size=336))
+    assert [row["engine"] for row in rows] == ["torch", "cpp"]
+    assert all(row["evictions"] == 6 for row in rows)
+    assert rows[1]["least_overlap"] > 0.99
+
+
+def test_what_two_engines_keep_in_common() -> None:
+    first = {"kept_positions": [[[1, 2, 3], [4, 5, 6]]]}
+    other = {"kept_positions": [[[1, 2, 9], [4, 5, 6]]]}
+    assert agreement.overlap(first, first) == 1.0
+    assert agreement.overlap(first, other) == pytest.approx(5 / 6)
