@@ -36,7 +36,8 @@ def _remainder(quota, max_pages):
     return tl.where(floor < max_pages, rounded, -1.0)
 
 
-@triton.jit
+# One compilation serves all prompts.
+@triton.jit(do_not_specialize=["total", "max_pages"], do_not_specialize_on_alignment=["weights"])
 def apportion_kernel(
     weights,
     pages,

@@ -8,7 +8,11 @@ import triton.language as tl
 from vl_cache_vllm.ops.page_pool import PagePool
 
 
-@triton.jit
+# One compilation serves all prompts.
+@triton.jit(
+    do_not_specialize=["max_kept", "layer_stride", "block_stride"],
+    do_not_specialize_on_alignment=["prompt_row", "kept_row"],
+)
 def compact_kernel(
     pages,
     page_stride,

@@ -10,7 +10,11 @@ from vl_cache_vllm.ops.layer_tables import LayerTables
 BLOCK = 128
 
 
-@triton.jit
+# One compilation serves all batches.
+@triton.jit(
+    do_not_specialize=["width", "num_tokens", "num_columns", "layer_stride", "block_stride"],
+    do_not_specialize_on_alignment=["evicted_tokens", "prompt_blocks", "kept_blocks"],
+)
 def layer_tables_kernel(
     block_table,
     row_stride,
@@ -55,20 +59,21 @@ def layer_tables_kernel(
         blocks = block_table + row.to(tl.int64) * row_stride
         table = out_table + (layer * num_reqs + row) * width
 
-        for start in range(0, width, BLOCK):
+        length = tl.load(seq_lens + row).to(tl.int64)
+        since = kept * block_size + length - evicted
+        tl.store(out_lens + layer * num_reqs + row, since.to(tl.int32))
+
+        num_pages = tl.minimum((since + block_size - 1) // block_size, width)
+        for start in range(0, num_pages, BLOCK):
             entry = (start + steps).to(tl.int64)
             is_kept = entry < kept
             page = deal + entry  # of the deal
             column = tl.where(is_kept, prompt + page // num_layers, decode_start + entry - kept)
             column = tl.minimum(tl.maximum(column, 0), num_columns - 1)
-            block = tl.load(blocks + column, mask=entry < width, other=0).to(tl.int64)
+            block = tl.load(blocks + column, mask=entry < num_pages, other=0).to(tl.int64)
             page_layer = tl.where(is_kept, page % num_layers, layer)
             number = page_layer * layer_stride + block * block_stride
-            tl.store(table + entry, number.to(tl.int32), mask=entry < width)
-
-        length = tl.load(seq_lens + row).to(tl.int64)
-        since = kept * block_size + length - evicted
-        tl.store(out_lens + layer * num_reqs + row, since.to(tl.int32))
+            tl.store(table + entry, number.to(tl.int32), mask=entry < num_pages)
 
         first = tl.load(query_start_loc + row)
         end = tl.load(query_start_loc + row + 1)

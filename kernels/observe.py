@@ -68,7 +68,14 @@ def _logits(query, key, scale, softcap, HAS_SOFTCAP: tl.constexpr, WIDENS: tl.co
     return logits
 
 
-@triton.jit
+_VARYING = ["num_rows", "num_keys", "first_position", "block_stride"]
+
+
+# One compilation serves all prompts: numbers that vary are not specialised on.
+@triton.jit(
+    do_not_specialize=[*_VARYING, "keys_per_split"],
+    do_not_specialize_on_alignment=["block_row"],
+)
 def statistics_kernel(
     query,
     query_stride,
@@ -141,7 +148,10 @@ def statistics_kernel(
     tl.store(sums + place, total, mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[*_VARYING, "num_splits", "weights_stride", "column_stride"],
+    do_not_specialize_on_alignment=["block_row", "weights", "column_sums", "dense_entries"],
+)
 def columns_kernel(
     query,
     query_stride,

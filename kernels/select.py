@@ -37,7 +37,8 @@ def _keys(
     return tl.where(token >= first_recent, highest, key)
 
 
-@triton.jit
+# One compilation serves all prompts.
+@triton.jit(do_not_specialize=["num_tokens", "max_kept"])
 def select_kernel(
     scores,
     kept_tokens,

@@ -12,7 +12,7 @@ import functools
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +93,30 @@ HOOKS: tuple[Hook, ...] = (
         "engines with eviction",
         "our block manager and wider block-table rows",
     ),
+    *(
+        Hook(
+            f"vllm.v1.attention.backends.registry:AttentionBackendEnum.{name}",
+            "extension point",
+            f"{device} workers with eviction, through register_backend, while the model is built",
+            f"per-layer tables and observation; {why}",
+        )
+        for name, device, why in (
+            ("CPU_ATTN", "CPU", "the CPU platform selects no other backend name"),
+            ("FLASH_ATTN", "GPU", "--attention-backend knows no new names"),
+            ("TRITON_ATTN", "GPU", "--attention-backend knows no new names"),
+        )
+    ),
     Hook(
-        "vllm.v1.attention.backends.registry:AttentionBackendEnum.CPU_ATTN",
-        "extension point",
-        "CPU workers with eviction, through register_backend, while the model is built",
-        "per-layer tables and observation; the CPU platform selects no other backend name",
+        "vllm.platforms.cuda:_get_backend_priorities",
+        "wrap",
+        "GPU workers with eviction, while the model is built",
+        "leaves the backends that we have to the automatic choice, which prefers others on some "
+        "GPUs",
     ),
     Hook(
         "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",
         "wrap",
-        "CPU workers with eviction, before and after the model is built",
+        "workers with eviction, before and after the model is built",
         "engines of one process share this cache of chosen classes",
     ),
     Hook(
@@ -110,6 +124,18 @@ HOOKS: tuple[Hook, ...] = (
         "wrap",
         "the model runner of workers with eviction, V1, that instance only",
         "the only place that sees the batch and the metadata together",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run",
+        "wrap",
+        "the model runner of GPU workers with eviction, that instance only, at start-up",
+        "vLLM's profile of memory counts what eviction takes, too",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state",
+        "wrap",
+        "the model runner of workers with eviction, V2, that instance only",
+        "keeps prefills out of full CUDA graphs, where they could not be observed",
     ),
     *(
         Hook(
@@ -128,6 +154,12 @@ HOOKS: tuple[Hook, ...] = (
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vl_cache_vllm.worker.cpu_worker.EvictionCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vl_cache_vllm.worker.gpu_worker.EvictionGPUWorker",
+}
+_CPU_BACKENDS = {"CPU_ATTN": "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend"}
+GPU_BACKENDS = {
+    "FLASH_ATTN": "vl_cache_vllm.attention.flash.CompressedFlashAttentionBackend",
+    "TRITON_ATTN": "vl_cache_vllm.attention.triton.CompressedTritonAttentionBackend",
 }
 _SCHEDULER = "vl_cache_vllm.engine.scheduler.EvictionScheduler"
 _ASYNC_SCHEDULER = "vl_cache_vllm.engine.scheduler.AsyncEvictionScheduler"
@@ -322,25 +354,56 @@ def enable(vllm_config: VllmConfig) -> None:
 
 
 @contextlib.contextmanager
-def cpu_backend() -> Iterator[None]:
-    """Put our backend in CPU_ATTN's place while a model is built.
+def backends() -> Iterator[None]:
+    """Put our attention backends in vLLM's place while a model is built.
 
     Layers keep the class they were built with; other engines of the process never see ours.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    name = AttentionBackendEnum.CPU_ATTN
-    before = name.get_path() if name.is_overridden() else None
-    register_backend(name, "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend")
-    selector._cached_get_attn_backend.cache_clear()
+    with contextlib.ExitStack() as undo:
+        undo.callback(selector._cached_get_attn_backend.cache_clear)
+        is_cpu = current_platform.is_cpu()
+        for name, path in (_CPU_BACKENDS if is_cpu else GPU_BACKENDS).items():
+            backend = AttentionBackendEnum[name]
+            if backend.is_overridden():
+                undo.callback(register_backend, backend, backend.get_path())
+            undo.callback(backend.clear_override)
+            register_backend(backend, path)
+        if not is_cpu:
+            undo.enter_context(_prefer_ours())
+        selector._cached_get_attn_backend.cache_clear()
+        yield
+
+
+@contextlib.contextmanager
+def _prefer_ours() -> Iterator[None]:
+    """Let vLLM choose among the GPU backends that we have."""
+    from vllm.platforms import cuda
+
+    platform: Any = cuda
+    priorities = platform._get_backend_priorities
+
+    def ours(*args: Any, **kwargs: Any) -> list[Any]:
+        return [backend for backend in priorities(*args, **kwargs) if backend.name in GPU_BACKENDS]
+
+    platform._get_backend_priorities = ours
     try:
         yield
     finally:
-        name.clear_override()
-        if before is not None:
-            register_backend(name, before)
-        selector._cached_get_attn_backend.cache_clear()
+        platform._get_backend_priorities = priorities
+
+
+@contextlib.contextmanager
+def profile_run(runner: Any, ours: Callable[..., None]) -> Iterator[None]:
+    """Let a model runner's profiling of memory be ``ours(vllms, ...)``."""
+    runner.profile_run = functools.partial(ours, runner.profile_run)
+    try:
+        yield
+    finally:
+        del runner.profile_run
 
 
 def attach_v1(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
@@ -360,3 +423,4 @@ def attach_v2(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
     state.add_request = adapter.add_request
     state.remove_request = adapter.remove_request
     state.prepare_attn = adapter.prepare_attn
+    runner.gather_batch_req_state = adapter.gather_batch_req_state

@@ -7,14 +7,19 @@ cache groups, page layout) is refused by the worker with the same kind of messag
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
-from vl_cache_vllm.hooks import SUPPORTED_VLLM
+from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.hooks import GPU_BACKENDS, SUPPORTED_VLLM
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+TRY_GPU = "VL_CACHE_VLLM_TRY_GPU"
+"""Environment variable that lets an engine start on a GPU."""
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _OTHER_ATTENTION = {"chunked_attention", "linear_attention", "mamba"}
@@ -48,8 +53,8 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
 
     refuse(
         parallel.worker_cls not in supported_workers,
-        f"worker {parallel.worker_cls}: supported is vLLM's CPU worker; the CUDA attention backend "
-        "is not part of this release, and custom --worker-cls cannot be combined with eviction",
+        f"worker {parallel.worker_cls}: supported are vLLM's CPU and CUDA workers; a custom "
+        "--worker-cls cannot be combined with eviction",
     )
     refuse(
         vllm_config.scheduler_config.scheduler_cls is not None,
@@ -85,8 +90,49 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         "vLLM's Rust front end, which knows no plugins: unset VLLM_USE_RUST_FRONTEND",
     )
     refuse(vllm_config.is_mm_encoder_only, "encoder-only serving: remove --mm-encoder-only")
+    if parallel.worker_cls.endswith("gpu_worker.Worker"):
+        reasons += _gpu_reasons(vllm_config)
     hybrid_cache = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     return reasons + _model_reasons(vllm_config.model_config, hybrid_cache)
+
+
+def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+    attention = vllm_config.attention_config
+    backend = attention.backend_per_kind.get("full_attention") or attention.backend
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    settings = settings_of(vllm_config)
+    checks = (
+        (
+            os.environ.get(TRY_GPU) != "1",
+            "a GPU: this release has run on CPUs only, its GPU path through Triton's interpreter; "
+            f"set {TRY_GPU}=1 to try it",
+        ),
+        (not current_platform.is_cuda(), "GPUs that are not NVIDIA's"),
+        (
+            not vllm_config.use_v2_model_runner,
+            "the V1 model runner on a GPU: unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        (
+            backend is not None and backend.name not in GPU_BACKENDS,
+            f"attention backend {backend and backend.name}: use --attention-backend "
+            + " or ".join(GPU_BACKENDS),
+        ),
+        (
+            is_quantized_kv_cache(cache_dtype),
+            f"KV cache type {cache_dtype} on a GPU: use --kv-cache-dtype auto",
+        ),
+        (
+            vllm_config.model_config.is_mm_prefix_lm
+            and settings is not None
+            and not settings.policy.post_vision_only,
+            "queries of visual tokens of a model that attends in both directions inside images: "
+            "use a policy with post_vision_only",
+        ),
+    )
+    return [reason for condition, reason in checks if condition]
 
 
 def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:

@@ -19,11 +19,14 @@ from tests.contract.rows import (
     Steps,
 )
 
+WORKER = "vllm.v1.worker.gpu_worker:Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 V2_STATE = "vllm.v1.worker.gpu.model_states.interface:ModelState"
 CPU_ATTN = "vllm.v1.attention.backends.cpu_attn"
+FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
+TRITON_ATTN = "vllm.v1.attention.backends.triton_attn"
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 KV_CACHE_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
@@ -32,6 +35,40 @@ ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 KV_INTERFACE = "vllm.v1.kv_cache_interface"
 BACKENDS = "vllm.v1.attention.backends.registry"
 LOGGERS = "vllm.v1.metrics.loggers"
+
+
+# What ours adds to a GPU backend, by the names of its classes.
+def _gpu_backend(module: str, prefix: str) -> tuple[Row, ...]:
+    backend, builder = f"{module}:{prefix}Backend", f"{module}:{prefix}MetadataBuilder"
+    impl, metadata = f"{module}:{prefix}Impl", f"{module}:{prefix}Metadata"
+    return (
+        Has(backend, "forward_includes_kv_cache_update"),
+        Overridden(f"{backend}.get_impl_cls", ""),
+        Overridden(f"{backend}.get_builder_cls", ""),
+        Overridden(f"{backend}.supported_kv_cache_layouts", ""),
+        Exists(builder),
+        Overridden(f"{builder}.get_cudagraph_support", "vllm_config, kv_cache_spec"),
+        Has(metadata, "seq_lens block_table slot_mapping scheduler_metadata"),
+        Overridden(f"{impl}.__init__", "..."),
+        Has(
+            impl,
+            "sinks alibi_slopes kv_sharing_target_layer_name scale logits_soft_cap kv_cache_dtype",
+        ),
+        Overridden(
+            f"{impl}.forward",
+            "layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
+            "output_block_scale=",
+        ),
+        Called(f"{impl}.do_kv_cache_update", "layer, key, value, kv_cache, slot_mapping"),
+        # K and V of a token and head lie side by side, at the cache's strides.
+        Steps(
+            f"{impl}.do_kv_cache_update",
+            ("kv_cache.transpose(1, 2).split(self.head_size, dim=-1)",),
+        ),
+        Steps(f"{impl}.forward", ("seqused_k = attn_metadata.seq_lens",)),
+        Steps(f"{impl}.forward", ("block_table = attn_metadata.block_table",)),
+    )
+
 
 CDIV = Called("vllm.utils.math_utils:cdiv", "a, b")
 VLLM_CONFIG = Has("vllm.config:VllmConfig", "additional_config")
@@ -116,7 +153,22 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         LOGGER,
         # The backend, while the model is built.
         Called("vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear"),
-        Has(f"{BACKENDS}:AttentionBackendEnum", "CPU_ATTN"),
+        Has(f"{BACKENDS}:AttentionBackendEnum", "CPU_ATTN FLASH_ATTN TRITON_ATTN"),
+        Exists("vllm.platforms:current_platform"),
+        Exists("vllm.platforms.cuda"),
+        Overridden(
+            "vllm.platforms.cuda:_get_backend_priorities", "use_mla, device_capability, ..."
+        ),
+        Called("vllm.platforms.interface:Platform.is_cpu", ""),
+        Steps(
+            "vllm.platforms.cuda:CudaPlatformBase.get_valid_backends",
+            ("backend_priorities = _get_backend_priorities(", "_get_attn_backend_class(backend)"),
+        ),
+        Steps("vllm.platforms.cuda:_get_attn_backend_class", ("return backend.get_class()",)),
+        Steps(
+            "vllm.platforms.cuda:CudaPlatformBase.check_and_update_config",
+            ("parallel_config.worker_cls = 'vllm.v1.worker.gpu_worker.Worker'",),
+        ),
         Called(f"{BACKENDS}:AttentionBackendEnum.get_path", ""),
         Called(f"{BACKENDS}:AttentionBackendEnum.is_overridden", ""),
         Called(f"{BACKENDS}:AttentionBackendEnum.clear_override", ""),
@@ -130,6 +182,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Exists(f"{V2_STATE}.add_request"),
         Exists(f"{V2_STATE}.remove_request"),
         Exists(f"{V2_STATE}.prepare_attn"),
+        Exists(f"{V2_RUNNER}.gather_batch_req_state"),
+        Exists(f"{V2_RUNNER}.profile_run"),
         Exists("vllm.v1.kv_cache_spec_registry:register_kv_cache_spec"),
     ),
     "support.py": (
@@ -139,7 +193,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.config:VllmConfig",
             "parallel_config cache_config scheduler_config kv_transfer_config speculative_config "
-            "attention_config is_mm_encoder_only model_config",
+            "attention_config is_mm_encoder_only model_config use_v2_model_runner",
         ),
         Has(
             "vllm.config:ParallelConfig",
@@ -148,7 +202,9 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has("vllm.config:SchedulerConfig", "scheduler_cls"),
         Has("vllm.config:CacheConfig", "kv_offloading_size cache_dtype"),
-        Has("vllm.config:AttentionConfig", "hisparse_config"),
+        Has("vllm.config:AttentionConfig", "hisparse_config backend backend_per_kind"),
+        Exists("vllm.platforms:current_platform"),
+        Called("vllm.platforms.interface:Platform.is_cuda", ""),
         Has("vllm.config:SpeculativeConfig", "method"),
         Has(
             "vllm.config:ModelConfig",
@@ -194,6 +250,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     "engine/block_manager.py": (
         CDIV,
         Called("vllm.v1.request:Request.is_finished", "", "bool"),
+        Has("vllm.v1.request:RequestStatus", "RUNNING"),
+        Has("vllm.v1.request:Request", "status"),
         # Admission asks once more than allocation does, and only it may be told of later needs.
         Steps(
             f"{KV_CACHE_MANAGER}.allocate_slots",
@@ -387,6 +445,30 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         # Reports of a step are counted before its statistics are made.
         Steps(f"{SCHEDULER}.update_from_output", ("self.make_stats(",)),
     ),
+    "attention/layered.py": (
+        Exists("vllm.config:VllmConfig"),
+        Called("vllm.config:get_current_vllm_config", "", "VllmConfig"),
+        Called(f"{KV_INTERFACE}:is_quantized_kv_cache", "cache_dtype", "bool"),
+        Exists(f"{KV_INTERFACE}:KVCacheSpec"),
+        Has("vllm.v1.attention.backend:AttentionLayer", "_k_scale_float"),
+        Has("vllm.v1.attention.backend:AttentionCGSupport", "UNIFORM_BATCH"),
+        Has("vllm.v1.kv_cache_layout:KVCacheLayout", "LBNHC LBHNC BLNHC BLHNC"),
+        Has(
+            "vllm.model_executor.layers.attention.attention:Attention",
+            "layer_name kv_cache head_size",
+        ),
+        Steps(
+            "vllm.model_executor.layers.attention.attention:Attention.forward",
+            ("not self.attn_backend.forward_includes_kv_cache_update",),
+        ),
+        # A prefill's last token alone runs as a decode: `DecodeGraphs` and worker/v2.py.
+        Steps(
+            "vllm.v1.worker.gpu.attn_utils:get_attn_cg_support",
+            ("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
+        ),
+    ),
+    "attention/flash.py": _gpu_backend(FLASH_ATTN, "FlashAttention"),
+    "attention/triton.py": _gpu_backend(TRITON_ATTN, "TritonAttention"),
     "attention/cpu.py": (
         Exists("vllm._custom_ops"),
         Called(
@@ -401,9 +483,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Exists("vllm.envs"),
         Exists("vllm.envs:VLLM_CPU_ATTN_SPLIT_KV"),
-        Called("vllm.config:get_current_vllm_config", "", "VllmConfig"),
-        Called(f"{KV_INTERFACE}:is_quantized_kv_cache", "cache_dtype", "bool"),
-        Has("vllm.v1.attention.backend:AttentionLayer", "_k_scale_float"),
         Exists("vllm.v1.attention.backend:CommonAttentionMetadata"),
         Has(f"{CPU_ATTN}:CPUAttentionBackend", "forward_includes_kv_cache_update"),
         Overridden(f"{CPU_ATTN}:CPUAttentionBackend.get_impl_cls", ""),
@@ -423,7 +502,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             f"{CPU_ATTN}:CPUAttentionBackendImpl",
-            "sinks alibi_slopes kv_sharing_target_layer_name scale logits_soft_cap is_fp8_kv_cache",
+            "sinks alibi_slopes kv_sharing_target_layer_name scale logits_soft_cap kv_cache_dtype",
         ),
         Overridden(f"{CPU_ATTN}:CPUAttentionBackendImpl.__init__", "..."),
         Overridden(
@@ -431,7 +510,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
             "output_block_scale=",
         ),
-        Called(
+        Overridden(
             f"{CPU_ATTN}:CPUAttentionBackendImpl.do_kv_cache_update",
             "layer, key, value, kv_cache, slot_mapping",
         ),
@@ -452,13 +531,13 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{CPU_ATTN}:CPUAttentionBackendImpl.do_kv_cache_update",
             ("kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))", ".chunk(2, dim=2)"),
         ),
+        # `isa` of a layer, set by the builder.
+        Steps(
+            f"{CPU_ATTN}:CPUAttentionMetadataBuilder._set_isa_to_layers", ("layer.isa = self.isa",)
+        ),
         Has(
             "vllm.model_executor.layers.attention.attention:Attention",
-            "layer_name kv_cache num_heads",
-        ),
-        Steps(
-            "vllm.model_executor.layers.attention.attention:Attention.forward",
-            ("not self.attn_backend.forward_includes_kv_cache_update",),
+            "kv_cache head_size kv_cache_dtype",
         ),
     ),
     "worker/step.py": (
@@ -497,30 +576,54 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{KV_INTERFACE}:FullAttentionSpec",
             "head_size head_size_v block_size dtype unpadded_page_size_bytes page_size_bytes",
         ),
-        # `isa` of a layer, set by the builder.
-        Steps(
-            f"{CPU_ATTN}:CPUAttentionMetadataBuilder._set_isa_to_layers", ("layer.isa = self.isa",)
+        Has(
+            "vllm.model_executor.layers.attention.attention:Attention",
+            "kv_cache impl num_heads",
         ),
     ),
     "worker/cpu_worker.py": (
         LOGGER,
         Has("vllm.logger:_VllmLogger", "warning_once"),
+        Exists(f"{KV_INTERFACE}:KVCacheConfig"),
+        Extends(CPU_WORKER, WORKER),
+        Overridden(f"{CPU_WORKER}.initialize_from_config", "kv_cache_config"),
+    ),
+    "worker/gpu_worker.py": (
+        Overridden(f"{WORKER}.determine_available_memory", "", "int"),
+        Has(WORKER, "device compilation_config model_config model_runner"),
+        Has("vllm.config:CompilationConfig", "static_forward_context"),
+        Has("vllm.config:ModelConfig", "max_model_len"),
+        Has(f"{KV_INTERFACE}:FullAttentionSpec", "num_kv_heads block_size head_size dtype"),
+        Steps(
+            f"{WORKER}.determine_available_memory",
+            ("self.model_runner.profile_run(", "self.model_runner.profile_cudagraph_memory()"),
+        ),
+    ),
+    "worker/rehearsal.py": (CDIV,),
+    "engine/observation.py": (
+        Exists("vllm.v1.core.sched.output:SchedulerOutput"),
+        Has("vllm.config:VllmConfig", "device_config model_config scheduler_config"),
+        Has("vllm.config:DeviceConfig", "device_type"),
+        Has("vllm.config:ModelConfig", "max_model_len"),
+        Has("vllm.config:SchedulerConfig", "max_num_batched_tokens"),
+    ),
+    "worker/evicting.py": (
         Called("vllm.distributed:get_pp_group", "", "GroupCoordinator"),
         Has("vllm.distributed.parallel_state:GroupCoordinator", "is_last_rank"),
         Exists(f"{KV_INTERFACE}:FullAttentionSpec"),
         Exists(f"{KV_INTERFACE}:KVCacheConfig"),
         Exists(f"{KV_INTERFACE}:KVCacheSpec"),
-        Has(CPU_WORKER, "vllm_config model_runner use_v2_model_runner"),
-        Overridden(f"{CPU_WORKER}.load_model", "..."),
-        Overridden(f"{CPU_WORKER}.get_kv_cache_spec", "", "dict[str, KVCacheSpec]"),
-        Overridden(f"{CPU_WORKER}.initialize_from_config", "kv_cache_config"),
-        Overridden(f"{CPU_WORKER}.execute_model", "scheduler_output"),
+        Has(WORKER, "vllm_config model_runner use_v2_model_runner"),
+        Overridden(f"{WORKER}.load_model", "..."),
+        Overridden(f"{WORKER}.get_kv_cache_spec", "", "dict[str, KVCacheSpec]"),
+        Overridden(f"{WORKER}.initialize_from_config", "kv_cache_config"),
+        Overridden(f"{WORKER}.execute_model", "scheduler_output"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids preempted_req_ids"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "scheduled_cached_reqs"),
-        Overridden(f"{CPU_WORKER}.sample_tokens", "..."),
+        Overridden(f"{WORKER}.sample_tokens", "..."),
         # The cache is there when the worker returns from it, and the warm-up comes later.
         Steps(
-            f"{CPU_WORKER}.initialize_from_config",
+            f"{WORKER}.initialize_from_config",
             ("self.model_runner.initialize_kv_cache(kv_cache_config",),
         ),
         Steps(
@@ -585,14 +688,22 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.v1.worker.gpu.input_batch:InputBatch",
             "req_ids num_reqs idx_mapping_np num_computed_tokens_np num_scheduled_tokens "
-            "query_start_loc seq_lens",
+            "query_start_loc seq_lens num_reqs_after_padding num_tokens_after_padding",
         ),
+        Has("vllm.config:CUDAGraphMode", "FULL"),
+        Exists("vllm.v1.core.sched.output:SchedulerOutput"),
         Has(V2_RUNNER, "model_state model_config block_tables"),
-        Has("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks input_block_tables"),
+        Has("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks"),
+        Overridden(f"{V2_RUNNER}.gather_batch_req_state", "scheduler_output, dummy_run"),
+        Has("vllm.v1.worker.gpu.model_runner:BatchReqState", "has_prefill"),
         Has("vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor", "np"),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
-        Overridden(f"{V2_STATE}.prepare_attn", "input_batch, ...", "dict[str, Any]"),
+        Overridden(
+            f"{V2_STATE}.prepare_attn",
+            "input_batch, cudagraph_mode, block_tables, ...",
+            "dict[str, Any]",
+        ),
         # A request that starts over is removed first, and its slot is free once it is removed.
         Steps(
             f"{V2_RUNNER}.add_requests",

@@ -2,6 +2,7 @@
 """vLLM's real KV cache manager over our spec, without a model, and requests for it."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class _StubScheduler:
 
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         self.kv_cache_manager = kv_cache_manager
+        self.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cpu"))
         self.requests: dict[str, Request] = {}
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

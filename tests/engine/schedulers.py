@@ -84,6 +84,7 @@ def make_scheduler(setup: Setup, kv_cache_config: KVCacheConfig) -> Scheduler:
         max_concurrent_batches=setup.steps_in_flight,
         max_in_flight_tokens=setup.steps_in_flight * setup.max_num_tokens,
         use_v2_model_runner=setup.use_v2,
+        device_config=SimpleNamespace(device_type="cpu"),
         is_mm_encoder_only=False,
         lora_config=None,
         kv_events_config=None,

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
@@ -203,6 +204,9 @@ class SimulatedWorker:
         size = self.setup.block_size
         if step is not None and step.tables is not None:
             slots = step.tables.slot_mapping[layer].tolist()
+            num_tokens = sum(row.num_scheduled for row in rows)
+            assert set(slots[num_tokens:]) <= {-1}
+            slots = slots[:num_tokens]
         else:
             slots = [
                 self.pool.page_ids(layer, table[r][position // size]) * size + position % size
@@ -368,12 +372,13 @@ class V2Worker(SimulatedWorker):
         self.num_blocks: Any = SimpleNamespace(np=None)
         runner: Any = SimpleNamespace(
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-            block_tables=SimpleNamespace(num_blocks=self.num_blocks, input_block_tables=None),
+            block_tables=SimpleNamespace(num_blocks=self.num_blocks),
             model_state=SimpleNamespace(
                 add_request=lambda *_: None,
                 remove_request=lambda *_: None,
                 prepare_attn=lambda *_, **__: {},
             ),
+            gather_batch_req_state=None,
         )
         self.runner = runner
         self.adapter = V2Adapter(runner, self.eviction, EvictedGroup(GROUP, {}))
@@ -400,20 +405,34 @@ class V2Worker(SimulatedWorker):
         scheduled = [output.num_scheduled_tokens[i] for i in ids]
         width = 2 * self.setup.max_model_len // self.setup.block_size
         self.num_blocks.np = np.array([[len(blocks) for blocks in table] for table in tables])
-        self.runner.block_tables.input_block_tables = [
+        block_tables = [
             torch.tensor([b + [0] * (width - len(b)) for b in table]).int() for table in tables
         ]
         computed = torch.tensor([self.computed[i] for i in ids]).int()
+        seq_lens, starts = computed + torch.tensor(scheduled).int(), _starts(scheduled)
+        mode, padding = CUDAGraphMode.NONE, 0
+        states = map(self.eviction.requests.get, ids)
+        prefills = [self.computed[s.request_id] < s.prefill_tokens for s in states if s is not None]
+        if set(scheduled) == {1} and not any(prefills):
+            mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
+            padding = min(self.setup.max_num_seqs, 1 << (len(ids) - 1).bit_length()) - len(ids)
+            seq_lens = torch.cat((seq_lens, torch.zeros(padding, dtype=torch.int32)))
+            starts = torch.cat((starts, starts[-1:].expand(padding)))
+            block_tables = [
+                torch.cat((t, torch.zeros(padding, width, dtype=torch.int32))) for t in block_tables
+            ]
         batch: Any = SimpleNamespace(
             req_ids=ids,
             num_reqs=len(ids),
+            num_reqs_after_padding=len(ids) + padding,
+            num_tokens_after_padding=sum(scheduled) + padding,
             idx_mapping_np=np.arange(len(ids)),
             num_computed_tokens_np=computed.numpy(),
             num_scheduled_tokens=np.array(scheduled),
-            query_start_loc=_starts(scheduled),
-            seq_lens=computed + torch.tensor(scheduled).int(),
+            query_start_loc=starts,
+            seq_lens=seq_lens,
         )
-        self.adapter.prepare_attn(batch)
+        self.adapter.prepare_attn(batch, mode, tuple(block_tables))
         return list(self.eviction.rows), tables
 
     def _remove(self, request_id: str) -> None:

@@ -111,6 +111,7 @@ def test_reasons_have_names_for_metrics() -> None:
         "no_decode",
         "streaming_input",
         "no_pressure",
+        "no_observation_room",
     }
 
 

@@ -22,7 +22,7 @@ def output() -> ModelRunnerOutput:
 def test_a_finished_output() -> None:
     carrier = output()
     assert detach(carrier) == []
-    assert attach(carrier, [REPORT]) is carrier
+    assert attach(carrier, [lambda: REPORT]) is carrier
     assert detach(carrier) == [PLAIN]
     assert detach(pickle.loads(pickle.dumps(carrier))) == [PLAIN]  # from another process
 
@@ -43,6 +43,6 @@ def test_an_output_that_is_not_there_yet() -> None:
 
     later = Later()
     assert attach(later, []) is later
-    carrier = attach(later, [REPORT])
+    carrier = attach(later, [lambda: REPORT])
     assert detach(carrier.get_output()) == [PLAIN]
     assert carrier.get_kv_connector_output() == "a connector's"

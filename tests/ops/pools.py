@@ -6,7 +6,8 @@ import torch
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 
 PAGE_ORDERS = ("layer-outermost", "block-outermost")
-PACKINGS = ("row-major", "transposed-k", "random")
+PACKINGS = ("side-by-side", "interleaved", "transposed-k", "random")
+CPU_PACKINGS = ("side-by-side", "transposed-k", "random")
 
 
 def strides(page_order: str, num_layers: int, num_blocks: int) -> tuple[int, int]:
@@ -16,8 +17,17 @@ def strides(page_order: str, num_layers: int, num_blocks: int) -> tuple[int, int
     return 1, num_layers
 
 
-def make_packing(kind: str, block_size: int, head_size: int) -> PagePacking:
-    """Element offsets of K and V; together a permutation of the page."""
+def make_packing(kind: str, block_size: int, head_size: int, num_kv_heads: int) -> PagePacking:
+    """Element offsets of K and V from a head's first cell.
+
+    GPU caches have K and V of a token side by side, and behind them those of the head's next token
+    ("side-by-side") or of the token's next head ("interleaved"). CPU caches have a head's cells in
+    any order.
+    """
+    if kind in ("side-by-side", "interleaved"):
+        token_stride = 2 * head_size * (num_kv_heads if kind == "interleaved" else 1)
+        keys = torch.arange(block_size)[:, None] * token_stride + torch.arange(head_size)
+        return PagePacking(keys, keys + head_size)
     cells = block_size * head_size
     offsets = torch.arange(2 * cells)
     if kind == "random":
@@ -30,7 +40,7 @@ def make_packing(kind: str, block_size: int, head_size: int) -> PagePacking:
 
 def make_pool(
     page_order: str = "layer-outermost",
-    packing: str = "row-major",
+    packing: str = "side-by-side",
     *,
     num_layers: int = 3,
     num_blocks: int = 11,
@@ -43,10 +53,16 @@ def make_pool(
     """A pool full of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_layers * num_blocks, num_kv_heads, block_size * 2 * head_size)
+    pages = torch.randn(shape, generator=generator).to(dtype)
+    if packing == "interleaved":
+        last_token = (block_size - 1) * num_kv_heads * 2 * head_size
+        pages = pages.as_strided(
+            (*shape[:2], last_token + 2 * head_size), (pages.stride(0), 2 * head_size, 1)
+        )
     layer_stride, block_stride = strides(page_order, num_layers, num_blocks)
     return PagePool(
-        torch.randn(shape, generator=generator).to(dtype),
-        make_packing(packing, block_size, head_size),
+        pages,
+        make_packing(packing, block_size, head_size, num_kv_heads),
         num_layers,
         layer_stride,
         block_stride,
@@ -68,10 +84,7 @@ def pool_of_keys(keys: torch.Tensor, block_size: int) -> tuple[PagePool, torch.T
     row = torch.arange(2 * num_blocks)[1::2].flip(0)
     for layer in range(num_layers):
         blocks = keys[layer].unflatten(1, (num_blocks, block_size)).transpose(0, 1)
-        page = pool.page_ids(layer, row)
-        filled = pool.pages[page]
-        pool.packing.key.pack(filled, blocks)
-        pool.pages[page] = filled
+        pool.packing.key.pack(pool.pages, pool.page_ids(layer, row), blocks)
     return pool, row
 
 

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.pools import PACKINGS, PAGE_ORDERS, key_of, make_pool, page_number, value_of
+from tests.ops.pools import (
+    CPU_PACKINGS,
+    PACKINGS,
+    PAGE_ORDERS,
+    key_of,
+    make_pool,
+    page_number,
+    value_of,
+)
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
@@ -99,7 +107,7 @@ def test_degenerate_sizes(packing: str, block_size: int, head_size: int) -> None
             assert torch.equal(value_of(pool, 9, head, token), value_of(before, *source))
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", CPU_PACKINGS)
 def test_pages_may_lie_inside_a_larger_buffer(packing: str) -> None:
     """vLLM's allocation may hold something else before and behind our pages."""
     alone = make_pool(packing=packing)

@@ -16,6 +16,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from vl_cache_vllm.attention.cpu import CompressedCPUAttentionImpl
+from vl_cache_vllm.attention.layered import LayeredAttention
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 from vl_cache_vllm.worker.attach import EvictedGroup, build_eviction_worker
@@ -59,18 +61,32 @@ def cache_config(*groups: KVCacheGroupSpec, **placement: Any) -> KVCacheConfig:
     )
 
 
-def vllm_config(cache: KVCacheConfig, permute: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Any:
+def vllm_config(
+    cache: KVCacheConfig,
+    impl: type = CompressedCPUAttentionImpl,
+    token_major: bool = False,
+) -> Any:
     """As much of a config as is read, with layers bound to views of one buffer."""
     placement = cache.kv_cache_tensors[0]
     buffer = torch.zeros(placement.size // 4)
-    cells = BLOCK_SIZE * 2 * HEAD_SIZE
+    content = 2 * HEAD_SIZE
+    head_stride, token_stride = BLOCK_SIZE * content, content
+    if token_major:
+        head_stride, token_stride = content, NUM_HEADS * content
     strides = (placement.layer_stride // 4, placement.block_stride // 4)
     views = buffer.as_strided(
-        (len(LAYERS), NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE),
-        (*strides, cells, 2 * HEAD_SIZE, 1),
-    ).permute(permute)
+        (len(LAYERS), NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, content),
+        (*strides, head_stride, token_stride, 1),
+    )
     layers = {
-        name: SimpleNamespace(kv_cache=views[i], isa="vec", num_heads=4)
+        name: SimpleNamespace(
+            kv_cache=views[i],
+            isa="vec",
+            num_heads=4,
+            head_size=HEAD_SIZE,
+            kv_cache_dtype="auto",
+            impl=object.__new__(impl),
+        )
         for i, name in enumerate(LAYERS)
     }
     return SimpleNamespace(
@@ -208,7 +224,38 @@ def test_refused(cache: KVCacheConfig, message: str) -> None:
         build_eviction_worker(vllm_config(cache), cache)
 
 
-def test_token_major_pages_are_refused() -> None:
+def test_token_major_pages_of_a_cpu_are_refused() -> None:
     cache = cache_config()
     with pytest.raises(ValueError, match="head-major"):
-        build_eviction_worker(vllm_config(cache, permute=(0, 1, 3, 2, 4)), cache)
+        build_eviction_worker(vllm_config(cache, token_major=True), cache)
+
+
+def test_attention_of_somebody_else_is_refused() -> None:
+    cache = cache_config()
+    with pytest.raises(ValueError, match="attention backend object: use --attention-backend"):
+        build_eviction_worker(vllm_config(cache, impl=object), cache)
+
+
+def test_pages_in_an_order_of_their_own_are_refused() -> None:
+    cache = cache_config()
+    config = vllm_config(cache, impl=LayeredAttention)
+    for layer in config.compilation_config.static_forward_context.values():
+        layer.kv_cache = layer.kv_cache[:, :, :16]
+    with pytest.raises(ValueError, match="cannot read pages of 16 tokens"):
+        build_eviction_worker(config, cache)
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+def test_tokens_of_a_gpu_cache(token_major: bool) -> None:
+    cache = cache_config()
+    config = vllm_config(cache, LayeredAttention, token_major)
+    worker, group = build_eviction_worker(config, cache)
+    assert worker.pool.block_size == BLOCK_SIZE
+    layers = config.compilation_config.static_forward_context
+    for layer in layers.values():
+        layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape))
+    row = torch.tensor([3, 1])
+    for name, index in group.layers.items():
+        tokens = layers[name].kv_cache[row].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(worker.pool.read_keys(index, row), tokens[..., :HEAD_SIZE])
+        assert torch.equal(worker.pool.read_values(index, row), tokens[..., HEAD_SIZE:])

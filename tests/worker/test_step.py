@@ -344,14 +344,12 @@ def test_room_for_rejected_drafts_is_not_an_eviction() -> None:
     assert numbers.finishes == [] and state.evicted_tokens == 0
 
 
-def test_room_for_drafts_is_not_observed() -> None:
-    """vLLM pads a prefill of a single token; this one the scheduler will leave alone."""
+def test_a_prefill_that_ends_with_room_for_drafts_is_not_observed() -> None:
+    """vLLM pads a prefill of a single token; this one the scheduler leaves alone."""
     state = fresh(63)
     plan([chunk(state, 0, 62)])
     numbers = plan([chunk(state, 62, 4)])
-    (observation,) = numbers.observations
-    assert (observation.query_start, observation.query_end) == (0, 1)
-    assert (observation.first_position, observation.num_blocks) == (62, 8)
+    assert numbers.observations == []
     assert numbers.finishes == []
 
 
@@ -412,7 +410,10 @@ def test_random_batches_token_by_token(rows: list[BatchRow], num_layers: int) ->
         )
         is_query = position >= (vision_end or 0) or not policy.post_vision_only
         window = policy.max_observation_tokens or end
-        if may_be_evicted and is_query and end - window <= position < end:
+        row_end = row.num_computed + row.num_scheduled
+        is_left_alone = row_end >= end and row.num_blocks <= cdiv(row_end, BLOCK_SIZE)
+        is_observed = may_be_evicted and is_query and not is_left_alone
+        if is_observed and end - window <= position < end:
             observed.add((r, index, position))
         if position == end - 1 and row.num_blocks > blocks:
             finishing[r] = (end, blocks, row.num_blocks - blocks)
@@ -441,3 +442,14 @@ def test_random_batches_token_by_token(rows: list[BatchRow], num_layers: int) ->
     assert numbers.any_evicted == any(evicted_before)
     assert numbers.table_width == width
     assert numbers.is_plain == (not observed and not finishing and not any(evicted_before))
+
+
+def test_only_the_admitted_are_observed() -> None:
+    """Of two prompts that end in this step, one was admitted; the other was not given blocks."""
+    table = RequestTable()
+    states = [table.start(name, KVCompressConfig(), 10, 100) for name in "ab"]
+    rows = [BatchRow(states[0], 0, 100, 10), BatchRow(states[1], 0, 100, 7)]
+    numbers = plan_step(rows, 16, 3, admitted={"a"})
+    assert [one.state for one in numbers.observations] == [states[0]]
+    assert [one.state for one in numbers.finishes] == [states[0]]
+    assert plan_step([BatchRow(states[1], 0, 50, 4)], 16, 3, admitted=set()).observations == []

@@ -29,6 +29,7 @@ class Skip(Enum):
     NO_DECODE = "no_decode"
     STREAMING_INPUT = "streaming_input"
     NO_PRESSURE = "no_pressure"
+    NO_OBSERVATION_ROOM = "no_observation_room"
 
 
 @dataclass(frozen=True)

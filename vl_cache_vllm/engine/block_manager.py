@@ -24,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.engine.admission import (
@@ -35,6 +35,7 @@ from vl_cache_vllm.engine.admission import (
     request_config,
 )
 from vl_cache_vllm.engine.forecast import AnswerLengths, peak_blocks
+from vl_cache_vllm.engine.observation import ObservationRoom
 from vl_cache_vllm.engine.pressure import PressureGauge
 from vl_cache_vllm.engine.stats import EvictionStats
 
@@ -52,6 +53,8 @@ class CompressedAttentionManager(FullAttentionManager):
         # request, so a rule asked again later would answer for tokens the worker has long decoded.
         self._decided: dict[str, EvictionPlan] = {}
         self._prompt_freed: set[str] = set()
+        self.observed = ObservationRoom()
+        self._unobserved: set[str] = set()  # for want of room
         self._answer_lengths = AnswerLengths()
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
@@ -62,21 +65,26 @@ class CompressedAttentionManager(FullAttentionManager):
         self,
         lookup: Callable[[str], Request | None],
         others: Sequence[SingleTypeKVCacheManager] = (),
+        observation_tokens: int | None = None,
     ) -> None:
         """Give the manager what vLLM's interface does not pass.
 
         Args:
             lookup: finds the scheduler's requests by id.
             others: the managers of the cache's other groups, which draw on the same pool.
+            observation_tokens: bound of what workers observe at once; None: none.
         """
         self._lookup = lookup
         self._others = others
+        self.observed = ObservationRoom(observation_tokens)
 
     def plan(self, request: Request) -> EvictionPlan:
         """The decision about a request, or what it would be if its prefill ended now."""
         if decided := self._decided.get(request.request_id):
             return decided
         plan = self._possible_plan(request)
+        if plan.kept_blocks and request.request_id in self._unobserved:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_OBSERVATION_ROOM)
         if plan.kept_blocks and self.decides_by_pressure and not self.pressure.is_on:
             return replace(plan, kept_blocks=0, skip=Skip.NO_PRESSURE)
         return plan
@@ -171,13 +179,37 @@ class CompressedAttentionManager(FullAttentionManager):
         plan = self._possible_plan(request)
         if not plan.kept_blocks:
             return None
-        vision_end = post_vision_start(self._config, request.mm_features)
-        assert vision_end is not None
-        policy = request_config(self._config, request.sampling_params).policy
-        start = policy.observation_start(vision_end, plan.prompt_tokens)
+        start = self._observation_start(request, plan)
         # With drafts vLLM lengthens a prefill of one token by room for them: it must not be one.
         start = min(start, plan.prompt_tokens - 2)
         return start // self.block_size * self.block_size
+
+    def _observation_start(self, request: Request, plan: EvictionPlan) -> int:
+        """Position of the first observed query."""
+        vision_end = post_vision_start(self._config, request.mm_features)
+        assert vision_end is not None
+        policy = request_config(self._config, request.sampling_params).policy
+        return policy.observation_start(vision_end, plan.prompt_tokens)
+
+    def _wants_room(self, request_id: str, num_tokens: int) -> EvictionPlan | None:
+        """The plan of a request whose first observed query is among ``num_tokens``."""
+        if self.observed.tokens is None or request_id in self._decided:
+            return None
+        request = self._lookup(request_id)
+        if request is None or request_id in self.observed or request_id in self._unobserved:
+            return None
+        plan = self._possible_plan(request)
+        if not plan.kept_blocks or num_tokens <= self._observation_start(request, plan):
+            return None
+        return plan
+
+    def _waits_for_room(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request must not start yet, because others are being observed."""
+        request = self._lookup(request_id)
+        if request is None or request.status == RequestStatus.RUNNING or self.observed.is_empty:
+            return False
+        plan = self._wants_room(request_id, num_tokens)
+        return plan is not None and not self.observed.has_room(plan.prompt_tokens)
 
     def _plan_of(self, request_id: str) -> EvictionPlan | None:
         """`plan` by id; None for requests that the scheduler does not know."""
@@ -230,6 +262,8 @@ class CompressedAttentionManager(FullAttentionManager):
         return plan.kept_blocks + now, end - now, plan.prompt_blocks
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
+        if self._waits_for_room(request_id, num_tokens):
+            return self.block_pool.num_gpu_blocks  # more than there are
         plan = self._plan_of(request_id)
         slots = self._token_slots(plan, num_tokens)
         num_blocks = super().get_num_blocks_to_allocate(request_id, slots, *args, **kwargs)
@@ -248,6 +282,11 @@ class CompressedAttentionManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        wanting = self._wants_room(request_id, num_tokens_main_model)
+        if wanting is not None and self.observed.has_room(wanting.prompt_tokens):
+            self.observed.admit(request_id, wanting.prompt_tokens)
+        elif wanting is not None:
+            self._unobserved.add(request_id)
         plan = self._plan_of(request_id)
         if (
             plan is not None
@@ -289,9 +328,10 @@ class CompressedAttentionManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         plan = self._decided.get(request_id)
-        if plan is None or not plan.kept_blocks or request_id in self._prompt_freed:
+        if plan is None or processed_computed_tokens < plan.prompt_tokens:
             return
-        if processed_computed_tokens >= plan.prompt_tokens:
+        self.observed.release(request_id)
+        if plan.kept_blocks and request_id not in self._prompt_freed:
             # The step that compacted is done: nobody reads this request's prompt pages any more.
             before = self.block_pool.get_num_free_blocks()
             self._remove_blocks_in_range(request_id, 0, plan.prompt_blocks)
@@ -303,6 +343,8 @@ class CompressedAttentionManager(FullAttentionManager):
         if plan and plan.kept_blocks and request and request.is_finished():
             self._answer_lengths.add(request.num_output_tokens, request.max_tokens)
         self._prompt_freed.discard(request_id)
+        self._unobserved.discard(request_id)
+        self.observed.release(request_id)
         return super().pop_blocks_for_free(request_id)
 
 

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.engine import report
 from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
+from vl_cache_vllm.engine.observation import announce, room_for
 from vl_cache_vllm.engine.stats import SEND, put
 
 
@@ -26,7 +27,8 @@ class _EvictionMixin:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
         (manager,) = (m for m in managers if isinstance(m, CompressedAttentionManager))
-        manager.bind(self.requests.get, [m for m in managers if m is not manager])  # type: ignore[attr-defined]
+        room = room_for(self.vllm_config)  # type: ignore[attr-defined]
+        manager.bind(self.requests.get, [m for m in managers if m is not manager], room)  # type: ignore[attr-defined]
         self._eviction_manager = manager
         self._sends_stats = SEND in os.environ
 
@@ -37,7 +39,10 @@ class _EvictionMixin:
             self._eviction_manager.pressure.update(
                 total - pool.get_num_free_blocks(), self._demands(), total
             )
-        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self._eviction_manager.observed.tokens is not None:
+            announce(output, self._eviction_manager.observed.take_new())
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -62,7 +62,8 @@ def layer_tables(
         block_size: tokens per block.
         layer_stride: pages from one layer's page to the next layer's, of the same block.
         block_stride: pages from one block's page to the next block's, of the same layer.
-        out: written in place; ``slot_mapping`` beyond the last query is -1.
+        out: written in place; ``slot_mapping`` beyond the last query is -1, table entries beyond
+            a row's length are valid pages or what they were.
     """
     num_layers, num_reqs, width = out.block_table.shape
     device = block_table.device

@@ -224,6 +224,8 @@ def compact(
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
+    if not pool.pages.is_contiguous():
+        raise ValueError("C++ compaction needs the cells of a head together, as CPU caches have")
     torch.ops.vl_cache.compact(
         pool.pages,
         pool.packing.key_index,

@@ -52,12 +52,13 @@ class CellOrder:
             return pages[page[..., None], head[..., None], self.index[token]]
         return self.unpack(pages)[page, head, token]
 
-    def pack(self, pages: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Write ``[n, K, block_size, head_size]`` into ``[n, K, page]``."""
+    def pack(self, pages: torch.Tensor, page: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write ``[F, K, block_size, head_size]`` into the pages ``page``, ``[F]``."""
         if self._strides is None:
-            pages[..., self.index.flatten()] = tokens.flatten(-2)
+            head = torch.arange(pages.shape[1], device=pages.device)[:, None]
+            pages[page[:, None, None], head, self.index.flatten()] = tokens.flatten(-2)
         else:
-            self.unpack(pages).copy_(tokens)
+            self.unpack(pages)[page] = tokens
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PagePool:
     Page (layer, block) is number ``layer * layer_stride + block * block_stride``.
     """
 
-    pages: torch.Tensor  # [num_pages, num_kv_heads, block_size * 2 * head_size]
+    pages: torch.Tensor  # [num_pages, num_kv_heads, cells of one head]; heads may interleave
     packing: PagePacking
     num_layers: int
     layer_stride: int  # in pages
@@ -137,10 +138,9 @@ class PagePool:
             destination: pages to fill, int64 ``[F]``; none is a source.
         """
         head = torch.arange(self.num_kv_heads, device=self.pages.device)[:, None]
-        filled = self.pages.new_empty((destination.shape[0], *self.pages.shape[1:]))
         for order in (self.packing.key, self.packing.value):
-            order.pack(filled, order.gather(self.pages, source_page, head, source_offset))
-        self.pages[destination] = filled
+            tokens = order.gather(self.pages, source_page, head, source_offset)
+            order.pack(self.pages, destination, tokens)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.policy.base import parameter
 from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
@@ -37,6 +38,6 @@ class PyramidKVPolicy(SnapKVPolicy):
         mean = max(0.0, budget * prompt.tokens - window)
         least = mean / self.beta
         shard = prompt.shard
-        own = torch.tensor(shard.layer_numbers(len(density))).to(density)
+        own = to_device(shard.layer_numbers(len(density)), density.device)
         depth = own / max(1, (shard.num_layers or len(density)) - 1)
         return window + 2 * mean - least - 2 * (mean - least) * depth

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 
@@ -37,7 +38,7 @@ class RandomPolicy(EvictionPolicy):
         def index(first: int, count: int, odd: int) -> torch.Tensor:
             return torch.arange(first + 1, first + count + 1, device=attention.device) * odd
 
-        layer_numbers = torch.tensor(prompt.shard.layer_numbers(layers), device=attention.device)
+        layer_numbers = to_device(prompt.shard.layer_numbers(layers), attention.device)
         # 32-bit arithmetic in int64; the constants are those of Murmur3's finaliser.
         x = ((layer_numbers + 1) * 0x9E3779B1)[:, None, None]
         x = x + index(prompt.shard.first_kv_head, heads, 0x85EBCA77)[None, :, None]

@@ -11,11 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
-from vl_cache_vllm.attention.cpu import (
-    CompressedCPUAttentionMetadata,
-    derive_packing,
-    number_type,
-)
+from vl_cache_vllm.attention.layered import LayeredAttention, RunningStep, number_type
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import Shard
@@ -38,11 +34,9 @@ def attach_step(
     metadata: Any, worker: EvictionWorker, step: EvictionStep, group: EvictedGroup
 ) -> None:
     """Let the attention layers see the step. ``metadata`` maps layer names to metadata."""
+    running = RunningStep(worker, step, group.layers)
     for layer_metadata in {id(m): m for m in map(metadata.get, group.layers)}.values():
-        assert isinstance(layer_metadata, CompressedCPUAttentionMetadata)
-        layer_metadata.worker = worker
-        layer_metadata.step = step
-        layer_metadata.layer_index = group.layers
+        running.attach(layer_metadata)
 
 
 def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
@@ -98,49 +92,71 @@ def build_eviction_worker(
         )
     context = vllm_config.compilation_config.static_forward_context
     layers = [context[name] for name in placement.layers]
-    first = layers[0].kv_cache  # [num_blocks, K, N, C]
-    heads, tokens, content = first.shape[1:]
-    if first.stride()[1:] != (tokens * content, content, 1):
+    first = layers[0]
+    if not isinstance(first.impl, LayeredAttention):
         raise ValueError(
-            f"KV compression needs head-major pages, not layout {kv_cache_config.kv_cache_layout}"
+            f"KV compression does not support the attention backend {type(first.impl).__name__}: "
+            "use --attention-backend FLASH_ATTN or TRITON_ATTN"
+        )
+    cache = first.kv_cache  # [num_blocks, K, N, C]
+    heads, tokens, content = cache.shape[1:]
+    head_stride, token_stride = cache.stride()[1:3]
+    head_major, token_major = (tokens * content, content), (content, heads * content)
+    if tokens != spec.block_size or (head_stride, token_stride) not in (head_major, token_major):
+        raise ValueError(
+            f"KV compression cannot read pages of {tokens} tokens with strides "
+            f"{cache.stride()[1:]}, layout {kv_cache_config.kv_cache_layout}"
         )
     layer_stride, block_stride = (stride // page_bytes for stride in strides)
     cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
     last_page = (len(layers) - 1) * layer_stride + (kv_cache_config.num_blocks - 1) * block_stride
-    page_elements = heads * tokens * content
     pool = PagePool(
-        pages=first.as_strided(
-            (last_page + 1, heads, tokens * content), (page_elements, tokens * content, 1)
+        pages=cache.as_strided(
+            (last_page + 1, heads, (tokens - 1) * token_stride + content),
+            (heads * tokens * content, head_stride, 1),
         ),
-        packing=derive_packing(
-            layers[0].isa,
-            spec.block_size,
-            spec.head_size,
-            dtype,
-            cache_dtype,
-        ),
+        packing=first.impl.page_packing(first, dtype),
         num_layers=len(layers),
         layer_stride=layer_stride,
         block_stride=block_stride,
         number_type=number_type(cache_dtype),
     )
+    worker = eviction_worker_over(pool, spec, vllm_config, placement.layers, first.num_heads)
+    return worker, EvictedGroup(index, {name: i for i, name in enumerate(placement.layers)})
+
+
+def eviction_worker_over(
+    pool: PagePool,
+    spec: CompressedAttentionSpec,
+    vllm_config: VllmConfig,
+    layer_names: Sequence[str],
+    num_heads: int,
+) -> EvictionWorker:
+    """The eviction worker of a pool.
+
+    Args:
+        pool: of the layers, in order.
+        spec: of each of them.
+        vllm_config: the engine's.
+        layer_names: vLLM's.
+        num_heads: query heads of a layer on this worker.
+    """
     assert spec.kv_compress is not None
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
     ranks = tensor_parallel_ranks(vllm_config.parallel_config.tensor_parallel_size)
-    worker = EvictionWorker(
+    return EvictionWorker(
         spec.kv_compress,
         pool,
-        num_heads=layers[0].num_heads,
+        num_heads=num_heads,
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
         ranks=ranks,
         shard=Shard(
-            tuple(map(extract_layer_index, placement.layers)),
+            tuple(map(extract_layer_index, layer_names)),
             ranks.rank * model_config.get_total_num_kv_heads() // ranks.size,
             model_config.get_total_num_hidden_layers(),
         ),
     )
-    return worker, EvictedGroup(index, {name: i for i, name in enumerate(placement.layers)})

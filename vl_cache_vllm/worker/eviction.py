@@ -4,8 +4,9 @@
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.engine.report import EvictionReport
+from vl_cache_vllm.engine.report import EvictionReport, PendingReport
 from vl_cache_vllm.ops.compact import compact
+from vl_cache_vllm.ops.device import Fetched, Stopwatch, to_device
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 from vl_cache_vllm.policy import Prompt, Shard
@@ -30,6 +32,14 @@ from vl_cache_vllm.worker.step import (
 )
 
 logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """Sizes that a full CUDA graph pads its batch to."""
+
+    num_reqs: int
+    num_tokens: int
 
 
 class EvictionWorker:
@@ -66,14 +76,17 @@ class EvictionWorker:
         self.requests = RequestTable()
         self.cached_requests: CachedRequestData | None = None
         """What the scheduler says of the step's requests that are not new."""
+        self.admitted: set[str] | None = None
+        """Who may be observed (`vl_cache_vllm.engine.observation`); None: everybody."""
         self._trace_file = _open_trace(config.trace_path)
-        self._reports: list[EvictionReport] = []
+        self._reports: list[PendingReport] = []
         device, num_layers = pool.pages.device, pool.num_layers
         # Row 0 stays zero: it serves requests that are not evicted.
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # Reused by every step.
+        self._max_table_width = max_table_width
+        # Reused by every step, and known to CUDA graphs.
         self._block_table = torch.zeros(
             num_layers * max_num_reqs * max_table_width, dtype=torch.int32, device=device
         )
@@ -81,12 +94,26 @@ class EvictionWorker:
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
 
+    def begin_output(self, ended: Iterable[str], admitted: Iterable[str] | None) -> None:
+        """Hear of a scheduler's output before the runner does.
+
+        Args:
+            ended: requests that ended or were preempted: what they held is not kept until another
+                step is planned.
+            admitted: those that may be observed from now on; None: everybody always.
+        """
+        for request_id in ended:
+            self.requests.drop(request_id)
+        if admitted is not None:
+            self.admitted = (self.admitted or set()).difference(ended).union(admitted)
+
     def begin_step(
         self,
         rows: Sequence[BatchRow],
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
+        graph: GraphShape | None = None,
     ) -> EvictionStep | None:
         """Plan a step.
 
@@ -95,49 +122,51 @@ class EvictionWorker:
             block_table: int32 ``[>= R, C]``.
             query_start_loc: int32 ``[>= R + 1]``.
             seq_lens: logical lengths after the step, int32 ``[>= R]``.
+            graph: of the full CUDA graph that runs the step or is captured of it; the tensors
+                are then padded to it, and the layers' tables are where every such graph finds
+                them.
 
         Returns:
             The step, or None when vLLM's own path serves it unchanged.
         """
-        num_reqs = len(rows)
+        num_reqs = graph.num_reqs if graph else len(rows)
         evicted = [
             (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
             for s in (row.state for row in rows)
         ]
-        numbers = plan_step(rows, self.pool.block_size, self.pool.num_layers)
+        numbers = plan_step(rows, self.pool.block_size, self.pool.num_layers, self.admitted)
         for state in numbers.declined:
-            self._reports.append(EvictionReport(state.observation_seconds))
+            assert state.observed is not None
+            self._reports.append(partial(_report, state.observed.stopwatch))
             state.observed = None
-        if numbers.is_plain:
+        if numbers.is_plain and graph is None:
             return None
         block_table = block_table[:num_reqs]
         query_start_loc = query_start_loc[: num_reqs + 1]
         tables = None
-        if numbers.any_evicted:
-            tables = self._tables(
-                evicted,
-                sum(row.num_scheduled for row in rows),
-                min(numbers.table_width, block_table.shape[1]),
-                block_table,
-                query_start_loc,
-                seq_lens[:num_reqs],
-            )
+        if graph is not None:
+            assert not numbers.observations and not numbers.finishes, "a graph cannot observe"
+            evicted += [(0, 0, 0, 0)] * (num_reqs - len(rows))
+            tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
+        elif numbers.any_evicted:
+            num_tokens = sum(row.num_scheduled for row in rows)
+            width = min(numbers.table_width, block_table.shape[1])
+            tables = self._views(num_reqs, num_tokens, width)
+        if tables is not None:
+            self._fill(tables, evicted, block_table, query_start_loc, seq_lens[:num_reqs])
         return EvictionStep(
             numbers.observations, numbers.finishes, block_table, query_start_loc, tables
         )
 
-    def _tables(
+    def _fill(
         self,
+        tables: LayerTables,
         evicted: list[tuple[int, int, int, int]],
-        num_tokens: int,
-        width: int,
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
-    ) -> LayerTables:
-        out = self._views(len(evicted), num_tokens, width)
-        columns = torch.tensor([*zip(*evicted, strict=True)], dtype=torch.int64)
-        columns = columns.to(block_table.device, non_blocking=True)
+    ) -> None:
+        columns = to_device([*zip(*evicted, strict=True)], block_table.device)
         evicted_tokens, prompt_blocks, kept_blocks, slot = columns
         layer_tables(
             block_table,
@@ -150,9 +179,8 @@ class EvictionWorker:
             self.pool.block_size,
             self.pool.layer_stride,
             self.pool.block_stride,
-            out,
+            tables,
         )
-        return out
 
     def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
         """The buffers in the shapes of a step; steps that follow one another mostly share them."""
@@ -180,7 +208,6 @@ class EvictionWorker:
             softcap: logit soft cap, 0 for none.
         """
         for observation in step.observations:
-            began = time.perf_counter()
             state = observation.state
             if state.observed is None:
                 state.observed = Observed(
@@ -191,21 +218,21 @@ class EvictionWorker:
                     query.device,
                 )
             row = step.block_table[observation.row, : observation.num_blocks]
-            state.observed.add(
-                layer,
-                query[observation.query_start : observation.query_end],
-                PagedKeys(self.pool, layer, row),
-                observation.first_position,
-                scale,
-                softcap,
-            )
-            state.observation_seconds += time.perf_counter() - began
+            with state.observed.stopwatch:
+                state.observed.add(
+                    layer,
+                    query[observation.query_start : observation.query_end],
+                    PagedKeys(self.pool, layer, row),
+                    observation.first_position,
+                    scale,
+                    softcap,
+                )
         step.layers_done += 1
         if step.layers_done == self.pool.num_layers and step.finishes:
             self._evict_all(step)
 
-    def take_reports(self) -> list[EvictionReport]:
-        """The evictions since the last call."""
+    def take_reports(self) -> list[PendingReport]:
+        """Of the evictions since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
@@ -225,7 +252,6 @@ class EvictionWorker:
     def _evict(
         self, step: EvictionStep, finish: Finish, observed: Observed, dense_entries: torch.Tensor
     ) -> None:
-        began = time.perf_counter()
         state, pool = finish.state, self.pool
         policy = state.config.policy
         grids = state.grids() if policy.wants_grids or self._trace_file is not None else ()
@@ -238,39 +264,41 @@ class EvictionWorker:
                 policy.name,
             )
         prompt = Prompt(finish.prompt_tokens, state.visual, grids, self.shard, self.ranks.mean)
-        choice = choose(
-            policy,
-            state.config.budget,
-            observed,
-            dense_entries,
-            prompt,
-            self.num_heads,
-            policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
-            finish.kept_blocks,
-            pool.block_size,
-        )
-        kept_pages, positions = choice.kept_pages, choice.positions
-        row = step.block_table[finish.row].long()
-        end = finish.prompt_blocks + finish.kept_blocks
-        prompt_row, kept_row = row[: finish.prompt_blocks], row[finish.prompt_blocks : end]
-        compact(pool, prompt_row, kept_row, kept_pages, positions)
-        while state.slot >= len(self._kept_pages):  # preempted requests hold slots while they wait
-            self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
-        self._kept_pages[state.slot] = kept_pages
+        stopwatch = Stopwatch(pool.device)
+        with stopwatch:
+            choice = choose(
+                policy,
+                state.config.budget,
+                observed,
+                dense_entries,
+                prompt,
+                self.num_heads,
+                policy.observation_start(state.vision_end, finish.prompt_tokens),  # type: ignore[arg-type]
+                finish.kept_blocks,
+                pool.block_size,
+            )
+            row = step.block_table[finish.row].long()
+            end = finish.prompt_blocks + finish.kept_blocks
+            prompt_row, kept_row = row[: finish.prompt_blocks], row[finish.prompt_blocks : end]
+            compact(pool, prompt_row, kept_row, choice.kept_pages, choice.positions)
+            while state.slot >= len(self._kept_pages):  # preempted requests keep theirs
+                more = torch.zeros_like(self._kept_pages)
+                self._kept_pages = torch.cat((self._kept_pages, more))
+            self._kept_pages[state.slot] = choice.kept_pages
         state.observed = None
-        kept_tokens = (kept_pages * pool.block_size).tolist()
+        kept_tokens = Fetched(choice.kept_pages * pool.block_size)
         self._reports.append(
-            EvictionReport(
-                state.observation_seconds,
-                time.perf_counter() - began,
-                {
-                    layer: tokens / finish.prompt_tokens
-                    for layer, tokens in zip(self._layer_numbers, kept_tokens, strict=True)
-                },
+            partial(
+                _report,
+                observed.stopwatch,
+                stopwatch,
+                kept_tokens,
+                self._layer_numbers,
+                finish.prompt_tokens,
             )
         )
         if self._trace_file is not None:
-            self._trace(finish, prompt, choice, observed, kept_tokens)
+            self._trace(finish, prompt, choice, observed, kept_tokens.wait().tolist())
 
     def _trace(
         self,
@@ -306,6 +334,21 @@ class EvictionWorker:
         assert self._trace_file is not None
         # One write: workers of several engines may share the file.
         os.write(self._trace_file, (json.dumps(record) + "\n").encode())
+
+
+def _report(
+    observation: Stopwatch,
+    compaction: Stopwatch | None = None,
+    kept_tokens: Fetched | None = None,
+    layer_numbers: Sequence[int] = (),
+    prompt_tokens: int = 0,
+) -> EvictionReport:
+    """Made when the device has come so far."""
+    if compaction is None or kept_tokens is None:
+        return EvictionReport(observation.seconds())
+    kept = zip(layer_numbers, kept_tokens.wait().tolist(), strict=True)
+    shares = {layer: tokens / prompt_tokens for layer, tokens in kept}
+    return EvictionReport(observation.seconds(), compaction.seconds(), shares)
 
 
 def _rounded(values: torch.Tensor) -> Any:

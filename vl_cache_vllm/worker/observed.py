@@ -3,6 +3,7 @@
 
 import torch
 
+from vl_cache_vllm.ops.device import Stopwatch
 from vl_cache_vllm.ops.diversity import key_similarity
 from vl_cache_vllm.ops.observe import elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
@@ -20,7 +21,7 @@ class Observed:
 
     ``column_sums``, float32 ``[num_layers, num_kv_heads, tokens]``, and ``dense_entries``, int64
     ``[num_layers]``, are those of `observe`; ``similarity`` is that of `key_similarity`, shaped as
-    the sums, None for a policy without diversity.
+    the sums, None for a policy without diversity. ``stopwatch`` is for who adds to them.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Observed:
     ) -> None:
         self._policy = policy
         self.tokens = tokens
+        self.stopwatch = Stopwatch(device)
         self.column_sums = torch.zeros(num_layers, num_kv_heads, tokens, device=device)
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self.similarity = torch.zeros_like(self.column_sums) if policy.diversity else None

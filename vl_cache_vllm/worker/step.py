@@ -40,7 +40,6 @@ class RequestState:
     grids: Callable[[], tuple[PatchGrid, ...]] = tuple
 
     observed: Observed | None = None  # from the first observed query to the eviction
-    observation_seconds: float = 0.0
 
     # After eviction, all in tokens or blocks of the logical sequence; 0 before.
     evicted_tokens: int = 0  # E
@@ -109,8 +108,19 @@ class StepNumbers:
         return not (self.observations or self.finishes or self.any_evicted)
 
 
-def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> StepNumbers:
+def plan_step(
+    rows: Sequence[BatchRow],
+    block_size: int,
+    num_layers: int,
+    admitted: Container[str] | None = None,
+) -> StepNumbers:
     """Find the rows to observe, to finish, and to read through per-layer tables.
+
+    Args:
+        rows: the batch.
+        block_size: tokens of a block.
+        num_layers: of the pool.
+        admitted: ids of the requests that may be observed; None: all.
 
     A row longer than its computed tokens need ends its prefill in this step: the surplus are the
     M kept blocks that the scheduler reserved. Updates the states of finishing rows, so that the
@@ -128,17 +138,19 @@ def plan_step(rows: Sequence[BatchRow], block_size: int, num_layers: int) -> Ste
             )
             width = max(width, kept_bound + cdiv(end - state.evicted_tokens, block_size))
         else:
-            if state.observed is not None and row.num_computed >= state.prefill_tokens:
-                declined.append(state)
             num_blocks = cdiv(end, block_size)
             width = max(width, num_blocks)
-            observation = _observe_row(index, row, query_start, block_size)
-            if observation is not None:
-                observations.append(observation)
             # Longer rows elsewhere hold room for draft tokens that were rejected.
             kept_blocks = row.num_blocks - num_blocks if end == state.prefill_tokens else 0
+            is_declined = end >= state.prefill_tokens and kept_blocks <= 0
             if kept_blocks > 0:
                 finishes.append(Finish(index, state, end, num_blocks, kept_blocks))
+            if is_declined and state.observed is not None:
+                declined.append(state)
+            if not is_declined and (admitted is None or state.request_id in admitted):
+                observation = _observe_row(index, row, query_start, block_size)
+                if observation is not None:
+                    observations.append(observation)
         query_start += row.num_scheduled
     for finish in finishes:
         state = finish.state

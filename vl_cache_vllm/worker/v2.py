@@ -3,12 +3,14 @@
 
 from typing import Any
 
-from vllm.v1.core.sched.output import NewRequestData
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vl_cache_vllm.worker.attach import EvictedGroup, attach_step
-from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.eviction import EvictionWorker, GraphShape
 from vl_cache_vllm.worker.step import BatchRow
 
 
@@ -28,6 +30,7 @@ class V2Adapter:
             state.remove_request,
             state.prepare_attn,
         )
+        self._gather = runner.gather_batch_req_state
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request starts, or starts over after a preemption."""
@@ -47,15 +50,55 @@ class V2Adapter:
         self._remove(req_id)
         self._worker.requests.drop(req_id)
 
-    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        metadata = self._prepare(input_batch, *args, **kwargs)
+    def gather_batch_req_state(
+        self, scheduler_output: SchedulerOutput, dummy_run: bool
+    ) -> tuple[Any, int | None]:
+        """Keeps prefills out of full CUDA graphs, where no query could be observed.
+
+        vLLM runs a prefill's last chunk as a decode if it is a single token.
+        """
+        batch, uniform_token_count = self._gather(scheduler_output, dummy_run)
+        if batch is not None and batch.has_prefill:
+            return batch, None
+        return batch, uniform_token_count
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        metadata = self._prepare(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
+        is_capture = bool(kwargs.get("for_capture"))
+        rows = [] if is_capture else self._rows(input_batch)
+        if rows is None:
+            return metadata
+        graph = None
+        if is_capture or cudagraph_mode == CUDAGraphMode.FULL:
+            graph = GraphShape(
+                input_batch.num_reqs_after_padding, input_batch.num_tokens_after_padding
+            )
+        step = self._worker.begin_step(
+            rows,
+            block_tables[self._group.index],
+            input_batch.query_start_loc,
+            input_batch.seq_lens,
+            graph,
+        )
+        if step is not None:
+            attach_step(metadata, self._worker, step, self._group)
+        return metadata
+
+    def _rows(self, input_batch: InputBatch) -> list[BatchRow] | None:
+        """None: a dummy batch."""
         states = [self._worker.requests.get(req_id) for req_id in input_batch.req_ids]
-        if kwargs.get("for_capture") or None in states:
-            return metadata  # a dummy batch: warm-up or graph capture
-        group = self._group.index
+        if None in states:
+            return None
         slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
-        num_blocks = self._runner.block_tables.num_blocks.np[group, slots]
-        rows = [
+        num_blocks = self._runner.block_tables.num_blocks.np[self._group.index, slots]
+        return [
             BatchRow(state, int(computed), int(scheduled), int(blocks))  # type: ignore[arg-type]
             for state, computed, scheduled, blocks in zip(
                 states,
@@ -65,12 +108,3 @@ class V2Adapter:
                 strict=True,
             )
         ]
-        step = self._worker.begin_step(
-            rows,
-            self._runner.block_tables.input_block_tables[group],
-            input_batch.query_start_loc,
-            input_batch.seq_lens,
-        )
-        if step is not None:
-            attach_step(metadata, self._worker, step, self._group)
-        return metadata

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up prompt goes the way of a real one, whatever the settings are."""
+
+import pytest
+import torch
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.policy import Shard
+from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearsed
+
+NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE = 3, 2, 16
+
+
+def rehearsal_of(
+    config: KVCompressConfig, tokens: int, room: int
+) -> tuple[Rehearsal, EvictionWorker]:
+    pool = blank_pool(NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 32, torch.float32, torch.device("cpu"))
+    worker = EvictionWorker(
+        rehearsed(config),
+        pool,
+        num_heads=4,
+        max_num_reqs=2,
+        max_num_tokens=64,
+        max_table_width=tokens // BLOCK_SIZE + 2,
+        shard=Shard(),
+    )
+    return Rehearsal(worker, tokens, room, num_heads=4), worker
+
+
+@pytest.mark.parametrize("tokens", [64, 333, 1000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "vlcache"},
+        {"policy": "vlcache-plus"},
+        {"policy": "vlcache", "budget": 1.0, "min_prompt_tokens": 5000},
+        {"policy": "vlcache", "diversity": 0.5},
+        {"policy": "vlcache", "elite_window": 0.3, "max_observation_tokens": 90},
+        {"policy": "h2o"},
+        {"policy": "snapkv", "max_observation_tokens": 200},
+        {"policy": "pyramidkv"},
+        {"policy": "streamingllm"},
+        {"policy": "random"},
+    ],
+    ids=lambda settings: settings["policy"],
+)
+def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
+    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict(settings), tokens, 2 * tokens)
+    rehearsal.observe()
+    state = worker.requests.get("rehearsal")
+    assert state is not None
+    rehearsal.evict()
+    assert state.evicted_tokens == tokens
+    assert worker._kept_pages[state.slot].sum() == state.kept_blocks * NUM_LAYERS
+    assert not worker.take_reports()
+
+
+def test_nobody_hears_of_it(tmp_path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    config = KVCompressConfig.from_dict({"policy": "vlcache", "trace_path": str(trace)})
+    rehearsal, _ = rehearsal_of(config, 100, 100)
+    rehearsal.observe()
+    rehearsal.evict()
+    assert not trace.exists()
+
+
+def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
+    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
+    rehearsal.observe()
+    state = worker.requests.get("rehearsal")
+    assert state is not None and state.observed is not None
+    held = state.observed.column_sums.numel() + rehearsal._others.column_sums.numel()
+    assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between host and device without waiting for the device."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+
+
+def to_device(
+    values: Sequence[int] | Sequence[Sequence[int]], device: torch.device
+) -> torch.Tensor:
+    """Numbers that the host knows, int64."""
+    numbers = torch.tensor(values, dtype=torch.int64)
+    if device.type == "cpu":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
+class Fetched:
+    """A copy of a device's tensor for the host, which is there when the device has come so far."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        if values.device.type == "cpu":
+            self._values = values.clone()
+            return
+        self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._ready = torch.cuda.Event()
+        self._ready.record()
+
+    def wait(self) -> torch.Tensor:
+        """The values; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._values
+
+
+class Stopwatch:
+    """Seconds that a device spends in blocks of code: ``with stopwatch: ...``.
+
+    On a GPU between events of its stream, which includes what the host leaves it idle in a block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._began = 0.0
+        self._events: list[torch.cuda.Event] = []  # begin, end, begin, end, ...
+
+    def __enter__(self) -> None:
+        if self._is_cuda:
+            self._record()
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._is_cuda:
+            self._record()
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def _record(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def seconds(self) -> float:
+        """Of all blocks; waits for the device."""
+        if self._events:
+            self._events[-1].synchronize()
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
+        return self._seconds + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
