@@ -87,18 +87,16 @@ class Prompt:
         prompt_blocks = tokens // block_size
         self.kept_blocks = max(1, round(BUDGET * prompt_blocks))
         num_blocks = prompt_blocks + self.kept_blocks
-        cells = torch.arange(block_size * 2 * shape.head_size, device=device)
-        key, value = cells.view(block_size, 2, shape.head_size).unbind(1)
         self.pool = PagePool(
             torch.randn(
                 num_blocks * shape.num_layers,
                 shape.num_kv_heads,
-                len(cells),
+                block_size * 2 * shape.head_size,
                 generator=generator,
                 device=device,
                 dtype=self.dtype,
             ),
-            PagePacking(key.contiguous(), value.contiguous()),
+            PagePacking.side_by_side(block_size, shape.head_size, 2 * shape.head_size),
             shape.num_layers,
             layer_stride=num_blocks,
             block_stride=1,

@@ -12,7 +12,9 @@ BLOCK = 128
 
 # One compilation serves all batches.
 @triton.jit(
-    do_not_specialize=["width", "num_tokens", "num_columns", "layer_stride", "block_stride"],
+    do_not_specialize=[
+        *("row_stride", "num_columns", "width", "num_tokens", "layer_stride", "block_stride")
+    ],
     do_not_specialize_on_alignment=["evicted_tokens", "prompt_blocks", "kept_blocks"],
 )
 def layer_tables_kernel(

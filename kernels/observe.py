@@ -19,6 +19,7 @@ import triton.language as tl
 from vl_cache_vllm.ops.page_pool import PagedKeys
 
 ROWS, KEYS = 64, 64  # of a program
+SPLITS = 16  # whose statistics are combined at once
 PROGRAMS_PER_SM = 2
 
 
@@ -208,7 +209,6 @@ def columns_kernel(
     )
     column = tl.zeros((KEYS,), tl.float32)
     dense = tl.zeros((KEYS,), tl.int32)
-    split = tl.arange(0, SPLITS)
     # Queries before the tile's first key do not see it.
     first_row = tl.maximum(0, first_key - first_position) * GROUP // ROWS * ROWS
     for start in range(first_row, num_rows, ROWS):
@@ -216,13 +216,20 @@ def columns_kernel(
         queries = _load_queries(
             query, query_stride, query_head_stride, kv_head, row, num_rows, head_size, GROUP, E
         )
-        place = (split[:, None] * tl.num_programs(1) + kv_head) * num_rows + row[None, :]
-        exists = (split < num_splits)[:, None] & (row < num_rows)[None, :]
-        of_splits = tl.load(maxima + place, mask=exists, other=float("-inf"))
-        maximum = tl.max(of_splits, 0)
+        maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for first_split in range(0, num_splits, SPLITS):
+            split = first_split + tl.arange(0, SPLITS)
+            place = (split[:, None] * tl.num_programs(1) + kv_head) * num_rows + row[None, :]
+            exists = (split < num_splits)[:, None] & (row < num_rows)[None, :]
+            of_splits = tl.load(maxima + place, mask=exists, other=float("-inf"))
+            before, maximum = maximum, tl.maximum(maximum, tl.max(of_splits, 0))
+            base = tl.where(row < num_rows, maximum, 0.0)
+            shares = tl.load(sums + place, mask=exists, other=0.0)
+            shares *= tl.exp(of_splits - base[None, :])
+            total = total * tl.exp(before - base) + tl.sum(shares, 0)
         base = tl.where(row < num_rows, maximum, 0.0)
-        total = tl.load(sums + place, mask=exists, other=0.0) * tl.exp(of_splits - base[None, :])
-        total = tl.where(row < num_rows, tl.sum(total, 0), 1.0)
+        total = tl.where(row < num_rows, total, 1.0)
 
         logits = _logits(queries, keys, scale, softcap, HAS_SOFTCAP, WIDENS)
         is_seen = position[None, :] <= (first_position + row // GROUP)[:, None]
@@ -321,7 +328,7 @@ def observe_blocks(
         column_sums.stride(0),
         dense_entries,
         HAS_WEIGHTS=query_weights is not None,
-        SPLITS=triton.next_power_of_2(num_splits),
+        SPLITS=SPLITS,
         **shape,
     )
 

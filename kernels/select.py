@@ -114,6 +114,6 @@ def select(
         max_kept,
         RECENT_RATIO=recent_ratio,
         HAS_PRECEDENCE=precedence is not None,
-        BLOCK=min(BLOCK, max(16, triton.next_power_of_2(num_tokens))),
+        BLOCK=BLOCK,
     )
     return positions

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
-from vl_cache_vllm.config import settings_of
 from vl_cache_vllm.hooks import GPU_BACKENDS, SUPPORTED_VLLM
 
 if TYPE_CHECKING:
@@ -103,7 +102,6 @@ def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
     attention = vllm_config.attention_config
     backend = attention.backend_per_kind.get("full_attention") or attention.backend
     cache_dtype = vllm_config.cache_config.cache_dtype
-    settings = settings_of(vllm_config)
     checks = (
         (
             os.environ.get(TRY_GPU) != "1",
@@ -125,11 +123,8 @@ def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
             f"KV cache type {cache_dtype} on a GPU: use --kv-cache-dtype auto",
         ),
         (
-            vllm_config.model_config.is_mm_prefix_lm
-            and settings is not None
-            and not settings.policy.post_vision_only,
-            "queries of visual tokens of a model that attends in both directions inside images: "
-            "use a policy with post_vision_only",
+            vllm_config.model_config.is_mm_prefix_lm,
+            "models that attend in both directions inside images, on a GPU",
         ),
     )
     return [reason for condition, reason in checks if condition]

@@ -548,6 +548,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "worker/eviction.py": (
         LOGGER,
+        Called("vllm.utils.math_utils:round_up", "x, y"),
         Has("vllm.logger:_VllmLogger", "warning_once"),
         Has("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_output_tokens"),
     ),
@@ -604,6 +605,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
         Has("vllm.config:VllmConfig", "device_config model_config scheduler_config"),
         Has("vllm.config:DeviceConfig", "device_type"),
+        Has(f"{KV_INTERFACE}:AttentionSpec", "num_kv_heads"),
         Has("vllm.config:ModelConfig", "max_model_len"),
         Has("vllm.config:SchedulerConfig", "max_num_batched_tokens"),
     ),

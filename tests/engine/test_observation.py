@@ -126,6 +126,9 @@ def test_room_of_an_engine() -> None:
         model_config=SimpleNamespace(max_model_len=4096),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
     )
-    assert room_for(config) == 12288
+    layers: Any = [SimpleNamespace(num_kv_heads=8)] * 32
+    assert room_for(config, layers) == 262144
+    config.scheduler_config.max_num_batched_tokens = 1 << 20
+    assert room_for(config, layers) == 4096 + (1 << 20)
     config.device_config.device_type = "cpu"
-    assert room_for(config) is None
+    assert room_for(config, layers) is None

@@ -26,8 +26,7 @@ def make_packing(kind: str, block_size: int, head_size: int, num_kv_heads: int) 
     """
     if kind in ("side-by-side", "interleaved"):
         token_stride = 2 * head_size * (num_kv_heads if kind == "interleaved" else 1)
-        keys = torch.arange(block_size)[:, None] * token_stride + torch.arange(head_size)
-        return PagePacking(keys, keys + head_size)
+        return PagePacking.side_by_side(block_size, head_size, token_stride)
     cells = block_size * head_size
     offsets = torch.arange(2 * cells)
     if kind == "random":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number
+from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.ops.observe import elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
 
@@ -253,6 +254,26 @@ def test_large_logits_do_not_overflow() -> None:
     sums, dense = run(query * 1e4, key * 1e4, 17)
     assert torch.isfinite(sums).all()
     assert dense == 6
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("programs", [16, 17, 40])
+def test_keys_split_over_many_programs(
+    implementation: str, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a large GPU does for few queries: statistics of up to 40 splits are combined."""
+    if implementation != "triton":
+        pytest.skip("only Triton's kernels split")
+    from vl_cache_vllm.kernels import observe as kernels
+
+    monkeypatch.setattr(kernels, "_num_programs", lambda _: programs)
+    query, key = random_case(3, 64 * 40 - 7, 1, 2, 16)
+    first = key.shape[1] - 3
+    with dispatch.use("torch"):
+        expected, expected_dense = run(query, key, first)
+    sums, dense = run(query, key, first)
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
+    assert dense == expected_dense
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)

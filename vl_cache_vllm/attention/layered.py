@@ -94,10 +94,7 @@ class LayeredAttention:
             ValueError: if the page cannot be evicted token by token.
         """
         cache = layer.kv_cache  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-        token = torch.arange(cache.shape[2], device=cache.device)[:, None]
-        element = torch.arange(layer.head_size, device=cache.device)
-        key = token * cache.stride(2) + element
-        return PagePacking(key, key + layer.head_size)
+        return PagePacking.side_by_side(cache.shape[2], layer.head_size, cache.stride(2))
 
     def forward(
         self,
@@ -141,7 +138,11 @@ class LayeredAttention:
             # Stored keys times the layer's scale are the keys.
             key_scale = layer._k_scale_float if is_quantized_kv_cache(ours.kv_cache_dtype) else 1.0
             running.worker.layer_done(
-                running.step, layer_index, query, ours.scale * key_scale, ours.logits_soft_cap
+                running.step,
+                layer_index,
+                query,
+                ours.scale * key_scale,
+                float(ours.logits_soft_cap),  # vLLM's int 0 would be another type for Triton
             )
         return output
 

@@ -6,8 +6,11 @@ workers so with that step's output. Without room, a request that waits for its f
 on; one that runs already is not evicted.
 """
 
+from collections.abc import Sequence
+
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 _ATTRIBUTE = "kv_compress_admitted"
 
@@ -58,12 +61,19 @@ def announced(output: SchedulerOutput) -> list[str] | None:
     return getattr(output, _ATTRIBUTE, None)
 
 
-def room_for(vllm_config: VllmConfig) -> int | None:
-    """Tokens that workers observe at once: those of a step beside the longest prompt's.
+def room_for(vllm_config: VllmConfig, layers: Sequence[AttentionSpec]) -> int | None:
+    """Tokens that workers observe at once: as many as 256 MiB of scores are for.
 
-    None for workers on a CPU, whose memory nobody profiles.
+    At least those of a step beside the longest prompt's. None for workers on a CPU, whose memory
+    nobody profiles.
+
+    Args:
+        vllm_config: the engine's.
+        layers: the evicted ones.
     """
     if vllm_config.device_config.device_type == "cpu":
         return None
+    token_bytes = sum(4 * layer.num_kv_heads for layer in layers)
     max_model_len = vllm_config.model_config.max_model_len
-    return max_model_len + vllm_config.scheduler_config.max_num_batched_tokens
+    least = max_model_len + vllm_config.scheduler_config.max_num_batched_tokens
+    return max(least, (256 << 20) // token_bytes)

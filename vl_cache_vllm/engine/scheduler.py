@@ -27,7 +27,10 @@ class _EvictionMixin:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
         (manager,) = (m for m in managers if isinstance(m, CompressedAttentionManager))
-        room = room_for(self.vllm_config)  # type: ignore[attr-defined]
+        groups = self.kv_cache_manager.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
+        group = groups[manager.kv_cache_group_id]
+        layers = [group.kv_cache_spec] * len(group.layer_names)
+        room = room_for(self.vllm_config, layers)  # type: ignore[attr-defined]
         manager.bind(self.requests.get, [m for m in managers if m is not manager], room)  # type: ignore[attr-defined]
         self._eviction_manager = manager
         self._sends_stats = SEND in os.environ

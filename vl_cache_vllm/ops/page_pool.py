@@ -72,6 +72,16 @@ class PagePacking:
     key_index: torch.Tensor  # int64 [block_size, head_size], element offsets
     value_index: torch.Tensor  # int64 [block_size, head_size]
 
+    @classmethod
+    def side_by_side(cls, block_size: int, head_size: int, token_stride: int) -> "PagePacking":
+        """K and V of a token and head lie together, as in vLLM's GPU caches.
+
+        The indices stay on the CPU: of regular orders only strides are used, and no device is asked
+        for them.
+        """
+        key = torch.arange(block_size)[:, None] * token_stride + torch.arange(head_size)
+        return cls(key, key + head_size)
+
     @cached_property
     def key(self) -> CellOrder:
         return CellOrder(self.key_index)

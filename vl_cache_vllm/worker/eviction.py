@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.utils.math_utils import round_up
 from vllm.v1.core.sched.output import CachedRequestData
 
 from vl_cache_vllm.config import KVCompressConfig
@@ -32,6 +33,8 @@ from vl_cache_vllm.worker.step import (
 )
 
 logger = init_logger(__name__)
+
+_ALIGNED_ENTRIES = 16  # of a row of a block table
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class EvictionWorker:
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
+        max_table_width = round_up(max_table_width, _ALIGNED_ENTRIES)
         self._max_table_width = max_table_width
         # Reused by every step, and known to CUDA graphs.
         self._block_table = torch.zeros(
@@ -150,7 +154,8 @@ class EvictionWorker:
             tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
         elif numbers.any_evicted:
             num_tokens = sum(row.num_scheduled for row in rows)
-            width = min(numbers.table_width, block_table.shape[1])
+            # Kernels of others specialise on the alignment of rows.
+            width = round_up(min(numbers.table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
             tables = self._views(num_reqs, num_tokens, width)
         if tables is not None:
             self._fill(tables, evicted, block_table, query_start_loc, seq_lens[:num_reqs])

@@ -30,9 +30,15 @@ class EvictionGPUWorker(EvictingWorker):
             for name, spec in self.get_kv_cache_spec().items()
             if isinstance(spec, CompressedAttentionSpec)
         }
+        if not specs:
+            raise ValueError(
+                "KV compression needs a layer of full attention on every pipeline stage: use a "
+                "smaller --pipeline-parallel-size"
+            )
         name, spec = next(iter(specs.items()))
         assert spec.kv_compress is not None and self.device is not None
-        num_heads = self.compilation_config.static_forward_context[name].num_heads
+        layer = self.compilation_config.static_forward_context[name]
+        num_heads = layer.num_heads
         pool = blank_pool(
             len(specs),
             spec.num_kv_heads,
@@ -42,11 +48,15 @@ class EvictionGPUWorker(EvictingWorker):
             self.device,
         )
         spec = replace(spec, kv_compress=rehearsed(spec.kv_compress))
-        tokens, room = self.model_config.max_model_len, room_for(self.vllm_config)
+        tokens, room = (
+            self.model_config.max_model_len,
+            room_for(self.vllm_config, [spec] * len(specs)),
+        )
         assert room is not None
         return Rehearsal(
             eviction_worker_over(pool, spec, self.vllm_config, [*specs], num_heads),
             tokens,
             room,
             num_heads,
+            float(layer.impl.logits_soft_cap),
         )

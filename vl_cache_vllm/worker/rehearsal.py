@@ -44,9 +44,8 @@ def blank_pool(
     """A pool of one block, packed as those of vLLM's GPU caches are."""
     content = 2 * head_size
     pages = torch.zeros(num_layers, num_kv_heads, block_size * content, dtype=dtype, device=device)
-    token = torch.arange(block_size, device=device)[:, None] * content
-    key = token + torch.arange(head_size, device=device)
-    return PagePool(pages, PagePacking(key, key + head_size), num_layers, 1, num_layers)
+    packing = PagePacking.side_by_side(block_size, head_size, content)
+    return PagePool(pages, packing, num_layers, 1, num_layers)
 
 
 class Rehearsal:
@@ -57,10 +56,14 @@ class Rehearsal:
         tokens: of the prompt.
         room: tokens under observation at once, of all prompts.
         num_heads: query heads on this worker.
+        softcap: the layers' logit soft cap, 0 for none.
     """
 
-    def __init__(self, worker: EvictionWorker, tokens: int, room: int, num_heads: int) -> None:
+    def __init__(
+        self, worker: EvictionWorker, tokens: int, room: int, num_heads: int, softcap: float = 0.0
+    ) -> None:
         self._worker, self._tokens, self._num_heads = worker, tokens, num_heads
+        self._softcap = softcap
         config, pool = worker.config, worker.pool
         queries = min(QUERIES, tokens // 4)
         self._starts = tokens - 2 * queries, tokens - queries
@@ -103,4 +106,4 @@ class Rehearsal:
         )
         if step is not None:
             for layer in range(pool.num_layers):
-                self._worker.layer_done(step, layer, query, 1.0, 0.0)
+                self._worker.layer_done(step, layer, query, 1.0, self._softcap)

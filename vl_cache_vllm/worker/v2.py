@@ -87,6 +87,8 @@ class V2Adapter:
             input_batch.seq_lens,
             graph,
         )
+        if is_capture and step is not None and step.tables is not None:
+            step.tables.slot_mapping.fill_(-1)  # as vLLM's: dummies write nothing
         if step is not None:
             attach_step(metadata, self._worker, step, self._group)
         return metadata
