@@ -14,7 +14,7 @@ What follows ``--`` goes to both servers.
 Answers have exactly their output length, as is usual for vLLM's benchmarks, if not ``--end-early``:
 then the model ends them, and the scheduler cannot know when.
 
-A profile is a set of defaults: ``cpu`` takes about 15 minutes on two cores, ``cpu-ample``, with a
+A profile is a set of defaults: ``cpu`` takes about 12 minutes on two cores, ``cpu-ample``, with a
 pool that limits neither, and ``cpu-early``, with answers that end early, 7 each; twice as long on
 cores that others use, too.
 """
@@ -58,8 +58,8 @@ _CPU: dict[str, Any] = {
     "image_size": shape.IMAGE_SIZE,
     "output_len": [16, 128, 512],
     "request_rate": [0.1, 0.2, math.inf],
-    "seconds": 20.0,
-    "num_prompts": 10,
+    "seconds": 15.0,
+    "num_prompts": 12,
     "other_prompts": 4,
     "server_arguments": [
         "--load-format=dummy",
@@ -77,7 +77,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "images": [2],
         "output_len": [128, 512],
         "request_rate": [math.inf],
-        "num_prompts": 12,
         "other_prompts": None,
         "server_arguments": [*_CPU["server_arguments"], "--num-gpu-blocks-override=2048"],
     },
