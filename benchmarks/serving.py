@@ -14,7 +14,7 @@ What follows ``--`` goes to both servers.
 Answers have exactly their output length, as is usual for vLLM's benchmarks, if not ``--end-early``:
 then the model ends them, and the scheduler cannot know when.
 
-A profile is a set of defaults: ``cpu`` takes about 12 minutes on two cores, ``cpu-ample``, with a
+A profile is a set of defaults: ``cpu`` takes 10 to 20 minutes on two cores, ``cpu-ample``, with a
 pool that limits neither, and ``cpu-early``, with answers that end early, 7 each; twice as long on
 cores that others use, too.
 """
