@@ -17,9 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 BLOCK_SIZE = 32
 POOL_BLOCKS = 160
@@ -28,16 +29,26 @@ QUESTION = "Describe everything that you can see in the picture, from left to ri
 
 
 @contextlib.contextmanager
+def wrapped(targets: list[tuple[type, str]], wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Methods replaced by what ``wrap`` makes of them."""
+    with contextlib.ExitStack() as stack:
+        for cls, name in targets:
+            method = getattr(cls, name)
+            stack.enter_context(mock.patch.object(cls, name, wrap(method)))
+        yield
+
+
+@contextlib.contextmanager
 def timed() -> Iterator[list[float]]:
     """Add up the time that a worker spends in our code, in methods that do not call one another."""
-    from vl_cache_vllm.attention.cpu import CompressedCPUAttentionImpl
+    from vl_cache_vllm.attention.layered import LayeredAttention
     from vl_cache_vllm.worker.eviction import EvictionWorker
     from vl_cache_vllm.worker.v1 import V1Adapter
 
     targets = [
         (V1Adapter, "_attach"),
         (EvictionWorker, "layer_done"),
-        (CompressedCPUAttentionImpl, "_layer_view"),
+        (LayeredAttention, "_layer_view"),
     ]
     spent = [0.0]
 
@@ -52,14 +63,8 @@ def timed() -> Iterator[list[float]]:
 
         return wrapper
 
-    originals = [(cls, name, getattr(cls, name)) for cls, name in targets]
-    for cls, name, method in originals:
-        setattr(cls, name, wrap(method))
-    try:
+    with wrapped(targets, wrap):
         yield spent
-    finally:
-        for cls, name, method in originals:
-            setattr(cls, name, method)
 
 
 def measure(

@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import machine, shape, tiny_models
+from benchmarks.smoke import wrapped
 from vl_cache_vllm.ops import dispatch
 
 BUDGET, OUTPUT_LEN = 0.25, 32
@@ -61,9 +62,6 @@ def forbidden_to_wait() -> Iterator[None]:
     """Our code raises where it waits for the device."""
     from vl_cache_vllm.worker.eviction import EvictionWorker
 
-    names = ("begin_step", "layer_done")
-    originals = {name: getattr(EvictionWorker, name) for name in names}
-
     def guarded(original: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             torch.cuda.set_sync_debug_mode("error")
@@ -74,13 +72,9 @@ def forbidden_to_wait() -> Iterator[None]:
 
         return run
 
-    for name, original in originals.items():
-        setattr(EvictionWorker, name, guarded(original))
-    try:
+    targets = [(EvictionWorker, name) for name in ("begin_step", "layer_done")]
+    with wrapped(targets, guarded):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(EvictionWorker, name, original)
 
 
 def run(model: Path, engine: Engine) -> tuple[list[dict[str, Any]], list[list[int]]]:

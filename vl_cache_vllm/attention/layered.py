@@ -117,10 +117,9 @@ class LayeredAttention:
             if running is not None:
                 layer_index = running.layer_index[layer.layer_name]
                 if running.step.tables is not None:
-                    if running.inputs is None:
-                        running.inputs = self.layer_inputs(kv_cache, attn_metadata, running)
-                    kv_cache = running.inputs.cache
-                    attn_metadata = running.inputs.metadata_of(layer_index)
+                    kv_cache, attn_metadata = self._layer_view(
+                        running, layer_index, kv_cache, attn_metadata
+                    )
             vllm_impl.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         vllm_impl.forward(
             layer,
@@ -145,6 +144,14 @@ class LayeredAttention:
                 float(ours.logits_soft_cap),  # vLLM's int 0 would be another type for Triton
             )
         return output
+
+    def _layer_view(
+        self, running: RunningStep, layer: int, kv_cache: torch.Tensor, metadata: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """The whole pool as this layer's cache, and the metadata with this layer's table."""
+        if running.inputs is None:
+            running.inputs = self.layer_inputs(kv_cache, metadata, running)
+        return running.inputs.cache, running.inputs.metadata_of(layer)
 
 
 class GPUPages:

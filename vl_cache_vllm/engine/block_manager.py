@@ -205,8 +205,10 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def _waits_for_room(self, request_id: str, num_tokens: int) -> bool:
         """Whether a request must not start yet, because others are being observed."""
+        if self.observed.is_empty:  # always, where observation is not bounded
+            return False
         request = self._lookup(request_id)
-        if request is None or request.status == RequestStatus.RUNNING or self.observed.is_empty:
+        if request is None or request.status == RequestStatus.RUNNING:
             return False
         plan = self._wants_room(request_id, num_tokens)
         return plan is not None and not self.observed.has_room(plan.prompt_tokens)

@@ -19,6 +19,11 @@ from vl_cache_vllm.worker.eviction import EvictionWorker
 from vl_cache_vllm.worker.ranks import tensor_parallel_ranks
 from vl_cache_vllm.worker.step import EvictionStep
 
+NO_FULL_ATTENTION = (
+    "KV compression needs a layer of full attention on every pipeline stage: use a smaller "
+    "--pipeline-parallel-size"
+)
+
 
 @dataclass(frozen=True)
 class EvictedGroup:
@@ -54,10 +59,7 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
             f"with a sliding window; this model's KV cache groups are: {kinds}"
         )
     if not groups[ours[0]].layer_names:
-        raise ValueError(
-            "KV compression needs a layer of full attention on every pipeline stage: use a "
-            "smaller --pipeline-parallel-size"
-        )
+        raise ValueError(NO_FULL_ATTENTION)
     return ours[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from vl_cache_vllm import hooks
 from vl_cache_vllm.engine.observation import room_for
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
-from vl_cache_vllm.worker.attach import eviction_worker_over
+from vl_cache_vllm.worker.attach import NO_FULL_ATTENTION, eviction_worker_over
 from vl_cache_vllm.worker.evicting import EvictingWorker
 from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearsed
 
@@ -31,14 +31,10 @@ class EvictionGPUWorker(EvictingWorker):
             if isinstance(spec, CompressedAttentionSpec)
         }
         if not specs:
-            raise ValueError(
-                "KV compression needs a layer of full attention on every pipeline stage: use a "
-                "smaller --pipeline-parallel-size"
-            )
+            raise ValueError(NO_FULL_ATTENTION)
         name, spec = next(iter(specs.items()))
         assert spec.kv_compress is not None and self.device is not None
         layer = self.compilation_config.static_forward_context[name]
-        num_heads = layer.num_heads
         pool = blank_pool(
             len(specs),
             spec.num_kv_heads,
@@ -48,15 +44,12 @@ class EvictionGPUWorker(EvictingWorker):
             self.device,
         )
         spec = replace(spec, kv_compress=rehearsed(spec.kv_compress))
-        tokens, room = (
-            self.model_config.max_model_len,
-            room_for(self.vllm_config, [spec] * len(specs)),
-        )
+        room = room_for(self.vllm_config, [*specs.values()])
         assert room is not None
         return Rehearsal(
-            eviction_worker_over(pool, spec, self.vllm_config, [*specs], num_heads),
-            tokens,
+            eviction_worker_over(pool, spec, self.vllm_config, [*specs], layer.num_heads),
+            self.model_config.max_model_len,
             room,
-            num_heads,
+            layer.num_heads,
             float(layer.impl.logits_soft_cap),
         )
