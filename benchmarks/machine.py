@@ -18,7 +18,7 @@ def describe() -> dict[str, object]:
     """Processor, cores, memory, GPU, and the versions of what is installed of what matters."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
-    names = ("torch", "triton", "transformers", "vllm", "vl-cache-vllm", "kvpress")
+    names = ("torch", "triton", "transformers", "vllm", "vl-cache-vllm", "xformers", "kvpress")
     versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

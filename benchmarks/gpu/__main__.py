@@ -47,6 +47,7 @@ def _stages() -> tuple[Stage, ...]:
     kernels = ("--block-size", "16", "--tokens", "2048", "8192", "32768")
     stages = [
         Stage("agreement", "engines evict alike; nothing waits", 8, ("benchmarks.gpu.agreement",)),
+        Stage("oracle", "observation beside xformers", 4, ("benchmarks.gpu.oracle",)),
     ]
     for shape in ("7b-mha", "7b-gqa"):
         gib = "24" if shape == "7b-mha" else "8"

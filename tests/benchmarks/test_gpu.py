@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import agreement
+from benchmarks.gpu import agreement, oracle
+from benchmarks.kernels import SHAPES, Prompt
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_every_stage_fits_into_a_call_and_is_a_command_of_ours(
         if module in parsers:
             parsers[module]().parse_args([*arguments, "--json", "file"])
         else:
-            assert module in ("benchmarks.gpu.agreement", kernels.__name__)
+            assert module in (agreement.__name__, oracle.__name__, kernels.__name__)
 
 
 def test_a_tree_becomes_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +104,29 @@ def test_what_two_engines_keep_in_common() -> None:
     other = {"kept_positions": [[[1, 2, 9], [4, 5, 6]]]}
     assert agreement.overlap(first, first) == 1.0
     assert agreement.overlap(first, other) == pytest.approx(5 / 6)
+
+
+def by_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool = True
+) -> torch.Tensor:
+    """In the place of xformers, which has no attention on CPUs."""
+    mask = causal_lower_right(query.shape[1], key.shape[1]) if is_causal else None
+    parts = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    found = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+    return found.transpose(1, 2)
+
+
+@pytest.mark.parametrize("tokens", [208, 1056])
+def test_observation_is_what_an_attention_says_of_itself(tokens: int) -> None:
+    prompt = Prompt(SHAPES["tiny"], tokens, 16, torch.device("cpu"))
+    assert oracle.compare(prompt, by_torch)["tokens"] == tokens
+    with pytest.raises(AssertionError, match="column_error"):
+        oracle.compare(prompt, lambda *tensors: by_torch(*tensors, is_causal=False))
+    with pytest.raises(AssertionError, match="nan"):
+        oracle.compare(prompt, lambda *tensors: by_torch(*tensors) * torch.nan)
+
+
+def test_says_that_xformers_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(SystemExit, match="pip install --no-deps xformers"):
+        oracle.main([])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observation beside xformers' attention, which shares no code with ours, torch's or vLLM's.
+
+    python -m benchmarks.gpu.oracle [--shapes 7b-gqa] [--tokens 2048 8192] [--json FILE]
+
+Where values are unit vectors, attention gives its own probabilities: column sums and dense entries
+follow from them without any softmax of ours. Then the time that xformers takes to attend with the
+same queries to the same prompt, keys and values side by side and without pages, beside the time of
+observation, which reads the keys alone, but twice.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from benchmarks.kernels import OBSERVED, SHAPES, THRESHOLD, Prompt, milliseconds
+from vl_cache_vllm.ops import dispatch
+
+BLOCK_SIZE = 16
+COLUMN_TOLERANCE = 1e-3  # relative; of sums of probabilities in float32
+DENSE_TOLERANCE = 1e-4  # of all entries: those on the threshold
+Row = dict[str, Any]
+# Query [1, Q, H, D], key and value [1, S, H, D], causal with the last query at the last key.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _xformers() -> Any:
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        sys.exit(f"xformers is needed ({error}): python -m pip install --no-deps xformers")
+    return fmha
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """By xformers."""
+    fmha = _xformers()
+    mask = fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    return fmha.memory_efficient_attention(query, key, value, attn_bias=mask)
+
+
+def probabilities(attention: Attention, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What an attention gives to each key, by giving it unit vectors as values.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``.
+        key: ``[num_kv_heads, num_keys, head_size]``.
+
+    Returns:
+        float32 ``[num_heads, num_queries, num_keys]``.
+    """
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, num_keys, _ = key.shape
+    key = key.transpose(0, 1).repeat_interleave(num_heads // num_kv_heads, 1)[None].float()
+    unit = torch.eye(head_size, device=key.device)[:, None].expand(-1, num_heads, -1)
+    parts = []
+    for start in range(0, num_keys, head_size):
+        width = min(head_size, num_keys - start)
+        value = torch.zeros_like(key)
+        value[0, start : start + width] = unit[:width]
+        parts.append(attention(query[None].float(), key, value)[0, ..., :width])
+    return torch.cat(parts, -1).transpose(0, 1)
+
+
+def compare(prompt: Prompt, attention: Attention) -> Row:
+    """Observation of the first layer beside the sums of an attention's probabilities.
+
+    Raises:
+        AssertionError: if they differ.
+    """
+    shape, row = prompt.shape, prompt.row[: -prompt.kept_blocks]
+    prompt.column_sums.zero_()
+    prompt.dense_entries.zero_()
+    prompt.observe()
+    found = probabilities(attention, prompt.query, prompt.pool.read_keys(0, row))
+    sums = found.unflatten(0, (shape.num_kv_heads, -1)).sum((1, 2))
+    dense = (found >= THRESHOLD * found.amax(-1, keepdim=True)).sum()
+    entries = shape.num_heads * OBSERVED * prompt.tokens
+    result = {
+        "tokens": prompt.tokens,
+        "column_error": float(((prompt.column_sums[0] - sums).abs() / sums).max()),
+        "dense_error": float((prompt.dense_entries[0] - dense).abs() / entries),
+    }
+    # Written so that nothing passes which is not a number.
+    agree = result["column_error"] <= COLUMN_TOLERANCE and result["dense_error"] <= DENSE_TOLERANCE
+    assert agree, result
+    return result
+
+
+def attend_all(prompt: Prompt) -> Callable[[], None]:
+    """The queries' attention to a whole prompt in all layers, as xformers takes grouped heads."""
+    fmha = _xformers()
+    shape = prompt.shape
+    group = shape.num_heads // shape.num_kv_heads
+    query = prompt.query.view(1, OBSERVED, shape.num_kv_heads, group, shape.head_size)
+    layers = torch.randn(
+        *(shape.num_layers, 2, 1, prompt.tokens, shape.num_kv_heads, 1, shape.head_size),
+        dtype=prompt.dtype,
+        device=prompt.row.device,
+    ).expand(-1, -1, -1, -1, -1, group, -1)
+
+    def run() -> None:
+        for key, value in layers:
+            fmha.memory_efficient_attention(query, key, value)
+
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shapes = ["7b-mha", "7b-gqa"]
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=shapes)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    _xformers()
+    if not torch.cuda.is_available():
+        sys.exit("xformers' attention needs a GPU")
+    device = torch.device("cuda")
+    rows = []
+    for name in options.shapes:
+        for tokens in options.tokens:
+            prompt = Prompt(SHAPES[name], tokens, BLOCK_SIZE, device)
+            with dispatch.use("triton"):
+                row = {
+                    "shape": name,
+                    **compare(prompt, causal_attention),
+                    "milliseconds": round(milliseconds(prompt.observe, device), 4),
+                    "xformers_milliseconds": round(milliseconds(attend_all(prompt), device), 4),
+                }
+            rows.append(row)
+            print(row, flush=True)
+            del prompt
+    if options.json:
+        machine.write_report(options.json, "benchmarks.gpu.oracle", arguments, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
