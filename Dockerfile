@@ -1,8 +1,8 @@
 # vLLM's official image plus this plugin. Build context: the repository.
 #   docker build -t vl-cache-vllm .
-#   docker run --gpus all -p 8000:8000 vl-cache-vllm MODEL
-# The CUDA attention backend is not part of this release: on the image's GPU platform `--kv-compress vlcache` is
-# refused at start-up, and without the flag vLLM is as it was.
+#   docker run --gpus all -e VL_CACHE_VLLM_TRY_GPU=1 -p 8000:8000 vl-cache-vllm MODEL --kv-compress vlcache
+# Experimental: eviction has not run on a GPU yet (docs/gpu-validation.md). Without the variable `--kv-compress`
+# is refused at start-up; without the flag vLLM is as it was.
 ARG VLLM_VERSION=v0.32.0
 FROM vllm/vllm-openai:${VLLM_VERSION}
 

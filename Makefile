@@ -2,6 +2,8 @@
 # Both build .venv first (vLLM's CPU build, this package, the tools) and reuse it while it is current.
 
 PYTHON ?= python3
+# Of PyTorch's CPU wheels, where pip's own index has the CUDA build only.
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp names what the environment was built from; a change of any of these rebuilds it.
@@ -20,7 +22,7 @@ env: $(STAMP)
 # kvpress (parity tests) without its dependencies: it declares a transformers older than vLLM's.
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade ./tools/vllm-cpu-shim
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps ./tools/vllm-cpu-shim
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -47,10 +49,10 @@ bench-smoke: env
 
 # One to two hours on two cores, which it wants for itself.
 bench: env
-	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
-	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --json benchmarks/results/serving-early.json
-	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --json benchmarks/results/serving-ample.json
-	$(RUN) $(BIN)/python -m benchmarks.offline --json benchmarks/results/offline.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --other-prompts 4 --json benchmarks/results/serving.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --num-prompts 32 --json benchmarks/results/serving-early.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --num-prompts 16 --json benchmarks/results/serving-ample.json
+	$(RUN) $(BIN)/python -m benchmarks.offline --repeats 3 --json benchmarks/results/offline.json
 	$(RUN) $(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.report
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def describe() -> dict[str, object]:
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    if commit := _commit():
+        versions["commit"] = commit
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": models[0] if models else platform.processor(),
@@ -32,6 +35,15 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def _commit() -> str:
+    """Of the tree that this file is part of; empty if it is in no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip()
+    return ""
 
 
 def write_report(path: Path, module: str, arguments: Sequence[str], **contents: Any) -> None:

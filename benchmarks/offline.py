@@ -12,8 +12,10 @@ The engines, each in a process of its own:
     snapkv  transformers with kvpress's SnapKV, which keeps as large a share
 
 All are loaded first. Then each row is measured by every engine in turn, ``--repeats`` times, while
-the others sleep, so that what is compared lies seconds apart. The slow transformers take part in
-the first ``--peer-repeats`` only. All times are reported, and their medians.
+the others sleep, so that what is compared lies seconds apart. With ``--one-at-a-time``, for devices
+that do not hold them all, an engine measures all that it will and goes before the next one loads.
+The slow transformers take part in the first ``--peer-repeats`` only. All times are reported, and
+their medians.
 
 A decode step reads every weight once, and every sequence's KV cache: the bound is the ratio of
 those bytes without and with eviction. Prefill reads no less with eviction: its bound is 1. The pool
@@ -52,12 +54,12 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
     return [(images, batch) for images, batch in pairs if images * batch <= options.max_images]
 
 
-def turns(options: argparse.Namespace) -> Iterator[list[str]]:
-    """The engines of each repeat, in their order."""
+def turns(options: argparse.Namespace, engines: Sequence[str]) -> Iterator[list[str]]:
+    """Of these engines, those of each repeat in their order."""
     for repeat in range(options.repeats):
         taking_part = [
             engine
-            for engine in options.engines
+            for engine in engines
             if engine not in TRANSFORMERS or repeat < options.peer_repeats
         ]
         yield taking_part[::-1] if repeat % 2 else taking_part
@@ -88,6 +90,19 @@ def times(ends: Sequence[float]) -> dict[str, float]:
 # vLLM
 
 
+def run_steps(core: Any) -> tuple[list[float], list[Any]]:
+    """When an engine began and when each of its steps gave outputs, and the last outputs.
+
+    With async scheduling a call may only have scheduled a step, whose outputs come with a later one.
+    """
+    ends, last = [time.perf_counter()], []
+    while core.has_unfinished_requests():
+        if outputs := core.step():
+            last = outputs
+            ends.append(time.perf_counter())
+    return ends, last
+
+
 @contextlib.contextmanager
 def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
     """One vLLM engine, in this process."""
@@ -113,7 +128,7 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
         max_num_batched_tokens=most_tokens,
         max_num_seqs=max(options.batch),
         kv_cache_memory_bytes=options.kv_cache_gib << 30,
-        gpu_memory_utilization=0.1,  # of the machine's memory: three of them share it
+        gpu_memory_utilization=0.1,  # of the machine's memory: several of them share it
         limit_mm_per_prompt={"image": max(options.images)},
         additional_config={} if engine == "stock" else {"kv_compress": settings},
     ) as llm:
@@ -123,10 +138,7 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
             for number, (text, pictures) in enumerate(prompts(images, batch)):
                 request: Any = {"prompt": text, "multi_modal_data": {"image": pictures}}
                 core.add_request(str(number), request, params)
-            ends = [time.perf_counter()]
-            while core.has_unfinished_requests():
-                outputs = core.step()
-                ends.append(time.perf_counter())
+            ends, outputs = run_steps(core)
             assert len(ends) == 1 + options.output_len, "the whole batch is prefilled in one step"
             prompt_tokens = len(outputs[0].prompt_token_ids or ())
             kept = float(prompt_tokens)
@@ -234,8 +246,10 @@ def serve(connection: Connection, model: Path, options: argparse.Namespace, engi
             connection.send(measure(*cell))
 
 
-def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
-    """Of each engine, of each repeat, its rows.
+def run(
+    model: Path, options: argparse.Namespace, names: Sequence[str]
+) -> dict[str, list[list[Row]]]:
+    """Of each of these engines, which are all loaded at once: of each repeat, its rows.
 
     Raises:
         EOFError: if an engine died; it has said why.
@@ -244,7 +258,7 @@ def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
     engines: dict[str, Connection] = {}
     processes = []
     try:
-        for engine in options.engines:
+        for engine in names:
             engines[engine], theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, model, options, engine))
             process.start()
@@ -252,7 +266,7 @@ def run(model: Path, options: argparse.Namespace) -> dict[str, list[list[Row]]]:
             theirs.close()
             assert engines[engine].recv() == "ready"
         runs: dict[str, list[list[Row]]] = {engine: [] for engine in engines}
-        for order in turns(options):
+        for order in turns(options, names):
             for engine in order:
                 runs[engine].append([])
             for cell in cells(options):
@@ -297,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
     add("--output-len", type=int, default=64, help="at least 2")
+    add("--one-at-a-time", action="store_true", help="do not load all engines at once")
     add("--repeats", type=int, default=5)
     add("--peer-repeats", type=int, default=1, help="of hf and snapkv")
     add("--shape", choices=shape.SHAPES, default="0.5b", help="of the language model")
@@ -323,7 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{'':<8}{'prompt':>8}{'batch':>6}{'kept':>8}{'prefill':>10}{'decode':>10}{'all, ms':>11}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        runs = run(shape.build(Path(folder) / "model", options.shape), options)
+        model = shape.build(Path(folder) / "model", options.shape)
+        groups = (
+            [[name] for name in options.engines] if options.one_at_a_time else [options.engines]
+        )
+        runs = {name: rows for group in groups for name, rows in run(model, options, group).items()}
     results = {engine: merge(found) for engine, found in runs.items()}
     if options.json:
         settings = {

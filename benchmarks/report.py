@@ -3,7 +3,8 @@
 
     python -m benchmarks.report [--check]
 
-Writes ``docs/benchmarks.md``; with ``--check`` it only says whether the page is up to date.
+Writes ``docs/benchmarks.md`` and the README's tables; with ``--check`` it only says whether they
+are up to date.
 """
 
 import argparse
@@ -19,6 +20,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "report.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+# Of waiting, for a median of who runs meanwhile.
+LEAST_SATURATED_SECONDS = 10.0
 NOT_MEASURED = "Not measured yet."
 
 Row = dict[str, Any]
@@ -54,6 +58,8 @@ def measured_on(report: Row) -> str:
         for name in ("vllm", "torch", "transformers", "kvpress", "vl-cache-vllm")
         if name in machine
     )
+    if "commit" in machine:
+        versions += f" at {machine['commit']}"
     processor = ", ".join(machine[name] for name in ("gpu", "processor") if name in machine)
     return (
         f"`{report['command']}`; {processor}, {machine['cores']} cores, "
@@ -86,13 +92,25 @@ def sweep(rows: list[Row]) -> list[Row]:
     return [row for row in rows if (row["images"], row["output_len"]) == first]
 
 
-def running(row: Row) -> float:
-    """Sequences that run while others wait, median; the most that did where none waits."""
-    return row.get("saturated", {}).get("running", row["most_running"])
+def running(row: Row) -> float | None:
+    """Sequences that run while others wait, median; None where too few wait for too short."""
+    saturated = row.get("saturated", {"seconds": 0})
+    return saturated["running"] if saturated["seconds"] >= LEAST_SATURATED_SECONDS else None
+
+
+def more_running(stock: Row, ours: Row) -> float | None:
+    """How many times as many sequences run, where both are saturated."""
+    before, after = running(stock), running(ours)
+    return after / before if before and after else None
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def throughput_table(results: dict[str, list[Row]]) -> str:
-    header = ["workload", "stock tokens/s", "ours", "ratio", "stock running", "ours", "ratio"]
+    header = ["workload", "requests", "stock tokens/s", "ours", "ratio", "stock running", "ours"]
+    header += ["ratio"]
     header += [
         "stock answering, mean",
         "ours",
@@ -106,12 +124,13 @@ def throughput_table(results: dict[str, list[Row]]) -> str:
         (
             [
                 workload(ours),
+                str(ours["num_prompts"]),
                 f"{stock['output_throughput']:.1f}",
                 f"{ours['output_throughput']:.1f}",
                 f"{ours['output_throughput'] / stock['output_throughput']:.2f}",
-                f"{running(stock):.1f}",
-                f"{running(ours):.1f}",
-                f"{running(ours) / running(stock):.1f}",
+                number(running(stock)),
+                number(running(ours)),
+                number(more_running(stock, ours)),
                 f"{stock['mean_answering']:.1f}",
                 f"{ours['mean_answering']:.1f}",
                 f"{stock['preemptions']:g}",
@@ -145,7 +164,8 @@ def headline(results: dict[str, list[Row]]) -> str:
     stock, ours = (sweep(results[arm])[-1] for arm in ("stock", "ours"))
     forms = (
         ("output tokens per second", lambda row: f"{row['output_throughput']:.1f}"),
-        ("sequences running, median while others wait", lambda row: f"{running(row):.1f}"),
+        ("sequences running, median while others wait", lambda row: number(running(row))),
+        ("sequences answering, mean of the whole run", lambda row: f"{row['mean_answering']:.1f}"),
         ("time to first token, median", lambda row: f"{row['ttft_p50_ms'] / 1000:.1f} s"),
         ("inter-token latency, median", lambda row: f"{row['itl_p50_ms']:.1f} ms"),
         ("preemptions", lambda row: f"{row['preemptions']:g}"),
@@ -271,10 +291,22 @@ def overhead_table(rows: list[Row]) -> str:
 # Goals and losses
 
 
-def verdict(met: bool | None) -> str:
+def verdict(met: bool | str | None) -> str:
+    if isinstance(met, str):
+        return met
     if met is None:
         return ""
     return "met" if met else "**missed**"
+
+
+def at_least(ratios: list[list[float]], least: float) -> tuple[str, bool | str]:
+    """What is said of rows' repeats that must all reach a ratio, and the verdict.
+
+    Medians that reach it while single repeats do not resolve nothing: the noise is larger.
+    """
+    median, worst = min(map(statistics.median, ratios)), min(map(min, ratios))
+    said = f"{median:.2f}x at least, {worst:.2f}x in the worst repeat"
+    return said, worst >= least or ("medians only" if median >= least else False)
 
 
 def goals(serving: Row, ample: Row | None, offline: Row, overhead: Row) -> str:
@@ -285,16 +317,14 @@ def goals(serving: Row, ample: Row | None, offline: Row, overhead: Row) -> str:
     }
     idle = max(share(row) for row in overhead["rows"] if row["budget"] == 1.0)
     stock, ours = (sweep(serving["results"][arm])[-1] for arm in ("stock", "ours"))
-    sequences = running(ours) / running(stock)
+    sequences = more_running(stock, ours)
     throughput = ours["output_throughput"] / stock["output_throughput"]
     lowest = ample and min(
         ours["output_throughput"] / stock["output_throughput"]
         for stock, ours in pairs(ample["results"], "stock", "ours")
     )
     rows = list(pairs(offline["results"], "stock", "ours"))
-    slowest = min(ratio_of(stock, ours, "end_to_end") for stock, ours in rows)
     long = [(stock, ours) for stock, ours in rows if stock["prompt_tokens"] >= 2000]
-    faster = min(ratio_of(stock, ours, "decode") for stock, ours in long)
     of_bound = min(
         ratio_of(stock, ours, "decode") / decode_bound(stock, ours) for stock, ours in long
     )
@@ -306,8 +336,8 @@ def goals(serving: Row, ample: Row | None, offline: Row, overhead: Row) -> str:
     found = (
         (
             f"limited pool, long answers ({workload(ours)}): at least 4x running sequences",
-            f"{sequences:.1f}x",
-            sequences >= 4,
+            f"{sequences:.1f}x" if sequences else NOT_MEASURED,
+            sequences and sequences >= 4,
         ),
         ("the same: at least 1.8x output throughput", f"{throughput:.2f}x", throughput >= 1.8),
         (
@@ -317,13 +347,11 @@ def goals(serving: Row, ample: Row | None, offline: Row, overhead: Row) -> str:
         ),
         (
             "one batch, end to end: never below 0.98x of stock",
-            f"{slowest:.2f}x at least",
-            slowest >= 0.98,
+            *at_least([_ratios(stock, ours, "end_to_end") for stock, ours in rows], 0.98),
         ),
         (
             "decode at equal batch, prompts of 2K tokens and more: faster than stock",
-            f"{faster:.2f}x at least",
-            faster > 1,
+            *at_least([_ratios(stock, ours, "decode") for stock, ours in long], 1.0),
         ),
         (
             "the same: within 15 % of the bound by bytes",
@@ -336,13 +364,13 @@ def goals(serving: Row, ample: Row | None, offline: Row, overhead: Row) -> str:
             apart <= 0.01,
         ),
         (
-            "the same, by the time spent in our code: within 1 %",
+            "the same, by the time spent in our code in the worker: within 1 %",
             f"{idle:.1%} of a step at most",
             idle <= 0.01,
         ),
         *(
             (
-                f"our share of a {step} step: at most {most:.0%}",
+                f"the worker's share of a {step} step in our code: at most {most:.0%}",
                 f"{shares[step]:.1%} at most",
                 shares[step] <= most,
             )
@@ -374,14 +402,15 @@ def losses(reports: dict[str, Row | None], offline: Row) -> str:
                         f"- {pool} pool, {workload(ours)}: {name} {worse:.0f} against "
                         f"{better:.0f} {unit}"
                     )
-    for stock, ours in pairs(offline["results"], "stock", "ours"):
-        for name in TIMES:
-            ratio = ratio_of(stock, ours, name)
-            if ratio < 1:
-                found.append(
-                    f"- one batch of {stock['batch']}, {stock['prompt_tokens']:,} tokens: "
-                    f"{name.replace('_', ' ')} {1 / ratio:.2f} times stock's"
-                )
+    for engine, how in (("ours", ""), ("whole", ", nothing evicted")):
+        for stock, ours in pairs(offline["results"], "stock", engine):
+            for name in TIMES:
+                ratio = ratio_of(stock, ours, name)
+                if ratio < 1:
+                    found.append(
+                        f"- one batch of {stock['batch']}, {stock['prompt_tokens']:,} tokens{how}: "
+                        f"{name.replace('_', ' ')} {1 / ratio:.2f} times stock's"
+                    )
     return "\n".join(found) or "- none"
 
 
@@ -413,13 +442,27 @@ def page() -> str:
     )
 
 
+def readme() -> str:
+    """The README's text with its tables: each stands between comments that name it."""
+    text = README.read_text()
+    for name, rows in (
+        ("headline", headline(load("serving")["results"])),
+        ("overhead", overhead_table(load("overhead")["rows"])),
+    ):
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + rows + end + rest.partition(end)[2]
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    text = page()
-    if parser.parse_args().check:
-        sys.exit(PAGE.read_text() != text and f"{PAGE.name} is not what the results say")
-    PAGE.write_text(text)
+    check = parser.parse_args().check
+    for path, text in ((PAGE, page()), (README, readme())):
+        if check and path.read_text() != text:
+            sys.exit(f"{path.name} is not what the results say")
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ _CPU: dict[str, Any] = {
     "request_rate": [0.1, 0.2, math.inf],
     "seconds": 15.0,
     "num_prompts": 12,
-    "other_prompts": 4,
+    "other_prompts": 3,
     "server_arguments": [
         "--load-format=dummy",
         "--block-size=32",

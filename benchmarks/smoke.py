@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 BLOCK_SIZE = 32
 POOL_BLOCKS = 160
 OUTPUT_TOKENS = 128
@@ -40,7 +42,13 @@ def wrapped(targets: list[tuple[type, str]], wrap: Callable[[Any], Any]) -> Iter
 
 @contextlib.contextmanager
 def timed() -> Iterator[list[float]]:
-    """Add up the time that a worker spends in our code, in methods that do not call one another."""
+    """Add up the time that a worker spends in our code, in methods that do not call one another.
+
+    Raises:
+        NotImplementedError: on the V2 model runner, where other methods plan the step.
+    """
+    if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise NotImplementedError("time in our code is taken on the V1 model runner only")
     from vl_cache_vllm.attention.layered import LayeredAttention
     from vl_cache_vllm.worker.eviction import EvictionWorker
     from vl_cache_vllm.worker.v1 import V1Adapter

@@ -417,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_models.build("llava", Path(scratch) / "llava", image_size=112)
         logs = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
         report = measure(
             model, logs, minutes=options.minutes, seed=options.seed, stock=not options.no_stock
         )

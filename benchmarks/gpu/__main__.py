@@ -10,10 +10,11 @@ vLLM was only unpacked, it is put together in a folder on PYTHONPATH.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,10 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS_TO_STOP = 20
 _OFFLINE = ("--engines", "stock", "ours", "whole", "--repeats", "3")
 
 
@@ -39,7 +42,8 @@ class Stage:
 
 
 def _offline(shape: str, name: str, what: str, *arguments: str) -> Stage:
-    command = ("benchmarks.offline", "--shape", shape, *_OFFLINE, *arguments)
+    # Three engines of 7B and their caches do not fit into 80 GB.
+    command = ("benchmarks.offline", "--shape", shape, "--one-at-a-time", *_OFFLINE, *arguments)
     return Stage(f"{name}-{shape}", what, 9, command)
 
 
@@ -71,11 +75,10 @@ STAGES = _stages()
 
 def install(folder: Path) -> list[str]:
     """Folders for PYTHONPATH with this package as an installation would have it."""
-    try:
-        importlib.metadata.distribution("vl-cache-vllm")
+    # What setup left in the tree is no installation: that alone has the kernels in the package.
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    if any(importlib.metadata.distributions(name="vl-cache-vllm", path=elsewhere)):
         return [str(ROOT)]
-    except importlib.metadata.PackageNotFoundError:
-        pass
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     shutil.copytree(ROOT / "vl_cache_vllm", folder / "vl_cache_vllm")
     shutil.copytree(ROOT / "kernels", folder / "vl_cache_vllm" / "kernels")
@@ -87,6 +90,25 @@ def install(folder: Path) -> list[str]:
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items()), ""]
     (info / "entry_points.txt").write_text("\n".join(lines))
     return [str(folder), str(ROOT)]
+
+
+def call(command: Sequence[str], log: Path, seconds: float, **how: Any) -> int:
+    """Exit code of a command; past its time it and all that it started are stopped."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # a benchmark then stops its servers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP)
+            return -1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run(stages: Sequence[Stage], out: Path, minutes: float) -> list[str]:
@@ -113,18 +135,7 @@ def run(stages: Sequence[Stage], out: Path, minutes: float) -> list[str]:
                 continue
             print(f"{stage.name}: {stage.what}", flush=True)
             command = [sys.executable, "-m", *stage.command, "--json", str(result)]
-            with log.open("wb") as file:
-                try:
-                    code = subprocess.run(
-                        command,
-                        cwd=folder,  # the tree is not an installation
-                        env=environment,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        timeout=60 * stage.minutes,
-                    ).returncode
-                except subprocess.TimeoutExpired:
-                    code = -1
+            code = call(command, log, 60 * stage.minutes, cwd=folder, env=environment)
             print(log.read_text(errors="replace")[-1500:], flush=True)
             if code:
                 print(f"{stage.name}: FAILED ({code}); see {log}", flush=True)
@@ -149,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.name:<16}{stage.what}, {stage.minutes:.0f} minutes: {command}")
         return 0
     failed = run(chosen, options.out, options.minutes)
-    done = [json.loads(file.read_text())["command"] for file in sorted(options.out.glob("*.json"))]
-    print(f"{len(done)} of {len(STAGES)} stages done, failed now: {', '.join(failed) or 'none'}")
+    done = sum((options.out / f"{stage.name}.json").exists() for stage in STAGES)
+    print(f"{done} of {len(STAGES)} stages done, failed now: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,15 @@ def run_log(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands run, by a stand-in that writes what it is told to."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], **how: object) -> subprocess.CompletedProcess[bytes]:
+    def call(command: list[str], log: Path, seconds: float, **how: object) -> int:
         commands.append(command)
+        log.touch()
         if "fails" in command:
-            return subprocess.CompletedProcess(command, 3)
+            return 3
         Path(command[-1]).write_text(json.dumps({"command": " ".join(command)}))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "call", call)
     return commands
 
 
@@ -70,13 +72,12 @@ def test_every_stage_fits_into_a_call_and_is_a_command_of_ours(
 
 
 def test_a_tree_becomes_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    installed = importlib.metadata.distributions
+    assert gpu.install(tmp_path / "unused") == [str(gpu.ROOT)]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda **query: iter(()))
     folders = gpu.install(tmp_path)
     assert folders == [str(tmp_path), str(gpu.ROOT)]
-    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    (found,) = installed(path=[str(tmp_path)])
     names = {point.name for point in found.entry_points}
     assert {"vl_cache", "vlcache-plus", "random"} <= names
     code = "import vl_cache_vllm.kernels as k; print(k.__file__)"
@@ -87,6 +88,34 @@ def test_a_tree_becomes_an_installation(tmp_path: Path, monkeypatch: pytest.Monk
         capture_output=True,
     )
     assert said.stdout.decode().strip().startswith(str(tmp_path))
+
+
+def test_past_its_time_a_stage_and_what_it_started_are_stopped(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    code = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {deaf!r}])
+try:
+    pathlib.Path({str(started)!r}).write_text(str(child.pid))
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("tidied up")
+"""
+    assert gpu.call([sys.executable, "-c", code], tmp_path / "log", 3.0) == -1
+    assert "tidied up" in (tmp_path / "log").read_text()
+
+    def is_alive() -> bool:
+        try:
+            state = (Path("/proc") / started.read_text() / "stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state.rpartition(")")[2].split()[0] not in "ZX"
+
+    deadline = time.monotonic() + 10
+    while is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive()
 
 
 def test_engines_of_a_cpu_agree(tmp_path: Path) -> None:

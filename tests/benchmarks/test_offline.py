@@ -24,7 +24,7 @@ def test_batches_of_too_many_images_are_left_out() -> None:
 
 
 def test_engines_take_turns_and_peers_the_first_ones_only() -> None:
-    assert list(offline.turns(options())) == [
+    assert list(offline.turns(options(), options().engines)) == [
         ["stock", "ours", "hf"],
         ["hf", "ours", "stock"],
         ["stock", "ours"],
@@ -54,3 +54,21 @@ def test_of_repeats_all_times_and_the_medians_stay() -> None:
             "end_to_end": [50.0, 40.0, 60.0],
         },
     }
+
+
+class _Scheduling:
+    """An engine whose first step only schedules, as with async scheduling."""
+
+    def __init__(self) -> None:
+        self._steps = [[], ["first token"], [], ["second token"]]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._steps)
+
+    def step(self) -> list[str]:
+        return self._steps.pop(0)
+
+
+def test_a_step_that_only_schedules_is_part_of_the_next() -> None:
+    ends, outputs = offline.run_steps(_Scheduling())
+    assert len(ends) == 3 and outputs == ["second token"]

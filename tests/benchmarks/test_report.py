@@ -14,7 +14,8 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_the_readme_says_the_same() -> None:
-    readme = (report.ROOT / "README.md").read_text()
+    readme = report.README.read_text()
+    assert readme == report.readme()
     assert report.headline(report.load("serving")["results"]) in readme
     overhead = report.load("overhead")["rows"]
     assert {row["step"] for row in overhead} == {"prefill", "decode"}
@@ -59,3 +60,19 @@ def test_a_loss_is_listed(results: dict[str, Any]) -> None:
     stock, ours = engines["stock"][0], engines["ours"][0]
     ours["repeats"]["prefill"] = [1.25 * time for time in stock["repeats"]["prefill"]]
     assert "prefill 1.25 times stock's" in report.page()
+
+
+def test_one_bad_repeat_is_not_hidden_by_the_median() -> None:
+    assert report.at_least([[1.1, 1.2, 1.3], [1.0, 1.5, 1.5]], 1.0)[1] is True
+    said, met = report.at_least([[1.1, 0.9, 1.3], [1.0, 1.5, 1.5]], 1.0)
+    assert (said, met) == ("1.10x at least, 0.90x in the worst repeat", "medians only")
+    assert report.at_least([[1.1, 0.9, 0.95]], 1.0)[1] is False
+
+
+def test_a_median_of_a_moment_is_none() -> None:
+    full: report.Row = {"saturated": {"seconds": 60.0, "running": 8.0}}
+    brief: report.Row = {"saturated": {"seconds": 2.6, "running": 3.0}}
+    assert report.more_running(full, full) == 1.0
+    for other in (brief, {"most_running": 12}):
+        assert report.more_running(full, other) is None
+        assert report.number(report.running(other)) == "-"

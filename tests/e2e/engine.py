@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
@@ -27,6 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 8,
     "limit_mm_per_prompt": {"image": 2},
 }
+if torch.cuda.is_available():  # FlashAttention has no float32, in which tests compare exactly
+    DEFAULTS["attention_backend"] = "TRITON_ATTN"
 
 
 @contextlib.contextmanager
@@ -39,6 +42,8 @@ def engine(
     """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
+    if not async_scheduling:
+        kwargs["async_scheduling"] = False  # GPUs have it by default
     with contextlib.ExitStack() as stack:
         with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
             gc.freeze()  # an engine's start collects repeatedly; spare it what exists already
