@@ -93,9 +93,10 @@ def times(ends: Sequence[float]) -> dict[str, float]:
 def run_steps(core: Any) -> tuple[list[float], list[Any]]:
     """When an engine began and when each of its steps gave outputs, and the last outputs.
 
-    With async scheduling a call may only have scheduled a step, whose outputs come with a later one.
+    With async scheduling a call may only schedule a step, whose outputs come with a later one.
     """
-    ends, last = [time.perf_counter()], []
+    ends: list[float] = [time.perf_counter()]
+    last: list[Any] = []
     while core.has_unfinished_requests():
         if outputs := core.step():
             last = outputs
