@@ -96,7 +96,13 @@ def call(command: Sequence[str], log: Path, seconds: float, **how: Any) -> int:
     """Exit code of a command; past its time it and all that it started are stopped."""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell's background jobs ignore it, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **how,
         )
         try:
             return process.wait(seconds)
