@@ -49,7 +49,7 @@ bench-smoke: env
 
 # One to two hours on two cores, which it wants for itself.
 bench: env
-	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --other-prompts 4 --json benchmarks/results/serving.json
+	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --num-prompts 32 --json benchmarks/results/serving-early.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --num-prompts 16 --json benchmarks/results/serving-ample.json
 	$(RUN) $(BIN)/python -m benchmarks.offline --repeats 3 --json benchmarks/results/offline.json

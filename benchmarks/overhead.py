@@ -4,7 +4,8 @@
     python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--budget 0.1 1.0] [--json FILE]
 
 One image is 1,024 visual tokens; the question after them has 64 observed tokens. Every prompt is
-read in one step. At budget 1.0 nothing is evicted. ``--torch`` measures the torch operations in
+read in one step. At budget 1.0 nothing is evicted. Our code is that in the worker and in the
+scheduler, without what it calls of vLLM's. ``--torch`` measures the torch operations in
 place of the C++ ones, ``--stock`` stock vLLM's steps, too.
 """
 
@@ -22,23 +23,27 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks import machine, shape
-from benchmarks.smoke import timed
+from benchmarks.own_time import SCHEDULER, Clock, own_time
 
 QUESTION = "Describe everything that you can see in it."  # 64 tokens with the template's
 DECODE_STEPS = 24
 REPEATS = 3
 
 
-def steps_of(llm: Any, requests: list[Any], params: Any, spent: list[float]) -> dict[str, list]:
-    """Seconds of each step and of our code in it: prefills one by one, then decoding together."""
+def steps_of(llm: Any, requests: list[Any], params: Any, clock: Clock) -> dict[str, list]:
+    """Seconds of each step, of our code in it and of that in the scheduler.
+
+    Prefills one by one, then decoding together.
+    """
     engine = llm.llm_engine
     found: dict[str, list] = {"prefill": [], "decode": []}
 
     def step(kind: str) -> None:
-        spent[0] = 0.0
+        clock.reset()
         began = time.perf_counter()
         engine.step()
-        found[kind].append((time.perf_counter() - began, spent[0]))
+        whole = time.perf_counter() - began
+        found[kind].append((whole, clock.own, clock.seconds[SCHEDULER]))
 
     for number, request in enumerate(requests):
         engine.add_request(str(number), request, params)
@@ -57,7 +62,7 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
     params = harness.greedy(DECODE_STEPS + 8, logprobs=None)
     rows = []
     with (
-        timed() as spent,
+        own_time() as clock,
         harness.engine(
             model,
             settings,
@@ -76,14 +81,13 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
                 if images * batch > 16:  # the cache and the patience end
                     continue
                 requests = [harness.image_request("llava", QUESTION, range(images))] * batch
-                steps_of(llm, requests[:1], params, spent)  # compiled and warm
-                runs = [steps_of(llm, requests, params, spent) for _ in range(REPEATS)]
+                steps_of(llm, requests[:1], params, clock)  # compiled and warm
+                runs = [steps_of(llm, requests, params, clock) for _ in range(REPEATS)]
                 for kind in ("prefill", "decode"):
                     if kind == "prefill" and batch > 1:  # earlier requests decode in it
                         continue
-                    pairs = [pair for run in runs for pair in run[kind]]
-                    whole = statistics.median(pair[0] for pair in pairs)
-                    own = statistics.median(pair[1] for pair in pairs)
+                    steps = [step for run in runs for step in run[kind]]
+                    whole, own, scheduler = map(statistics.median, zip(*steps, strict=True))
                     rows.append(
                         {
                             "step": kind,
@@ -92,6 +96,7 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
                             "batch": batch,
                             "milliseconds": round(1000 * whole, 2),
                             "own_milliseconds": round(1000 * own, 3),
+                            "scheduler_milliseconds": round(1000 * scheduler, 3),
                         }
                     )
                     print(settings and settings["policy"], rows[-1], flush=True)

@@ -9,70 +9,21 @@ weights on a CPU: it shows that the mechanism works and what it costs, not what 
 """
 
 import argparse
-import contextlib
-import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
+from benchmarks.own_time import own_time
 
 BLOCK_SIZE = 32
 POOL_BLOCKS = 160
 OUTPUT_TOKENS = 128
 QUESTION = "Describe everything that you can see in the picture, from left to right."
-
-
-@contextlib.contextmanager
-def wrapped(targets: list[tuple[type, str]], wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Methods replaced by what ``wrap`` makes of them."""
-    with contextlib.ExitStack() as stack:
-        for cls, name in targets:
-            method = getattr(cls, name)
-            stack.enter_context(mock.patch.object(cls, name, wrap(method)))
-        yield
-
-
-@contextlib.contextmanager
-def timed() -> Iterator[list[float]]:
-    """Add up the time that a worker spends in our code, in methods that do not call one another.
-
-    Raises:
-        NotImplementedError: on the V2 model runner, where other methods plan the step.
-    """
-    if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise NotImplementedError("time in our code is taken on the V1 model runner only")
-    from vl_cache_vllm.attention.layered import LayeredAttention
-    from vl_cache_vllm.worker.eviction import EvictionWorker
-    from vl_cache_vllm.worker.v1 import V1Adapter
-
-    targets = [
-        (V1Adapter, "_attach"),
-        (EvictionWorker, "layer_done"),
-        (LayeredAttention, "_layer_view"),
-    ]
-    spent = [0.0]
-
-    def wrap(method: Any) -> Any:
-        @functools.wraps(method)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                spent[0] += time.perf_counter() - start
-
-        return wrapper
-
-    with wrapped(targets, wrap):
-        yield spent
 
 
 def measure(
@@ -86,7 +37,7 @@ def measure(
     ]
     params = harness.greedy(OUTPUT_TOKENS, logprobs=None)
     with (
-        timed() as spent,
+        own_time() as clock,
         harness.engine(
             model,
             kv_compress,
@@ -96,7 +47,7 @@ def measure(
         ) as llm,
     ):
         llm.generate([requests.pop()], params, use_tqdm=False)
-        spent[0] = 0.0
+        clock.reset()
         decoding: list[int] = []
         step_seconds: list[float] = []
         tokens = 0
@@ -117,7 +68,7 @@ def measure(
         "step_milliseconds_median": round(1000 * statistics.median(step_seconds), 2),
         "most_decoding_sequences": max(decoding),
         "mean_decoding_sequences": round(statistics.mean(decoding), 1),
-        "share_of_step_time_in_our_code": round(spent[0] / sum(step_seconds), 4),
+        "share_of_step_time_in_our_code": round(clock.own / sum(step_seconds), 4),
     }
     if kv_compress is not None:
         record = json.loads(trace.read_text().splitlines()[-1])

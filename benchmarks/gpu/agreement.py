@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import machine, shape, tiny_models
-from benchmarks.smoke import wrapped
+from benchmarks.own_time import wrapped
 from vl_cache_vllm.ops import dispatch
 
 BUDGET, OUTPUT_LEN = 0.25, 32

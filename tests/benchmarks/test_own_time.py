@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our code is found where its time is taken, and left as it was."""
+
+import time
+
+import pytest
+
+from benchmarks.gpu.agreement import forbidden_to_wait
+from benchmarks.own_time import HOST, SCHEDULER, WORKER, Clock, overrides, own_time, wrapped
+from vl_cache_vllm.attention.layered import LayeredAttention
+from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
+from vl_cache_vllm.engine.scheduler import EvictionScheduler, _EvictionMixin
+from vl_cache_vllm.worker.eviction import EvictionWorker
+
+
+def test_methods_are_wrapped_and_restored() -> None:
+    before = LayeredAttention._layer_view, EvictionWorker.layer_done, EvictionScheduler.schedule
+    for context in (own_time, forbidden_to_wait):
+        with context():
+            assert EvictionWorker.layer_done is not before[1]
+        after = LayeredAttention._layer_view, EvictionWorker.layer_done, EvictionScheduler.schedule
+        assert after == before
+    assert "remove_skipped_blocks" not in vars(EvictionScheduler)
+
+
+def test_every_method_that_the_scheduler_calls_is_timed() -> None:
+    found = dict(overrides(EvictionScheduler, _EvictionMixin))
+    assert {"schedule", "update_from_output", "make_stats"} <= set(found)
+    found = dict(overrides(CompressedAttentionManager, CompressedAttentionManager))
+    assert {"allocate_new_blocks", "remove_skipped_blocks", "cache_blocks"} <= set(found)
+    assert not set(found) & {"plan", "take_stats", "__init__"}  # called by the others
+
+
+class Host:
+    def step(self) -> None:
+        time.sleep(0.02)
+        self.ask()
+
+    def ask(self) -> None: ...
+
+
+class Ours(Host):
+    def step(self) -> None:
+        time.sleep(0.01)
+        super().step()
+        time.sleep(0.01)
+
+    def ask(self) -> None:
+        time.sleep(0.01)
+        raise LookupError
+
+
+def test_time_of_the_host_inside_ours_is_not_ours() -> None:
+    clock = Clock()
+    names = dict(overrides(Ours, Ours))
+    assert names == {"step": Host, "ask": Host}
+    with (
+        wrapped([(Host, "step")], clock.of(HOST)),
+        wrapped([(Ours, name) for name in names], clock.of(SCHEDULER)),
+        pytest.raises(LookupError),
+    ):
+        Ours().step()
+    # What raised went by the last of the naps.
+    assert clock.seconds[SCHEDULER] == pytest.approx(0.02, abs=0.008)
+    assert clock.seconds[HOST] == pytest.approx(0.02, abs=0.008)
+    assert clock.seconds[WORKER] == 0 and clock.own == clock.seconds[SCHEDULER]
+    clock.reset()
+    assert clock.own == 0
