@@ -53,6 +53,7 @@ bench: env
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --num-prompts 32 --json benchmarks/results/serving-early.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-ample --num-prompts 16 --json benchmarks/results/serving-ample.json
 	$(RUN) $(BIN)/python -m benchmarks.offline --repeats 3 --json benchmarks/results/offline.json
+	$(RUN) $(BIN)/python -m benchmarks.turns --json benchmarks/results/turns.json
 	$(RUN) $(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.report
 

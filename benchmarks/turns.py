@@ -37,7 +37,7 @@ Times = dict[str, list[float]]  # of each engine, seconds of its steps
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Between which the median lies with 95 % confidence; with less if there are fewer than six."""
+    """Between which the median lies with 95 % confidence; of fewer than six values, their range."""
     ordered = sorted(values)
     middle, reach = (len(ordered) - 1) / 2, 0.98 * math.sqrt(len(ordered))
     low = max(0, math.floor(middle - reach))

@@ -25,7 +25,7 @@ def test_the_readme_says_the_same() -> None:
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The committed results, to be changed."""
-    names = ("serving", "serving-ample", "serving-early", "offline", "overhead")
+    names = ("serving", "serving-ample", "serving-early", "offline", "turns", "overhead")
     loaded = {name: copy.deepcopy(report.load(name)) for name in names}
     monkeypatch.setattr(report, "load", loaded.__getitem__)
     return loaded
@@ -33,7 +33,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_a_goal_that_is_missed_is_said_to_be(results: dict[str, Any]) -> None:
     def verdicts() -> str:
-        names = ("serving", "serving-ample", "offline", "overhead")
+        names = ("serving", "serving-ample", "offline", "turns", "overhead")
         return report.goals(*(results[name] for name in names))
 
     offline = results["offline"]["results"]
@@ -51,7 +51,8 @@ def test_a_goal_that_is_missed_is_said_to_be(results: dict[str, Any]) -> None:
 
 
 def test_what_is_not_measured_has_no_verdict(results: dict[str, Any]) -> None:
-    text = report.goals(results["serving"], None, results["offline"], results["overhead"])
+    others = (results[name] for name in ("offline", "turns", "overhead"))
+    text = report.goals(results["serving"], None, *others)
     assert f"output throughput | {report.NOT_MEASURED} |  |" in text
 
 
@@ -67,6 +68,22 @@ def test_one_bad_repeat_is_not_hidden_by_the_median() -> None:
     said, met = report.at_least([[1.1, 0.9, 1.3], [1.0, 1.5, 1.5]], 1.0)
     assert (said, met) == ("1.10x at least, 0.90x in the worst repeat", "medians only")
     assert report.at_least([[1.1, 0.9, 0.95]], 1.0)[1] is False
+
+
+def test_an_interval_that_reaches_too_far_is_not_hidden_either(results: dict[str, Any]) -> None:
+    rows = [row for row in results["turns"]["rows"] if row["engine"] == "ours"]
+    for row in rows:
+        row |= {"ratio": 1.2, "interval": [1.1, 1.3]}
+    turns = {"rows": rows}
+    assert report.in_turns(turns, "ours", "decode", 1.0)[1] is True
+    rows[-1]["interval"] = [0.99, 1.4]
+    said = "1.200x at least, 0.990x at an interval's lower end"
+    assert report.in_turns(turns, "ours", "decode", 1.0) == (said, "medians only")
+    rows[-1]["ratio"] = 0.99
+    assert report.in_turns(turns, "ours", "decode", 1.0)[1] is False
+    rows[-1] |= {"interval": [0.8, 0.98], "milliseconds": 60.0, "stock_milliseconds": 50.0}
+    assert "in turns" not in report.losses({}, results["offline"], {"rows": rows[:-1]})
+    assert "decode in turns 1.01 times stock's" in report.losses({}, results["offline"], turns)
 
 
 def test_a_median_of_a_moment_is_none() -> None:

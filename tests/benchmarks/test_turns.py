@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps in turns: every engine does every step, and ratios are of the same one."""
+
+import time
+from typing import Any
+
+import pytest
+
+from benchmarks import turns
+
+
+class _Engine:
+    """Steps that take longer and longer, as decode steps do."""
+
+    def __init__(self, slowness: float, log: list[str], name: str) -> None:
+        self.slowness, self.log, self.name = slowness, log, name
+        self.added: list[str] = []
+        self.aborted: list[str] = []
+        self.steps = 0
+
+    def add_request(self, request_id: str, request: Any, params: Any) -> None:
+        self.added.append(request_id)
+
+    def abort_request(self, ids: list[str]) -> None:
+        self.aborted = ids
+
+    def step(self) -> None:
+        self.log.append(self.name)
+        self.steps += 1
+        time.sleep(0.002 * self.slowness * self.steps)
+
+
+def test_all_do_a_step_before_any_does_the_next_one() -> None:
+    log: list[str] = []
+    slowness = {"stock": 1.0, "again": 1.0, "whole": 1.0, "ours": 0.5}
+    engines = {name: _Engine(slow, log, name) for name, slow in slowness.items()}
+    prefill, decode = turns.Turns(engines).run(["a", "b"], None, decode_steps=6)
+    rounds = [log[start : start + 4] for start in range(0, len(log), 4)]
+    assert all(sorted(names) == sorted(engines) for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 2  # nobody always follows the same one
+    for name, engine in engines.items():
+        assert engine.added == engine.aborted == ["0", "1"]
+        assert (len(prefill[name]), len(decode[name]), engine.steps) == (2, 6, 9)
+    rows = {row["engine"]: row for row in turns.compare(decode, step="decode")}
+    assert list(rows) == ["again", "whole", "ours"]
+    assert rows["ours"]["ratio"] == pytest.approx(2, rel=0.3)
+    assert rows["again"]["ratio"] == pytest.approx(1, rel=0.2)
+
+
+def test_an_interval_holds_the_median_and_narrows() -> None:
+    assert turns.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert turns.interval([7.0]) == (7.0, 7.0)
+    few, many = turns.interval(range(21)), turns.interval(range(401))
+    assert few == (5, 15)
+    assert many == (180, 220)
