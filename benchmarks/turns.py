@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks import machine, offline, shape
 
-STOCK, *OTHERS = ENGINES = ("stock", "again", "whole", "ours")
+STOCK, OTHERS = "stock", ("again", "whole", "ours")
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]  # of each engine, seconds of its steps
@@ -45,9 +45,9 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def compare(times: Times, **which: Any) -> list[Row]:
-    """Rows of the engines other than stock vLLM, from times of the same steps."""
+    """Rows of the engines other than stock vLLM, the first one, from times of the same steps."""
     rows = []
-    for engine in OTHERS:
+    for engine in list(times)[1:]:
         ratios = [s / t for s, t in zip(times[STOCK], times[engine], strict=True)]
         low, high = interval(ratios)
         row = {
@@ -72,15 +72,17 @@ class Turns:
         self._order = random.Random(0)
 
     def _step(self, times: Times) -> None:
-        for name in self._order.sample(ENGINES, len(ENGINES)):
+        for name in self._order.sample(list(self._engines), len(self._engines)):
             began = time.perf_counter()
             self._engines[name].step()
             times[name].append(time.perf_counter() - began)
 
+    def no_times(self) -> Times:
+        return {name: [] for name in self._engines}
+
     def run(self, requests: Sequence[Any], params: Any, decode_steps: int) -> tuple[Times, Times]:
         """Of prefills, one by one, and of decode steps of all requests together."""
-        prefill: Times = {name: [] for name in ENGINES}
-        decode: Times = {name: [] for name in ENGINES}
+        prefill, decode = self.no_times(), self.no_times()
         for number, request in enumerate(requests):
             for engine in self._engines.values():
                 engine.add_request(str(number), request, params)
@@ -109,7 +111,7 @@ def measure(turns: Turns, options: argparse.Namespace) -> list[Row]:
         turns.run(requests[:1], params, 4)  # compiled and warm
         which = {"visual_tokens": images * shape.VISUAL_TOKENS, "batch": batch}
         if batch == 1:  # otherwise earlier requests decode beside a prefill
-            times: Times = {name: [] for name in ENGINES}
+            times = turns.no_times()
             for _ in range(options.prefills):
                 for name, found in turns.run(requests, params, 0)[0].items():
                     times[name] += found
@@ -147,11 +149,12 @@ def num_evicted(engine: Any) -> int:
     return engine.engine_core.engine_core.scheduler._eviction_manager.num_evicted
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--engines", nargs="+", choices=OTHERS, default=list(OTHERS), help="beside stock")
     add("--images", type=int, nargs="+", default=[1, 2, 4], help="of a prompt")
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
@@ -162,6 +165,11 @@ def main() -> None:
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
     add("--json", type=Path, metavar="FILE", help="write the results here")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     options = parser.parse_args()
     if min(options.decode_steps, options.prefills) < 1 or not offline.cells(options):
         parser.error(
@@ -172,9 +180,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model = shape.build(Path(folder) / "model", options.shape)
-        engines = {name: start(model, options, name) for name in ENGINES}
+        engines = {name: start(model, options, name) for name in (STOCK, *options.engines)}
         rows = measure(Turns(engines), options)
-    assert num_evicted(engines["ours"]) > 0 == num_evicted(engines["whole"])
+    for name, engine in engines.items():
+        assert name not in ("whole", "ours") or (num_evicted(engine) > 0) == (name == "ours")
     if options.json:
         machine.write_report(
             options.json,

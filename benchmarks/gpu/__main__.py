@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_STOP = 20
 _OFFLINE = ("--engines", "stock", "ours", "whole", "--repeats", "3")
+_TURNS = ("--images", "2", "8", "--prefills", "30", "--kv-cache-gib", "5")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def _stages() -> tuple[Stage, ...]:
         )
         long = ("--images", "32", "--batch", "1", "--max-images", "32", "--max-model-len", "65536")
         stages.append(_offline(shape, "long", "one batch, 32K", *long, "--kv-cache-gib", gib))
+        what = "steps in turns: nothing evicted, and evicted, 2K and 8K"
+        batch = ("1",) if shape == "7b-mha" else ("1", "8")
+        command = ("benchmarks.turns", "--shape", shape, "--engines", "whole", "ours", *_TURNS)
+        stages.append(Stage(f"turns-{shape}", what, 9, (*command, "--batch", *batch)))
         what = "servers at growing load, the pool limited"
         command = ("benchmarks.serving", "--profile", f"gpu-{shape}")
         stages.append(Stage(f"serving-{shape}", what, 9, command))

@@ -60,9 +60,9 @@ def test_every_stage_fits_into_a_call_and_is_a_command_of_ours(
     assert gpu.main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(stage.name in listed for stage in gpu.STAGES)
-    from benchmarks import kernels, offline, serving
+    from benchmarks import kernels, offline, serving, turns
 
-    parsers = {"benchmarks.offline": offline._parser, "benchmarks.serving": serving._parser}
+    parsers = {module.__name__: module._parser for module in (offline, serving, turns)}
     for stage in gpu.STAGES:
         module, *arguments = stage.command
         if module in parsers:
