@@ -90,6 +90,7 @@ class Turns:
         for _ in range(decode_steps):
             self._step(decode)
         for engine in self._engines.values():
+            assert engine.get_num_unfinished_requests() == len(requests), "a step of nothing"
             engine.abort_request([str(number) for number in range(len(requests))])
             engine.step()
         return prefill, decode

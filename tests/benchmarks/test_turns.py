@@ -24,6 +24,9 @@ class _Engine:
     def abort_request(self, ids: list[str]) -> None:
         self.aborted = ids
 
+    def get_num_unfinished_requests(self) -> int:
+        return len(self.added)
+
     def step(self) -> None:
         self.log.append(self.name)
         self.steps += 1
