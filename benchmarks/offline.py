@@ -76,6 +76,14 @@ def prompts(images: int, batch: int) -> list[tuple[str, list[Any]]]:
     ]
 
 
+def vllm_requests(images: int, batch: int) -> list[Any]:
+    """`prompts`, as vLLM takes them."""
+    return [
+        {"prompt": text, "multi_modal_data": {"image": pictures}}
+        for text, pictures in prompts(images, batch)
+    ]
+
+
 def times(ends: Sequence[float]) -> dict[str, float]:
     """Milliseconds of a batch's prefill, of a decode step and of all, from when steps ended."""
     steps = [1000 * (end - start) for start, end in itertools.pairwise(ends)]
@@ -104,6 +112,30 @@ def run_steps(core: Any) -> tuple[list[float], list[Any]]:
     return ends, last
 
 
+def llm_arguments(
+    model: Path, options: argparse.Namespace, engine: str, **settings: Any
+) -> dict[str, Any]:
+    """What engines that are compared have in common.
+
+    Args:
+        engine: ``whole`` has budget 1.0, ``ours`` that of the options; others are stock vLLM.
+        settings: further ones of ours.
+    """
+    budgets = {"ours": options.budget, "whole": 1.0}
+    settings = {"policy": options.policy, "budget": budgets.get(engine), **settings}
+    return {
+        "model": str(model),
+        "load_format": "dummy",
+        "block_size": 32,
+        "enable_prefix_caching": False,
+        "max_num_seqs": max(options.batch),
+        "kv_cache_memory_bytes": options.kv_cache_gib << 30,
+        "gpu_memory_utilization": 0.1,  # of the machine's memory: several of them share it
+        "limit_mm_per_prompt": {"image": max(options.images)},
+        "additional_config": {"kv_compress": settings} if engine in budgets else {},
+    }
+
+
 @contextlib.contextmanager
 def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
     """One vLLM engine, in this process."""
@@ -112,32 +144,18 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
     from benchmarks.engine import read_trace, running_llm
 
     trace = model / f"{engine}.jsonl"
-    settings = {
-        "policy": options.policy,
-        "budget": 1.0 if engine == "whole" else options.budget,
-        "trace_path": str(trace),
-    }
     most_tokens = (options.max_images + max(options.batch)) * shape.VISUAL_TOKENS
     params = SamplingParams(temperature=0, max_tokens=options.output_len, ignore_eos=True)
     weight_bytes, token_bytes = step_bytes(model)
     with running_llm(
-        model=str(model),
-        load_format="dummy",
-        block_size=32,
-        enable_prefix_caching=False,
+        **llm_arguments(model, options, engine, trace_path=str(trace)),
         max_model_len=options.max_model_len,
         max_num_batched_tokens=most_tokens,
-        max_num_seqs=max(options.batch),
-        kv_cache_memory_bytes=options.kv_cache_gib << 30,
-        gpu_memory_utilization=0.1,  # of the machine's memory: several of them share it
-        limit_mm_per_prompt={"image": max(options.images)},
-        additional_config={} if engine == "stock" else {"kv_compress": settings},
     ) as llm:
         core = llm.llm_engine
 
         def measure(images: int, batch: int) -> Row:
-            for number, (text, pictures) in enumerate(prompts(images, batch)):
-                request: Any = {"prompt": text, "multi_modal_data": {"image": pictures}}
+            for number, request in enumerate(vllm_requests(images, batch)):
                 core.add_request(str(number), request, params)
             ends, outputs = run_steps(core)
             assert len(ends) == 1 + options.output_len, "the whole batch is prefilled in one step"

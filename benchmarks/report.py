@@ -289,7 +289,7 @@ def turns_table(rows: list[Row]) -> str:
 def in_turns(
     turns: Row, engine: str, step: str, least: float, visual_tokens: int = 0
 ) -> tuple[str, bool | str]:
-    """What is said of rows whose ratios must all reach one, and the verdict: see `at_least`."""
+    """What is said of rows whose ratios must all reach one, and the verdict."""
     rows = [
         row
         for row in turns["rows"]
@@ -297,7 +297,7 @@ def in_turns(
     ]
     median, low = min(row["ratio"] for row in rows), min(row["interval"][0] for row in rows)
     said = f"{median:.3f}x at least, {low:.3f}x at an interval's lower end"
-    return said, low >= least or ("medians only" if median >= least else False)
+    return said, reached(median, low, least)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,14 +341,19 @@ def verdict(met: bool | str | None) -> str:
     return "met" if met else "**missed**"
 
 
-def at_least(ratios: list[list[float]], least: float) -> tuple[str, bool | str]:
-    """What is said of rows' repeats that must all reach a ratio, and the verdict.
+def reached(median: float, worst: float, least: float) -> bool | str:
+    """Whether a ratio is reached.
 
-    Medians that reach it while single repeats do not resolve nothing: the noise is larger.
+    A median that reaches it while the worst does not resolves nothing: the noise is larger.
     """
+    return worst >= least or ("medians only" if median >= least else False)
+
+
+def at_least(ratios: list[list[float]], least: float) -> tuple[str, bool | str]:
+    """What is said of rows' repeats that must all reach a ratio, and the verdict."""
     median, worst = min(map(statistics.median, ratios)), min(map(min, ratios))
     said = f"{median:.2f}x at least, {worst:.2f}x in the worst repeat"
-    return said, worst >= least or ("medians only" if median >= least else False)
+    return said, reached(median, worst, least)
 
 
 def goals(serving: Row, ample: Row | None, offline: Row, turns: Row, overhead: Row) -> str:

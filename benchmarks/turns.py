@@ -100,15 +100,10 @@ def measure(turns: Turns, options: argparse.Namespace) -> list[Row]:
     """Rows of every number of images and batch."""
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0, max_tokens=max(options.decode_steps, 8) + 8, ignore_eos=True
-    )
+    params = SamplingParams(temperature=0, max_tokens=options.decode_steps + 8, ignore_eos=True)
     rows = []
     for images, batch in offline.cells(options):
-        requests = [
-            {"prompt": text, "multi_modal_data": {"image": pictures}}
-            for text, pictures in offline.prompts(images, batch)
-        ]
+        requests = offline.vllm_requests(images, batch)
         turns.run(requests[:1], params, 4)  # compiled and warm
         which = {"visual_tokens": images * shape.VISUAL_TOKENS, "batch": batch}
         if batch == 1:  # otherwise earlier requests decode beside a prefill
@@ -126,22 +121,12 @@ def start(model: Path, options: argparse.Namespace, engine: str) -> Any:
     """An engine; it lives as long as the process, because ending one ends what all share."""
     from vllm import LLM
 
-    budget = 1.0 if engine == "whole" else options.budget
-    settings = {"policy": options.policy, "budget": budget}
     longest = max(options.images) * shape.VISUAL_TOKENS + options.decode_steps + 256
     return LLM(
-        model=str(model),
-        load_format="dummy",
-        block_size=32,
-        enable_prefix_caching=False,
+        **offline.llm_arguments(model, options, engine),
         async_scheduling=False,  # a call of `step` is a step
         max_model_len=longest,
         max_num_batched_tokens=longest,
-        max_num_seqs=max(options.batch),
-        kv_cache_memory_bytes=options.kv_cache_gib << 30,
-        gpu_memory_utilization=0.1,  # of the machine's memory: several of them share it
-        limit_mm_per_prompt={"image": max(options.images)},
-        additional_config={} if engine in (STOCK, "again") else {"kv_compress": settings},
     ).llm_engine
 
 
