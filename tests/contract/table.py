@@ -48,7 +48,7 @@ def _gpu_backend(module: str, prefix: str) -> tuple[Row, ...]:
         Overridden(f"{backend}.supported_kv_cache_layouts", ""),
         Exists(builder),
         Overridden(f"{builder}.get_cudagraph_support", "vllm_config, kv_cache_spec"),
-        Has(metadata, "seq_lens block_table slot_mapping scheduler_metadata"),
+        Has(metadata, "seq_lens block_table slot_mapping"),
         Overridden(f"{impl}.__init__", "..."),
         Has(
             impl,

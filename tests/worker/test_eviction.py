@@ -256,6 +256,26 @@ def test_two_prompts_end_in_one_step() -> None:
     assert torch.equal(together.pages, alone.pages)
 
 
+def test_a_request_in_the_place_of_another_of_its_size() -> None:
+    """Nothing in the numbers of the batch tells the two apart."""
+    worker = make_worker(pool_of())
+    row = list(range(20))
+    tables = []
+    query = queries(PROMPT, seed=1)
+    for name, of_prompt in (("a", query), ("b", query.flip(0))):
+        state = start(worker, name)
+        run_step(worker, [(state, 0, PROMPT, row)], of_prompt)
+        for computed in (PROMPT, PROMPT + 1):
+            step = run_step(worker, [(state, computed, 1, [*row, 20])], query[:, :1])
+            assert step is not None and step.tables is not None
+        kept = worker._kept_pages[state.slot]
+        lengths = kept * BLOCK_SIZE + 2
+        assert step.tables.seq_lens[:, 0].tolist() == lengths.tolist()
+        tables.append(kept.tolist())
+        worker.requests.drop(name)
+    assert tables[0] != tables[1]
+
+
 def test_each_request_brings_its_own_settings() -> None:
     """In one step, as in workers that have these settings for everybody."""
     own = [

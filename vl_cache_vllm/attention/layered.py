@@ -42,11 +42,13 @@ class LayerInputs:
         self._metadata = dataclasses.replace(metadata)  # one for each layer in its turn
 
     def metadata_of(self, layer: int) -> Any:
-        """The step's metadata with a layer's table, until it is asked for another's."""
+        """The step's metadata with a layer's table, until it is asked for another's.
+
+        It keeps vLLM's division of work among FlashAttention 3's programs, made for the logical
+        lengths: into how many parts each request's keys are split, right for any length.
+        """
         own = self._metadata
         own.seq_lens, own.block_table, own.slot_mapping = self.tables.layers[layer]
-        # vLLM's is the kernel's division of work for lengths that all layers share.
-        own.scheduler_metadata = None
         return own
 
 

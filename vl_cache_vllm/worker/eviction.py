@@ -97,6 +97,7 @@ class EvictionWorker:
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
+        self._last_columns: tuple[list[tuple[int, ...]], tuple[torch.Tensor, ...]] | None = None
 
     def begin_output(self, ended: Iterable[str], admitted: Iterable[str] | None) -> None:
         """Hear of a scheduler's output before the runner does.
@@ -134,7 +135,7 @@ class EvictionWorker:
             The step, or None when vLLM's own path serves it unchanged.
         """
         num_reqs = graph.num_reqs if graph else len(rows)
-        evicted = [
+        evicted: list[tuple[int, ...]] = [
             (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
             for s in (row.state for row in rows)
         ]
@@ -166,13 +167,16 @@ class EvictionWorker:
     def _fill(
         self,
         tables: LayerTables,
-        evicted: list[tuple[int, int, int, int]],
+        evicted: list[tuple[int, ...]],
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
     ) -> None:
-        columns = to_device([*zip(*evicted, strict=True)], block_table.device)
-        evicted_tokens, prompt_blocks, kept_blocks, slot = columns
+        # Decode steps of one batch have them in common until a request comes, goes or is evicted.
+        if self._last_columns is None or self._last_columns[0] != evicted:
+            *columns, slot = to_device([*zip(*evicted, strict=True)], block_table.device)
+            self._last_columns = evicted, (*columns, self._kept_pages[slot])
+        evicted_tokens, prompt_blocks, kept_blocks, kept_pages = self._last_columns[1]
         layer_tables(
             block_table,
             query_start_loc,
@@ -180,7 +184,7 @@ class EvictionWorker:
             evicted_tokens,
             prompt_blocks,
             kept_blocks,
-            self._kept_pages[slot],
+            kept_pages,
             self.pool.block_size,
             self.pool.layer_stride,
             self.pool.block_stride,
@@ -290,6 +294,7 @@ class EvictionWorker:
                 more = torch.zeros_like(self._kept_pages)
                 self._kept_pages = torch.cat((self._kept_pages, more))
             self._kept_pages[state.slot] = choice.kept_pages
+        self._last_columns = None
         state.observed = None
         kept_tokens = Fetched(choice.kept_pages * pool.block_size)
         self._reports.append(
