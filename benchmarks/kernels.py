@@ -363,7 +363,7 @@ def compile_for(launch: Launch, architecture: int) -> Row:
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
         else:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = parameter.annotation_type or "fp32"
         if (place,) not in constants and (
             not parameter.do_not_specialize_on_alignment
             if is_tensor

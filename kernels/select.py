@@ -37,7 +37,8 @@ def _keys(
     return tl.where(token >= first_recent, highest, key)
 
 
-# One compilation serves all prompts.
+# One compilation serves all prompts and ratios. A number without a type would come in 32 bits, in
+# which a tenth of 10 tokens is more than one.
 @triton.jit(do_not_specialize=["num_tokens", "max_kept"])
 def select_kernel(
     scores,
@@ -46,7 +47,7 @@ def select_kernel(
     positions,
     num_tokens,
     max_kept,
-    RECENT_RATIO: tl.constexpr,
+    recent_ratio: tl.float64,
     HAS_PRECEDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def select_kernel(
     positions += row * max_kept
     kept = tl.load(kept_tokens + layer)
     # As the specification does: rounded to nine decimals, then up.
-    share = tl.floor(kept.to(tl.float64) * RECENT_RATIO * 1e9 + 0.5) / 1e9
+    share = tl.floor(kept.to(tl.float64) * recent_ratio * 1e9 + 0.5) / 1e9
     first_recent = num_tokens - tl.ceil(share).to(tl.int64)
     steps = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
@@ -112,7 +113,7 @@ def select(
         positions,
         num_tokens,
         max_kept,
-        RECENT_RATIO=recent_ratio,
+        float(recent_ratio),
         HAS_PRECEDENCE=precedence is not None,
         BLOCK=BLOCK,
     )

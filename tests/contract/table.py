@@ -591,9 +591,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "worker/gpu_worker.py": (
         Overridden(f"{WORKER}.determine_available_memory", "", "int"),
-        Has(WORKER, "device compilation_config model_config model_runner"),
+        Has(WORKER, "device compilation_config model_config model_runner vllm_config"),
         Has("vllm.config:CompilationConfig", "static_forward_context"),
-        Has("vllm.config:ModelConfig", "max_model_len"),
+        Has("vllm.config:ModelConfig", "dtype max_model_len"),
+        Called("vllm.config:ModelConfig.get_hidden_size", "", "int"),
+        Has("vllm.config:SchedulerConfig", "max_num_batched_tokens"),
         Has(f"{KV_INTERFACE}:FullAttentionSpec", "num_kv_heads block_size head_size dtype"),
         Steps(
             f"{WORKER}.determine_available_memory",

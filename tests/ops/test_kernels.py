@@ -36,6 +36,14 @@ def test_all_compile_without_spilling(shape: str, architecture: int) -> None:
         assert row["spilled_bytes"] == 0, row
 
 
+@needs_compiler
+def test_a_ratio_of_recent_tokens_is_not_compiled_in() -> None:
+    from vl_cache_vllm.kernels.select import select_kernel
+
+    types = {one.name: one.annotation_type for one in select_kernel.params if not one.is_constexpr}
+    assert types["recent_ratio"] == "fp64"
+
+
 def test_the_benchmark_compares_every_operation() -> None:
     found = kernels.compare("torch", torch.device("cpu"))
     names = {

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A made-up prompt goes the way of a real one, whatever the settings are."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy import Shard
+from vl_cache_vllm.worker import choice, observed
 from vl_cache_vllm.worker.eviction import EvictionWorker
-from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearsed
+from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearse_variants, rehearsed
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE = 3, 2, 16
 
@@ -53,6 +56,32 @@ def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
     rehearsal.evict()
     assert state.evicted_tokens == tokens
     assert worker._kept_pages[state.slot].sum() == state.kept_blocks * NUM_LAYERS
+    assert not worker.take_reports()
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus", "streamingllm"])
+def test_what_requests_may_ask_for_is_compiled_before(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    seen = set()
+
+    def spy(module: object, name: str, kind: Callable[..., object]) -> None:
+        operation = getattr(module, name)
+
+        def run(*args: object) -> object:
+            seen.add((name, kind(*args)))
+            return operation(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    spy(choice, "select", lambda *args: args[4] is not None)
+    spy(observed, "observe", lambda *args: (isinstance(args[1], torch.Tensor), args[8] is not None))
+    _, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
+    rehearse_variants(worker, 200, num_heads=4)
+    assert seen == {
+        *(("select", has_precedence) for has_precedence in (False, True)),
+        *(("observe", kind) for kind in ((False, False), (True, True), (True, False))),
+    }
     assert not worker.take_reports()
 
 

@@ -2,14 +2,16 @@
 """vLLM's GPU worker with eviction; chosen through ``ParallelConfig.worker_cls``."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from vl_cache_vllm import hooks
 from vl_cache_vllm.engine.observation import room_for
 from vl_cache_vllm.engine.spec import CompressedAttentionSpec
 from vl_cache_vllm.worker.attach import NO_FULL_ATTENTION, eviction_worker_over
 from vl_cache_vllm.worker.evicting import EvictingWorker
-from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearsed
+from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearse_variants, rehearsed
 
 
 class EvictionGPUWorker(EvictingWorker):
@@ -19,12 +21,28 @@ class EvictionGPUWorker(EvictingWorker):
 
     def _profile_run(self, profile_run: Any, *args: Any, **kwargs: Any) -> None:
         """vLLM's, with an eviction around it."""
-        rehearsal = self._rehearsal()
+        specs = self._evicted_specs()
+        rehearsal = self._rehearsal(specs)
         rehearsal.observe()
         profile_run(*args, **kwargs)
+        activations = self._last_activations(specs)
         rehearsal.evict()
+        del activations
 
-    def _rehearsal(self) -> Rehearsal:
+    def _last_activations(self, specs: dict[str, CompressedAttentionSpec]) -> torch.Tensor:
+        """As many bytes as a step holds while its last layer evicts.
+
+        The residual, what the layer normalised of it, queries, keys, values and attention's output.
+        """
+        name, spec = next(iter(specs.items()))
+        num_heads = self.compilation_config.static_forward_context[name].num_heads
+        width = 2 * self.model_config.get_hidden_size()
+        width += (2 * num_heads + 2 * spec.num_kv_heads) * spec.head_size
+        num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        dtype = cast(torch.dtype, self.model_config.dtype)
+        return torch.empty(num_tokens, width, dtype=dtype, device=self.device)
+
+    def _evicted_specs(self) -> dict[str, CompressedAttentionSpec]:
         specs = {
             name: spec
             for name, spec in self.get_kv_cache_spec().items()
@@ -32,6 +50,9 @@ class EvictionGPUWorker(EvictingWorker):
         }
         if not specs:
             raise ValueError(NO_FULL_ATTENTION)
+        return specs
+
+    def _rehearsal(self, specs: dict[str, CompressedAttentionSpec]) -> Rehearsal:
         name, spec = next(iter(specs.items()))
         assert spec.kv_compress is not None and self.device is not None
         layer = self.compilation_config.static_forward_context[name]
@@ -46,10 +67,7 @@ class EvictionGPUWorker(EvictingWorker):
         spec = replace(spec, kv_compress=rehearsed(spec.kv_compress))
         room = room_for(self.vllm_config, [*specs.values()])
         assert room is not None
-        return Rehearsal(
-            eviction_worker_over(pool, spec, self.vllm_config, [*specs], layer.num_heads),
-            self.model_config.max_model_len,
-            room,
-            layer.num_heads,
-            float(layer.impl.logits_soft_cap),
-        )
+        worker = eviction_worker_over(pool, spec, self.vllm_config, [*specs], layer.num_heads)
+        tokens, softcap = self.model_config.max_model_len, float(layer.impl.logits_soft_cap)
+        rehearse_variants(worker, tokens, layer.num_heads, softcap)
+        return Rehearsal(worker, tokens, room, layer.num_heads, softcap)

@@ -7,7 +7,10 @@ KV head, and what the policy and the selection of one prompt need at once; and t
 4 bytes for each layer, request and block of the longest sequence.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from vllm.utils.math_utils import cdiv
@@ -31,6 +34,19 @@ def rehearsed(config: KVCompressConfig) -> KVCompressConfig:
         trace_positions=False,
         trace_scores=False,
     )
+
+
+def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
+    """Settings that requests may have besides and for which other kernels are compiled."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"sink_tokens": 0, "keep_text": False, "elite_window": 0.0, "diversity": 0.0},
+        {"sink_tokens": 1, "elite_window": 0.5, "max_observation_tokens": QUERIES},
+        {"elite_window": 0.0, "diversity": 0.5},
+    )
+    for options in kinds:
+        with contextlib.suppress(ValueError):  # what a policy refuses no request can have
+            policy = dataclasses.replace(config.policy, **options)
+            yield dataclasses.replace(config, policy=policy)
 
 
 def blank_pool(
@@ -57,14 +73,21 @@ class Rehearsal:
         room: tokens under observation at once, of all prompts.
         num_heads: query heads on this worker.
         softcap: the layers' logit soft cap, 0 for none.
+        config: the prompt's own settings; None: the worker's.
     """
 
     def __init__(
-        self, worker: EvictionWorker, tokens: int, room: int, num_heads: int, softcap: float = 0.0
+        self,
+        worker: EvictionWorker,
+        tokens: int,
+        room: int,
+        num_heads: int,
+        softcap: float = 0.0,
+        config: KVCompressConfig | None = None,
     ) -> None:
         self._worker, self._tokens, self._num_heads = worker, tokens, num_heads
         self._softcap = softcap
-        config, pool = worker.config, worker.pool
+        config, pool = config or worker.config, worker.pool
         queries = min(QUERIES, tokens // 4)
         self._starts = tokens - 2 * queries, tokens - queries
         self._state = worker.requests.start("rehearsal", config, self._starts[0], tokens)
@@ -107,3 +130,14 @@ class Rehearsal:
         if step is not None:
             for layer in range(pool.num_layers):
                 self._worker.layer_done(step, layer, query, 1.0, self._softcap)
+
+
+def rehearse_variants(
+    worker: EvictionWorker, tokens: int, num_heads: int, softcap: float = 0.0
+) -> None:
+    """Short prompts with settings that requests may have besides; arguments as of `Rehearsal`."""
+    tokens = min(tokens, 4 * worker.pool.block_size)
+    for config in variants(worker.config):
+        rehearsal = Rehearsal(worker, tokens, 0, num_heads, softcap, config)
+        rehearsal.observe()
+        rehearsal.evict()
