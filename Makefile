@@ -42,7 +42,7 @@ test: lint
 	$(RUN) VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests -m "both_runners or interpreter"
 
 demo: env
-	$(RUN) $(BIN)/python -m benchmarks.demo
+	$(RUN) $(BIN)/python -m evaluation.demo
 
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
@@ -58,10 +58,10 @@ bench: env
 	$(BIN)/python -m benchmarks.report
 
 soak: env
-	$(RUN) $(BIN)/python -m benchmarks.soak --json benchmarks/results/soak.json
+	$(RUN) $(BIN)/python -m checks.soak --json benchmarks/results/soak.json
 
 accuracy: env
-	$(RUN) $(BIN)/python -m benchmarks.accuracy --ablation --json benchmarks/results/accuracy.json
+	$(RUN) $(BIN)/python -m evaluation.accuracy --ablation --json benchmarks/results/accuracy.json
 
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from testing.results import write_report
 from vl_cache_vllm.ops import dispatch, native
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
@@ -464,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report["agree"] = compare("cpp", device)
         report["bytes_per_second"], report["rows"] = measure(options, device)
     if options.json:
-        machine.write_report(options.json, "benchmarks.kernels", arguments, **report)
+        write_report(options.json, "benchmarks.kernels", arguments, **report)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, shape, tiny_models
+from benchmarks import shape
+from testing import tiny_models
+from testing.results import write_report
 
 TRANSFORMERS = ("hf", "snapkv")
 ENGINES = ("stock", "ours", "whole", *TRANSFORMERS)
@@ -141,7 +143,7 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
     """One vLLM engine, in this process."""
     from vllm import SamplingParams
 
-    from benchmarks.engine import read_trace, running_llm
+    from testing.engine import read_trace, running_llm
 
     trace = model / f"{engine}.jsonl"
     most_tokens = (options.max_images + max(options.batch)) * shape.VISUAL_TOKENS
@@ -209,7 +211,7 @@ def transformers(model: Path, options: argparse.Namespace, engine: str) -> Itera
 
     press: Any = None
     if engine == "snapkv":
-        from tests.presses import SnapKVPress
+        from testing.presses import SnapKVPress
 
         press = SnapKVPress(compression_ratio=1 - options.budget, window_size=SNAPKV_WINDOW)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -368,9 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name: getattr(options, name)
             for name in ("policy", "budget", "output_len", "repeats", "peer_repeats")
         }
-        machine.write_report(
-            options.json, "benchmarks.offline", arguments, **settings, results=results
-        )
+        write_report(options.json, "benchmarks.offline", arguments, **settings, results=results)
 
 
 if __name__ == "__main__":

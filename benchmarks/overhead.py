@@ -22,8 +22,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import machine, shape
+from benchmarks import shape
 from benchmarks.own_time import SCHEDULER, Clock, own_time
+from testing.results import write_report
 
 QUESTION = "Describe everything that you can see in it."  # 64 tokens with the template's
 DECODE_STEPS = 24
@@ -57,7 +58,7 @@ def steps_of(llm: Any, requests: list[Any], params: Any, clock: Clock) -> dict[s
 
 def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[dict[str, Any]]:
     """One engine; medians of each number of images and batch."""
-    from tests.e2e import engine as harness
+    from testing import engine as harness
 
     params = harness.greedy(DECODE_STEPS + 8, logprobs=None)
     rows = []
@@ -129,7 +130,7 @@ def main() -> None:
             if all(row[key] == other[key] for key in ("step", "visual_tokens", "batch")):
                 row["stock_milliseconds"] = other["milliseconds"]
     if options.json:
-        machine.write_report(options.json, "benchmarks.overhead", sys.argv[1:], rows=rows)
+        write_report(options.json, "benchmarks.overhead", sys.argv[1:], rows=rows)
     for row in rows:
         print(row)
 

@@ -87,22 +87,22 @@ def own_time() -> Iterator[Clock]:
     """
     if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise NotImplementedError("time in our code is taken on the V1 model runner only")
-    from vl_cache_vllm.attention.layered import LayeredAttention
-    from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
-    from vl_cache_vllm.engine.scheduler import EvictionScheduler, _EvictionMixin
-    from vl_cache_vllm.worker.eviction import EvictionWorker
+    from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
+    from vl_cache_vllm.core.block_manager import EvictionBlockManager
+    from vl_cache_vllm.core.scheduler import EvictionScheduler, EvictionSchedulerMixin
+    from vl_cache_vllm.worker.evictor import Evictor
     from vl_cache_vllm.worker.v1 import V1Adapter
 
     worker: list[tuple[type, str]] = [
         (V1Adapter, "_attach"),
-        (EvictionWorker, "layer_done"),
-        (LayeredAttention, "_layer_view"),
+        (Evictor, "layer_done"),
+        (PerLayerAttentionMixin, "_layer_view"),
     ]
     scheduler: list[tuple[type, str]] = []
     host: list[tuple[type, str]] = []
     for mixed, ours in (
-        (EvictionScheduler, _EvictionMixin),
-        (CompressedAttentionManager, CompressedAttentionManager),
+        (EvictionScheduler, EvictionSchedulerMixin),
+        (EvictionBlockManager, EvictionBlockManager),
     ):
         for name, theirs in overrides(mixed, ours):
             scheduler.append((ours, name))

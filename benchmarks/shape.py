@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tiny_models
+from testing import tiny_models
 
 QUESTION = "Describe everything that you can see in the pictures, from left to right."
 IMAGE_SIZE = 448  # pixels a side

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.own_time import own_time
+from testing.results import describe_machine
 
 BLOCK_SIZE = 32
 POOL_BLOCKS = 160
@@ -30,7 +31,7 @@ def measure(
     model: Path, kv_compress: dict[str, Any] | None, num_requests: int, trace: Path
 ) -> dict[str, Any]:
     """One engine over all requests; a warm-up request comes first."""
-    from tests.e2e import engine as harness
+    from testing import engine as harness
 
     requests = [
         harness.image_request("llava", QUESTION, [seed]) for seed in range(num_requests + 1)
@@ -91,7 +92,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from benchmarks import machine, tiny_models
+    from testing import tiny_models
 
     shape = {"num_layers": 8, "num_heads": 8, "num_kv_heads": 2, "head_size": 64, "image_size": 448}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +103,7 @@ def main() -> None:
         ours = measure(model, settings, args.requests, trace)
     result = {
         "command": "python -m benchmarks.smoke " + " ".join(sys.argv[1:]),
-        "machine": machine.describe(),
+        "machine": describe_machine(),
         "model": {"kind": "llava", **shape},
         "pool_blocks": POOL_BLOCKS,
         "block_size": BLOCK_SIZE,

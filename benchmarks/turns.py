@@ -28,7 +28,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, offline, shape
+from benchmarks import offline, shape
+from testing.results import write_report
 
 STOCK, OTHERS = "stock", ("again", "whole", "ours")
 
@@ -171,7 +172,7 @@ def main() -> None:
     for name, engine in engines.items():
         assert name not in ("whole", "ours") or (num_evicted(engine) > 0) == (name == "ours")
     if options.json:
-        machine.write_report(
+        write_report(
             options.json,
             "benchmarks.turns",
             sys.argv[1:],

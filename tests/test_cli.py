@@ -22,10 +22,10 @@ except ImportError:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks import tiny_models
-from benchmarks.server import command, environment
+from testing import tiny_models
+from testing.server import command, environment
 from vl_cache_vllm import hooks
-from vl_cache_vllm.config import KVCompressConfig, settings_of
+from vl_cache_vllm.config import KVCompressConfig, get_kv_compress_config
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.support import unsupported_reasons
 
@@ -47,7 +47,7 @@ def config(model: Path, *flags: str) -> VllmConfig:
 
 def test_off_by_default(model: Path) -> None:
     stock = config(model)
-    assert settings_of(stock) is None
+    assert get_kv_compress_config(stock) is None
     assert stock.additional_config == {}
     assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert stock.scheduler_config.scheduler_cls is None
@@ -72,9 +72,9 @@ def test_flags_and_python_agree(model: Path) -> None:
     python = EngineArgs(
         model=str(model), max_model_len=1024, additional_config={"kv_compress": expected}
     ).create_engine_config()
-    assert settings_of(flags) == settings_of(python)
-    assert settings_of(flags).budget == 0.2
-    assert settings_of(flags).when == "pressure"
+    assert get_kv_compress_config(flags) == get_kv_compress_config(python)
+    assert get_kv_compress_config(flags).budget == 0.2
+    assert get_kv_compress_config(flags).when == "pressure"
     for vllm_config in (flags, python):
         assert vllm_config.parallel_config.worker_cls.endswith("EvictionCPUWorker")
         assert vllm_config.scheduler_config.scheduler_cls.startswith("vl_cache_vllm.")

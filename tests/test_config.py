@@ -19,7 +19,7 @@ from vl_cache_vllm.config import (
     DEFAULT_BUDGET,
     KVCompressConfig,
     describe_settings,
-    settings_of,
+    get_kv_compress_config,
 )
 from vl_cache_vllm.policy import POLICIES
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
@@ -30,7 +30,7 @@ EVERY_SETTING = {
     "when": "pressure",
     "pressure_high": 0.8,
     "pressure_low": 0.5,
-    "answer_reserve": False,
+    "output_reserve": False,
     "text": False,
     "min_prompt_tokens": 100,
     "trace_path": "/tmp/trace.jsonl",
@@ -75,7 +75,7 @@ def test_defaults() -> None:
     assert config.budget == DEFAULT_BUDGET == 0.1
     assert (config.when, config.pressure_high, config.pressure_low) == ("always", 0.9, 0.7)
     assert config.min_prompt_tokens == 0
-    assert config.answer_reserve
+    assert config.output_reserve
     assert config.trace_path is None
     assert config.trace_positions is config.trace_scores is False
 
@@ -105,7 +105,7 @@ def test_every_setting_is_parsed() -> None:
         when="pressure",
         pressure_high=0.8,
         pressure_low=0.5,
-        answer_reserve=False,
+        output_reserve=False,
         min_prompt_tokens=100,
         trace_path="/tmp/trace.jsonl",
         trace_positions=True,
@@ -307,7 +307,7 @@ CONFIGS = st.builds(
     when=st.just("pressure"),
     pressure_high=st.floats(0.5, 1.0),
     pressure_low=st.floats(0.0, 0.5),
-    answer_reserve=st.booleans(),
+    output_reserve=st.booleans(),
     min_prompt_tokens=st.integers(0, 10**6),
     trace_path=st.text(max_size=20),
     trace_positions=st.booleans(),
@@ -333,7 +333,7 @@ def test_settings_tell_configurations_apart() -> None:
         "budget": 0.3,
         "pressure_high": 0.7,
         "pressure_low": 0.4,
-        "answer_reserve": True,
+        "output_reserve": True,
         "min_prompt_tokens": 101,
         "trace_path": "/tmp/other.jsonl",
         "trace_positions": False,
@@ -415,7 +415,7 @@ def test_kept_blocks_of_a_tiny_budget() -> None:
 
 def test_settings_of_a_vllm_config() -> None:
     def settings_in(additional: object) -> KVCompressConfig | None:
-        return settings_of(SimpleNamespace(additional_config=additional))
+        return get_kv_compress_config(SimpleNamespace(additional_config=additional))
 
     assert settings_in({ADDITIONAL_CONFIG_KEY: EVERY_SETTING}) == KVCompressConfig.from_dict(
         EVERY_SETTING

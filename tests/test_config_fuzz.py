@@ -180,7 +180,7 @@ def test_flags(parser: argparse.ArgumentParser, flags: dict[str, str], text: boo
         return
     options = getattr(args, "kv_compress_config", {})
     try:
-        cli.fold(args)
+        cli.move_flags_to_additional_config(args)
     except ValueError as error:
         refuses(error, *options, "policy", "budget", "when", "text")
         return

@@ -12,7 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.test_cli import make_arg_parser
 from vl_cache_vllm import cli
-from vl_cache_vllm.config import settings_of
+from vl_cache_vllm.config import get_kv_compress_config
 from vl_cache_vllm.support import TRY_GPU
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +51,8 @@ def test_command_lines(path: Path) -> None:
         for variable, value in VARIABLES.items():
             arguments = [argument.replace(variable, value) for argument in arguments]
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-        cli.fold(parsed)
-        config = settings_of(parsed)
+        cli.move_flags_to_additional_config(parsed)
+        config = get_kv_compress_config(parsed)
         assert config is not None
         budgets.add((parsed.model_tag, config.policy.name, config.budget))
         names = {mount["name"] for mount in container["volumeMounts"]}

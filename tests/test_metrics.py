@@ -15,8 +15,8 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
-from tests.engine.test_stats import some_stats
-from vl_cache_vllm.engine.stats import EvictionStats, put
+from tests.core.test_stats import some_stats
+from vl_cache_vllm.core.stats import EvictionStats, put
 from vl_cache_vllm.metrics import Interval, KVCompressStatLogger
 
 

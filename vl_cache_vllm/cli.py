@@ -62,7 +62,7 @@ def add_cli_args(parser: Any) -> Any:
     return parser
 
 
-def fold(args: argparse.Namespace) -> None:
+def move_flags_to_additional_config(args: argparse.Namespace) -> None:
     """Move the parsed flags into ``args.additional_config``.
 
     That is where vLLM keeps them, also for the API server processes that it starts from ``args``:

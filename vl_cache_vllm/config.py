@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy, parameter
+from vl_cache_vllm.policy import POLICIES, EvictionPolicy, setting
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 ADDITIONAL_CONFIG_KEY = "kv_compress"
@@ -37,36 +37,36 @@ class KVCompressConfig:
     """Validated settings of KV compression; hashable, picklable, comparable."""
 
     policy: EvictionPolicy = field(default_factory=VLCachePolicy)
-    budget: float = parameter(
+    budget: float = setting(
         DEFAULT_BUDGET, "share of a prompt's KV cache blocks that is kept; 1 evicts nothing"
     )
-    when: str = parameter(
+    when: str = setting(
         WHEN[0],
         "always: evict every prompt that can be; pressure: only those whose prefill ends while "
         "blocks are scarce",
     )
-    pressure_high: float = parameter(
+    pressure_high: float = setting(
         PRESSURE[0],
         "pressure begins when running requests' blocks and what waiting ones will ask for reach "
         "this share of the pool",
     )
-    pressure_low: float = parameter(PRESSURE[1], "and ends when they have fallen to this share")
-    answer_reserve: bool = parameter(
+    pressure_low: float = setting(PRESSURE[1], "and ends when they have fallen to this share")
+    output_reserve: bool = setting(
         True,
         "admit a prompt only while the answers of evicted requests, as long as the latest ones "
         "were, will still find blocks",
     )
-    text: bool = parameter(False, "evict text-only prompts too")
-    min_prompt_tokens: int = parameter(0, "shorter prompts keep their whole cache")
-    trace_path: str | None = parameter(
+    text: bool = setting(False, "evict text-only prompts too")
+    min_prompt_tokens: int = setting(0, "shorter prompts keep their whole cache")
+    trace_path: str | None = setting(
         None,
         "append one JSON line per eviction to this file (debugging and research: reads the "
         "device back at every eviction)",
     )
-    trace_positions: bool = parameter(
+    trace_positions: bool = setting(
         False, "also trace the kept positions of every layer and KV head"
     )
-    trace_scores: bool = parameter(
+    trace_scores: bool = setting(
         False,
         "also trace the attention that every token received and the score it ranks by, of every "
         "layer and KV head",
@@ -204,7 +204,7 @@ def _checked(
     return {key: _coerce(key, value, known[key]) for key, value in values.items()}
 
 
-def settings_of(vllm_config: Any) -> KVCompressConfig | None:
+def get_kv_compress_config(vllm_config: Any) -> KVCompressConfig | None:
     """The settings of a ``VllmConfig``; None when compression is off."""
     additional = vllm_config.additional_config
     return KVCompressConfig.from_dict(

@@ -21,8 +21,8 @@ from packaging.version import Version
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vl_cache_vllm.worker.attach import EvictedGroup
-    from vl_cache_vllm.worker.eviction import EvictionWorker
+    from vl_cache_vllm.worker.build import EvictedGroup
+    from vl_cache_vllm.worker.evictor import Evictor
 
 SUPPORTED_VLLM = (Version("0.32"), Version("0.34"))
 """Half-open range of vLLM versions; the table below was written for 0.32.0 and fits 0.33.0."""
@@ -156,13 +156,13 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vl_cache_vllm.worker.cpu_worker.EvictionCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vl_cache_vllm.worker.gpu_worker.EvictionGPUWorker",
 }
-_CPU_BACKENDS = {"CPU_ATTN": "vl_cache_vllm.attention.cpu.CompressedCPUAttentionBackend"}
+_CPU_BACKENDS = {"CPU_ATTN": "vl_cache_vllm.attention.cpu.EvictionCPUAttentionBackend"}
 GPU_BACKENDS = {
-    "FLASH_ATTN": "vl_cache_vllm.attention.flash.CompressedFlashAttentionBackend",
-    "TRITON_ATTN": "vl_cache_vllm.attention.triton.CompressedTritonAttentionBackend",
+    "FLASH_ATTN": "vl_cache_vllm.attention.flash.EvictionFlashAttentionBackend",
+    "TRITON_ATTN": "vl_cache_vllm.attention.triton.EvictionTritonAttentionBackend",
 }
-_SCHEDULER = "vl_cache_vllm.engine.scheduler.EvictionScheduler"
-_ASYNC_SCHEDULER = "vl_cache_vllm.engine.scheduler.AsyncEvictionScheduler"
+_SCHEDULER = "vl_cache_vllm.core.scheduler.EvictionScheduler"
+_ASYNC_SCHEDULER = "vl_cache_vllm.core.scheduler.AsyncEvictionScheduler"
 
 
 def install() -> None:
@@ -198,7 +198,7 @@ def _wrap_engine_args() -> None:
     def from_cli_args_with_ours(
         cls: type[EngineArgs], args: Any, *others: Any, **kwargs: Any
     ) -> EngineArgs:
-        cli.fold(args)
+        cli.move_flags_to_additional_config(args)
         return from_cli_args(cls, args, *others, **kwargs)
 
     def create_engine_config_with_ours(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -224,13 +224,13 @@ def _supports_version(settings: Any) -> bool:
     Raises:
         ValueError: if it is not and eviction is asked for.
     """
-    from vl_cache_vllm.config import settings_of
+    from vl_cache_vllm.config import get_kv_compress_config
     from vl_cache_vllm.support import unsupported_version
 
     reason = unsupported_version()
     if reason is None:
         return True
-    config = settings_of(settings) if hasattr(settings, "additional_config") else None
+    config = get_kv_compress_config(settings) if hasattr(settings, "additional_config") else None
     if config is not None:
         raise ValueError(f"--kv-compress {config.policy.name} cannot be used with {reason}")
     _tell(f"KV compression is not available with {reason}")
@@ -249,7 +249,7 @@ def _check_requests() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, settings_of
+    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, get_kv_compress_config
 
     if getattr(InputProcessor, "_vl_cache_installed", False):
         return
@@ -261,7 +261,7 @@ def _check_requests() -> None:
     ) -> Any:
         extra = getattr(params, "extra_args", None) or {}
         if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
-            config = settings_of(self.vllm_config)
+            config = get_kv_compress_config(self.vllm_config)
             try:
                 if config is None:
                     raise ValueError(
@@ -285,8 +285,8 @@ def _add_metrics() -> None:
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    from vl_cache_vllm.config import settings_of
-    from vl_cache_vllm.engine.stats import SEND
+    from vl_cache_vllm.config import get_kv_compress_config
+    from vl_cache_vllm.core.stats import SEND
 
     os.environ[SEND] = "1"
 
@@ -299,7 +299,7 @@ def _add_metrics() -> None:
         self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any
     ) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if settings_of(vllm_config) is not None:
+        if get_kv_compress_config(vllm_config) is not None:
             from vl_cache_vllm.metrics import KVCompressStatLogger
 
             log_lines = kwargs.get("enable_default_loggers", True)
@@ -330,10 +330,10 @@ def enable(vllm_config: VllmConfig) -> None:
     """
     from vllm.logger import init_logger
 
-    from vl_cache_vllm.config import settings_of
+    from vl_cache_vllm.config import get_kv_compress_config
     from vl_cache_vllm.support import unsupported_reasons
 
-    config = settings_of(vllm_config)
+    config = get_kv_compress_config(vllm_config)
     if config is None or not _supports_version(vllm_config):
         return
     reasons = unsupported_reasons(vllm_config, supported_workers=tuple(_WORKERS))
@@ -406,7 +406,7 @@ def profile_run(runner: Any, ours: Callable[..., None]) -> Iterator[None]:
         del runner.profile_run
 
 
-def attach_v1(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
+def attach_v1(runner: Any, worker: Evictor, group: EvictedGroup) -> None:
     """Hook eviction into a V1 model runner."""
     from vl_cache_vllm.worker.v1 import V1Adapter
 
@@ -414,7 +414,7 @@ def attach_v1(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
     runner._build_attention_metadata = adapter.build_attention_metadata
 
 
-def attach_v2(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
+def attach_v2(runner: Any, worker: Evictor, group: EvictedGroup) -> None:
     """Hook eviction into a V2 model runner's model state."""
     from vl_cache_vllm.worker.v2 import V2Adapter
 

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vl_cache_vllm.engine.stats import EvictionStats, take
+from vl_cache_vllm.core.stats import EvictionStats, take
 
 logger = init_logger("vllm.vl_cache.metrics")
 

@@ -27,8 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks import machine, shape, tiny_models
+from benchmarks import shape
 from benchmarks.own_time import wrapped
+from testing import tiny_models
+from testing.results import write_report
 from vl_cache_vllm.ops import dispatch
 
 BUDGET, OUTPUT_LEN = 0.25, 32
@@ -63,8 +65,8 @@ def engines() -> list[Engine]:
 @contextlib.contextmanager
 def forbidden_to_wait() -> Iterator[None]:
     """Our code raises where it waits for the device."""
-    from vl_cache_vllm.attention.layered import LayeredAttention
-    from vl_cache_vllm.worker.eviction import EvictionWorker
+    from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
+    from vl_cache_vllm.worker.evictor import Evictor
 
     def guarded(original: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -76,8 +78,8 @@ def forbidden_to_wait() -> Iterator[None]:
 
         return run
 
-    targets: list[tuple[type, str]] = [(LayeredAttention, "_layer_view")]
-    targets += [(EvictionWorker, name) for name in ("begin_step", "layer_done", "take_reports")]
+    targets: list[tuple[type, str]] = [(PerLayerAttentionMixin, "_layer_view")]
+    targets += [(Evictor, name) for name in ("begin_step", "layer_done", "take_reports")]
     with wrapped(targets, guarded):
         yield
 
@@ -85,7 +87,7 @@ def forbidden_to_wait() -> Iterator[None]:
 @contextlib.contextmanager
 def counted() -> Iterator[list[str]]:
     """Ids of the requests that are evicted."""
-    from vl_cache_vllm.worker.eviction import EvictionWorker
+    from vl_cache_vllm.worker.evictor import Evictor
 
     ids: list[str] = []
 
@@ -97,7 +99,7 @@ def counted() -> Iterator[list[str]]:
 
         return run
 
-    with wrapped([(EvictionWorker, "_evict")], counting):
+    with wrapped([(Evictor, "_evict")], counting):
         yield ids
 
 
@@ -115,7 +117,7 @@ def run(model: Path, engine: Engine) -> Outcome:
     """Send an engine the requests."""
     from vllm import SamplingParams
 
-    from benchmarks.engine import read_trace, running_llm
+    from testing.engine import read_trace, running_llm
 
     trace = model / "trace.jsonl"
     trace.unlink(missing_ok=True)
@@ -213,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(tiny_models.build("llava", Path(folder) / "model", image_size=336))
     if options.json:
-        machine.write_report(options.json, "benchmarks.gpu.agreement", sys.argv[1:], rows=rows)
+        write_report(options.json, "benchmarks.gpu.agreement", sys.argv[1:], rows=rows)
 
 
 if __name__ == "__main__":

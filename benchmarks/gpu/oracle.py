@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observation beside xformers' attention, which shares no code with ours, torch's or vLLM's.
+"""The observation beside xformers' attention, which shares no code with ours, torch's or vLLM's.
 
     python -m benchmarks.gpu.oracle [--shapes 7b-gqa] [--tokens 2048 8192] [--json FILE]
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
 from benchmarks.kernels import OBSERVED, SHAPES, THRESHOLD, Prompt, milliseconds
+from testing.results import write_report
 from vl_cache_vllm.ops import dispatch
 
 BLOCK_SIZE = 16
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(row, flush=True)
             del prompt
     if options.json:
-        machine.write_report(options.json, "benchmarks.gpu.oracle", arguments, rows=rows)
+        write_report(options.json, "benchmarks.gpu.oracle", arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def test_every_stage_fits_into_a_call_and_is_a_command_of_ours(
     assert gpu.main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(stage.name in listed for stage in gpu.STAGES)
-    from benchmarks import kernels, offline, serving, turns
+    from benchmarks import kernels, offline, turns
+    from benchmarks.serving import __main__ as serving
 
     parsers = {module.__name__: module._parser for module in (offline, serving, turns)}
     for stage in gpu.STAGES:
@@ -120,7 +121,7 @@ except KeyboardInterrupt:
 
 def test_engines_of_a_cpu_agree(tmp_path: Path) -> None:
     """With each other: the same code as on a GPU, where it has more to compare."""
-    from benchmarks import tiny_models
+    from testing import tiny_models
 
     rows = agreement.compare(tiny_models.build("llava", tmp_path / "model", image_size=336))
     assert [row["engine"] for row in rows] == ["torch", "cpp"]

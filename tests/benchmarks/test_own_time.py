@@ -7,26 +7,26 @@ import pytest
 
 from benchmarks.gpu.agreement import forbidden_to_wait
 from benchmarks.own_time import HOST, SCHEDULER, WORKER, Clock, overrides, own_time, wrapped
-from vl_cache_vllm.attention.layered import LayeredAttention
-from vl_cache_vllm.engine.block_manager import CompressedAttentionManager
-from vl_cache_vllm.engine.scheduler import EvictionScheduler, _EvictionMixin
-from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
+from vl_cache_vllm.core.block_manager import EvictionBlockManager
+from vl_cache_vllm.core.scheduler import EvictionScheduler, EvictionSchedulerMixin
+from vl_cache_vllm.worker.evictor import Evictor
 
 
 def test_methods_are_wrapped_and_restored() -> None:
-    before = LayeredAttention._layer_view, EvictionWorker.layer_done, EvictionScheduler.schedule
+    before = PerLayerAttentionMixin._layer_view, Evictor.layer_done, EvictionScheduler.schedule
     for context in (own_time, forbidden_to_wait):
         with context():
-            assert EvictionWorker.layer_done is not before[1]
-        after = LayeredAttention._layer_view, EvictionWorker.layer_done, EvictionScheduler.schedule
+            assert Evictor.layer_done is not before[1]
+        after = PerLayerAttentionMixin._layer_view, Evictor.layer_done, EvictionScheduler.schedule
         assert after == before
     assert "remove_skipped_blocks" not in vars(EvictionScheduler)
 
 
 def test_every_method_that_the_scheduler_calls_is_timed() -> None:
-    found = dict(overrides(EvictionScheduler, _EvictionMixin))
+    found = dict(overrides(EvictionScheduler, EvictionSchedulerMixin))
     assert {"schedule", "update_from_output", "make_stats"} <= set(found)
-    found = dict(overrides(CompressedAttentionManager, CompressedAttentionManager))
+    found = dict(overrides(EvictionBlockManager, EvictionBlockManager))
     assert {"allocate_new_blocks", "remove_skipped_blocks", "cache_blocks"} <= set(found)
     assert not set(found) & {"plan", "take_stats", "__init__"}  # called by the others
 

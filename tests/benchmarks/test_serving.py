@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import serving, shape, tiny_models
-from benchmarks.serving import Point
+from benchmarks import shape
+from benchmarks.serving import __main__ as serving
+from benchmarks.serving.__main__ import Point
+from testing import tiny_models
 
 
 def test_one_workload_is_swept_the_others_run_at_the_highest_load() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from benchmarks import tiny_models
-from tests.e2e import engine as harness
+from testing import engine as harness
+from testing import tiny_models
 
 BLOCK = 32
 LONG = "Describe everything that you can see in the picture, from left to right. " * 8

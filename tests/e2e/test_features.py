@@ -21,8 +21,8 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from benchmarks import tiny_models
-from tests.e2e import engine as harness
+from testing import engine as harness
+from testing import tiny_models
 from tests.e2e.test_accounting import assert_pool_is_whole
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
@@ -54,7 +54,7 @@ def answers(
 def test_n_gram_drafts(model: Path) -> None:
     """Steps of several tokens, some taken back: of evicted requests and of others beside them."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.n_gram", str(model)],
+        [sys.executable, "-m", "tests.helpers.n_gram", str(model)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -14,11 +14,11 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from benchmarks import tiny_models
-from tests.e2e.engine import engine as running_engine
-from tests.e2e.engine import eviction_worker, greedy, image_request, token_ids
-from tests.e2e.test_method import check, load_oracle  # noqa: F401  a fixture
-from tests.oracle import Oracle, Settings
+from testing import tiny_models
+from testing.engine import engine as running_engine
+from testing.engine import eviction_worker, greedy, image_request, token_ids
+from testing.oracle import Oracle, Settings
+from tests.e2e.test_against_oracle import check, load_oracle  # noqa: F401  a fixture
 from vl_cache_vllm import hooks
 from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.worker.v2 import V2Adapter

@@ -10,8 +10,8 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks import tiny_models
-from tests.e2e import engine as harness
+from testing import engine as harness
+from testing import tiny_models
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 6
 SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.15, "max_observation_tokens": 64}

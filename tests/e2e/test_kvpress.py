@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import tiny_models
-from benchmarks.engine import read_trace
-from tests.e2e.engine import engine, greedy, image_request
-from tests.presses import (
+from testing import tiny_models
+from testing.engine import engine, greedy, image_request, read_trace
+from testing.presses import (
     BasePress,
     Kept,
     ObservedAttentionPress,

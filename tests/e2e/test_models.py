@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tiny_models
-from benchmarks.engine import read_trace
-from tests.e2e import engine as harness
+from testing import engine as harness
+from testing import tiny_models
+from testing.engine import read_trace
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tiny_models
-from tests.e2e import engine as harness
-from tests.e2e import stock_reference
+from testing import engine as harness
+from testing import tiny_models
+from tests.helpers import stock_reference
 
 pytestmark = pytest.mark.both_runners
 

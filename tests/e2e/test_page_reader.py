@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from vllm import SamplingParams
 
-from benchmarks import accuracy, sweep
-from benchmarks.cases import page_reader_cases
-from benchmarks.engine import read_trace, running_llm
+from evaluation import accuracy, sweep
+from evaluation.cases import page_reader_cases
+from testing.engine import read_trace, running_llm
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tiny_models
-from benchmarks.server import chat_body, image_url, running
-from tests.e2e import engine as harness
-from tests.e2e import ray_on_cpu
+from testing import engine as harness
+from testing import tiny_models
+from testing.server import chat_body, image_url, running
+from tests.helpers import ray_on_cpu
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -78,7 +78,7 @@ def test_tensor_parallel(model: Path, alone: Served, tmp_path: Path, executor: s
 
 
 def test_more_ranks_than_kv_heads(models_dir: Path, tmp_path: Path) -> None:
-    """Ranks with a copy of the same head: equal layers, but each keeps what its queries look at."""
+    """Ranks with a copy of one head: equal layers, but each keeps what its queries attend to."""
     model = tiny_models.build("llava", models_dir / "llava-one-kv-head", num_kv_heads=1)
     whole, _ = serve(model, tmp_path / "whole")
     lines, answers = serve(

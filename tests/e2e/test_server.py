@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tiny_models
-from benchmarks.engine import read_trace
-from benchmarks.server import Server, chat_body, image_url, running, stream
+from testing import tiny_models
+from testing.engine import read_trace
+from testing.server import Server, chat_body, image_url, running, stream
 
 pytestmark = pytest.mark.server
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import soak, tiny_models
+from checks.soak import __main__ as soak
+from testing import tiny_models
 
 pytestmark = pytest.mark.server
 

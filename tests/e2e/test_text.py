@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tiny_models
-from benchmarks.engine import read_trace
-from tests.e2e import engine as harness
+from testing import engine as harness
+from testing import tiny_models
+from testing.engine import read_trace
 
 BLOCK = 32
 TEXT = {"prompt": "USER: " + "Once upon a time there was a cache that kept everything. " * 9}

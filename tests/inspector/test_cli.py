@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import tiny_models
-from benchmarks.accuracy import MODEL
-from benchmarks.cases import page_reader_cases
-from tests.inspector.made_up import page_data, token_at
+from evaluation.accuracy import MODEL
+from evaluation.cases import page_reader_cases
+from testing import tiny_models
+from tests.helpers.made_up import page_data, token_at
 from training.render import CELL
 from vl_cache_vllm.inspector.cli import _open, main
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inspector.made_up import inspection, page_data, token_at
+from tests.helpers.made_up import inspection, page_data, token_at
 from vl_cache_vllm.inspector.page import MAX_SIDE, _uri, write_page
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tests.inspector.made_up import inspection
+from tests.helpers.made_up import inspection
 from vl_cache_vllm.inspector.layout import Box, panel
 from vl_cache_vllm.inspector.picture import MARKER, _draw, shown_layers, write_picture
 from vl_cache_vllm.policy import PatchGrid

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.inspector.made_up import inspection
+from tests.helpers.made_up import inspection
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.inspector.request import _reason, token_texts
 

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from tests.inspector.made_up import record
+from tests.helpers.made_up import record
 from vl_cache_vllm.inspector.trace import LEVELS, Eviction, histogram, levels
 
 TWO_IMAGES = {"visual": ((2, 11), (13, 19)), "grids": ((2, 3, 3, 3), (13, 2, 2, 3))}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ops.pools import PACKINGS
+from tests.helpers.pools import PACKINGS
 from vl_cache_vllm.ops import dispatch, native
 
 TRITON = pytest.param("triton", marks=pytest.mark.interpreter)

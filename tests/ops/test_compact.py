@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number, value_of
+from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number, value_of
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 

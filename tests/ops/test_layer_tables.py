@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import examples
-from tests.ops.pools import PAGE_ORDERS, strides
+from tests.helpers.pools import PAGE_ORDERS, strides
 from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
 
 pytestmark = pytest.mark.usefixtures("implementation")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.ops.pools import PAGE_ORDERS, key_of, make_pool, page_number
+from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number
 from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.ops.observe import elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys

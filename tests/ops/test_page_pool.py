@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.pools import (
+from tests.helpers.pools import (
     CPU_PACKINGS,
     PACKINGS,
     PAGE_ORDERS,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection against sorting in Python."""
+"""`select` against sorting in Python."""
 
 import math
 from fractions import Fraction

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy, Prompt
-from vl_cache_vllm.policy.pooling import look_ahead
-from vl_cache_vllm.policy.ranking import interleave
+from vl_cache_vllm.policy.scoring import interleave, look_ahead
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 

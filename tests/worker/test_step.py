@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import examples
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.engine.admission import plan_eviction
+from vl_cache_vllm.core.admission import plan_eviction
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
-from vl_cache_vllm.worker.observed import Observed
-from vl_cache_vllm.worker.step import BatchRow, RequestState, RequestTable, StepNumbers, plan_step
+from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.step import BatchRow, RequestState, RequestTable, StepPlan, plan_step
 
 BLOCK_SIZE = 8
 NUM_LAYERS = 3
@@ -62,14 +62,14 @@ def decode(state: RequestState, computed: int, scheduled: int = 1) -> BatchRow:
     return BatchRow(state, computed, scheduled, num_blocks)
 
 
-def plan(rows: list[BatchRow]) -> StepNumbers:
+def plan(rows: list[BatchRow]) -> StepPlan:
     return plan_step(rows, BLOCK_SIZE, NUM_LAYERS)
 
 
 def test_a_prompt_in_one_step() -> None:
     state = fresh(63)
     numbers = plan([chunk(state, 0, 63, reserved=2)])
-    (observation,), (finish,) = numbers.observations, numbers.finishes
+    (observation,), (finish,) = numbers.observations, numbers.pending_evictions
     assert observation.row == finish.row == 0
     assert observation.state is finish.state is state
     assert (observation.query_start, observation.query_end) == (40, 63)
@@ -87,14 +87,14 @@ def test_finishing_shows_in_the_next_step() -> None:
     assert (state.evicted_tokens, state.prompt_blocks, state.kept_blocks) == (63, 8, 2)
     numbers = plan([decode(state, 63)])
     assert numbers.any_evicted
-    assert numbers.observations == numbers.finishes == []
+    assert numbers.observations == numbers.pending_evictions == []
     assert not numbers.is_plain
 
 
 def test_a_row_without_surplus_is_never_finished() -> None:
     """The scheduler may decline (pool, max_tokens) what the worker observes."""
     state = fresh(64)
-    assert plan([chunk(state, 0, 64)]).finishes == []
+    assert plan([chunk(state, 0, 64)]).pending_evictions == []
     assert state.evicted_tokens == 0
     for computed in range(64, 90):
         numbers = plan([decode(state, computed)])
@@ -106,7 +106,7 @@ def test_a_row_without_surplus_is_never_finished() -> None:
 @pytest.mark.parametrize("reserved", [1, 2, 5])
 def test_finish_by_row_length(tokens: int, reserved: int) -> None:
     state = fresh(tokens)
-    (finish,) = plan([chunk(state, 48, tokens - 48, reserved)]).finishes
+    (finish,) = plan([chunk(state, 48, tokens - 48, reserved)]).pending_evictions
     assert finish.prompt_tokens == tokens
     assert finish.prompt_blocks == cdiv(tokens, BLOCK_SIZE)
     assert finish.kept_blocks == reserved
@@ -119,7 +119,7 @@ def test_chunks_observe_their_part_of_the_window() -> None:
     for computed, scheduled in steps:
         last = computed + scheduled == 63
         numbers = plan([chunk(state, computed, scheduled, reserved=2 if last else 0)])
-        assert bool(numbers.finishes) == last
+        assert bool(numbers.pending_evictions) == last
         for o in numbers.observations:
             assert o.query_start == o.first_position - computed
             assert o.query_end == scheduled
@@ -177,7 +177,7 @@ def test_queries_are_indexed_in_the_whole_batch() -> None:
         (3, 11 + 1 + 20, 11 + 1 + 20 + 6),
     ]
     assert [o.first_position for o in numbers.observations] == [40, 44]
-    assert [finish.row for finish in numbers.finishes] == [3]
+    assert [finish.row for finish in numbers.pending_evictions] == [3]
     assert numbers.any_evicted
 
 
@@ -199,7 +199,7 @@ def test_prompts_that_are_never_evicted_are_not_observed(state: RequestState) ->
 
 def test_generated_tokens_are_not_observed() -> None:
     state = fresh(63)
-    plan([chunk(state, 0, 63)])  # the scheduler declined
+    plan([chunk(state, 0, 63)])  # the scheduler kept_whole
     assert plan([decode(state, 63)]).is_plain
 
 
@@ -211,7 +211,7 @@ def test_a_restarted_request_observes_its_generated_tokens_too() -> None:
     plan([decode(state, 63)])
     state = table.start("a", config(), 40, 65)
     numbers = plan([chunk(state, 32, 33, reserved=3)])
-    (observation,), (finish,) = numbers.observations, numbers.finishes
+    (observation,), (finish,) = numbers.observations, numbers.pending_evictions
     assert (observation.first_position, observation.query_end) == (40, 33)
     assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (65, 9, 3)
 
@@ -290,7 +290,7 @@ def test_table_start_get_drop() -> None:
 def test_table_restart_clears_everything() -> None:
     table = RequestTable()
     state = table.start("a", config(), 40, 63)
-    state.observed = Observed(state.config.policy, 2, 1, 63, torch.device("cpu"))
+    state.observed = AttentionStats(state.config.policy, 2, 1, 63, torch.device("cpu"))
     plan([chunk(state, 0, 63, reserved=2)])
     again = table.start("a", config(), 40, 70)
     assert again is not state
@@ -341,7 +341,7 @@ def test_room_for_rejected_drafts_is_not_an_eviction() -> None:
     state = table.start("a", config(), 40, 63)
     plan([chunk(state, 0, 63)])
     numbers = plan([BatchRow(state, 63, 1, -(-64 // BLOCK_SIZE) + 1)])
-    assert numbers.finishes == [] and state.evicted_tokens == 0
+    assert numbers.pending_evictions == [] and state.evicted_tokens == 0
 
 
 def test_a_prefill_that_ends_with_room_for_drafts_is_not_observed() -> None:
@@ -350,7 +350,7 @@ def test_a_prefill_that_ends_with_room_for_drafts_is_not_observed() -> None:
     plan([chunk(state, 0, 62)])
     numbers = plan([chunk(state, 62, 4)])
     assert numbers.observations == []
-    assert numbers.finishes == []
+    assert numbers.pending_evictions == []
 
 
 @st.composite
@@ -435,7 +435,7 @@ def test_random_batches_token_by_token(rows: list[BatchRow], num_layers: int) ->
         end = rows[o.row].num_computed + rows[o.row].num_scheduled
         assert o.state is rows[o.row].state and o.num_blocks == cdiv(end, BLOCK_SIZE)
     assert {
-        f.row: (f.prompt_tokens, f.prompt_blocks, f.kept_blocks) for f in numbers.finishes
+        f.row: (f.prompt_tokens, f.prompt_blocks, f.kept_blocks) for f in numbers.pending_evictions
     } == finishing
     for r, (row, was_evicted) in enumerate(zip(rows, evicted_before, strict=True)):
         assert (row.state.evicted_tokens > 0) == (was_evicted or r in finishing)
@@ -451,5 +451,5 @@ def test_only_the_admitted_are_observed() -> None:
     rows = [BatchRow(states[0], 0, 100, 10), BatchRow(states[1], 0, 100, 7)]
     numbers = plan_step(rows, 16, 3, admitted={"a"})
     assert [one.state for one in numbers.observations] == [states[0]]
-    assert [one.state for one in numbers.finishes] == [states[0]]
+    assert [one.state for one in numbers.pending_evictions] == [states[0]]
     assert plan_step([BatchRow(states[1], 0, 50, 4)], 16, 3, admitted=set()).observations == []

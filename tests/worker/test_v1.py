@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from vllm.v1.request import Request
 
-from tests.engine.blocks import image_prompt, make_request
-from tests.worker.fakes import FakeV1Runner, RecordingWorker
+from tests.helpers.blocks import image_prompt, make_request
+from tests.helpers.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
-from vl_cache_vllm.worker.attach import EvictedGroup
-from vl_cache_vllm.worker.step import BatchRow, StepNumbers
+from vl_cache_vllm.worker.build import EvictedGroup
+from vl_cache_vllm.worker.step import BatchRow, StepPlan
 from vl_cache_vllm.worker.v1 import V1Adapter
 
 BLOCK_SIZE = 4
@@ -30,7 +30,7 @@ class Worker:
 
     def step(
         self, *rows: tuple[Request, int, int, list[int]], resumed: Container[str] = ()
-    ) -> tuple[list[BatchRow], StepNumbers]:
+    ) -> tuple[list[BatchRow], StepPlan]:
         self.runner.schedule(
             [(request, computed, ids) for request, computed, _, ids in rows], resumed
         )
@@ -83,7 +83,7 @@ def test_a_finished_request_is_forgotten_and_its_id_may_come_again() -> None:
     worker = Worker()
     a = request()
     (row,), numbers = worker.step((a, 0, 26, blocks(9)))
-    assert numbers.finishes
+    assert numbers.pending_evictions
     old = row.state
     worker.runner.requests.clear()
     b = request("b")
@@ -93,7 +93,7 @@ def test_a_finished_request_is_forgotten_and_its_id_may_come_again() -> None:
     worker.runner.requests.clear()
     (row,), numbers = worker.step((request("a"), 0, 26, blocks(9)))
     assert row.state is not old
-    assert numbers.finishes
+    assert numbers.pending_evictions
 
 
 def test_an_id_that_comes_again_at_once() -> None:
@@ -116,7 +116,7 @@ def test_a_request_that_starts_over(hit: int) -> None:
     a.append_output_token_ids(7)
     (row,), numbers = worker.step((a, hit, 28 - hit, blocks(9, first=20)), resumed={"a"})
     assert row.state.prefill_tokens == 28
-    (finish,) = numbers.finishes
+    (finish,) = numbers.pending_evictions
     assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (28, 7, 2)
 
 
@@ -126,10 +126,10 @@ def test_restart_where_it_left_off_after_a_refusal() -> None:
     worker = Worker()
     a = request(before=6, image=14, after=0)
     _, numbers = worker.step((a, 0, 20, blocks(5)))
-    assert not numbers.finishes
+    assert not numbers.pending_evictions
     a.append_output_token_ids(7)
     (row,), numbers = worker.step((a, 20, 1, [*blocks(5), 30, 31, 32]), resumed={"a"})
-    assert [finish.prompt_tokens for finish in numbers.finishes] == [21]
+    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [21]
     assert row.state.prefill_tokens == 21
     assert numbers.observations
 
@@ -139,11 +139,11 @@ def test_restart_where_it_left_off_after_an_eviction() -> None:
     worker = Worker(max_observation_tokens=1)
     a = request(after=12)
     _, numbers = worker.step((a, 0, 28, blocks(7 + 2)))
-    assert numbers.finishes
+    assert numbers.pending_evictions
     a.append_output_token_ids(7)
     (row,), numbers = worker.step((a, 28, 1, [*blocks(7), 30, 31, 32]), resumed={"a"})
     # Otherwise the row is read as [7 prompt][2 kept][1 decode].
-    assert [finish.prompt_tokens for finish in numbers.finishes] == [29]
+    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [29]
     assert row.state.prefill_tokens == 29
 
 
@@ -155,4 +155,4 @@ def test_tokens_that_an_early_stage_has_not_heard_of() -> None:
     worker.recording.cached_requests = SimpleNamespace(req_ids=["a"], num_output_tokens=[2])
     (row,), numbers = worker.step((a, 0, 28, blocks(9, first=20)), resumed={"a"})
     assert row.state.prefill_tokens == 28
-    assert [finish.prompt_tokens for finish in numbers.finishes] == [28]
+    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [28]

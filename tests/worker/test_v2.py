@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 
-from tests.worker.test_rehearsal import BLOCK_SIZE, NUM_LAYERS, rehearsal_of
+from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, rehearsal_of
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.worker.attach import EvictedGroup
+from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.v2 import V2Adapter
 
 NUM_REQS = 2  # of the graph

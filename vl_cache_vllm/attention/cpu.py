@@ -18,29 +18,29 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vl_cache_vllm.attention.layered import LayeredAttention, LayerInputs, number_type
+from vl_cache_vllm.attention.per_layer import LayerInputs, PerLayerAttentionMixin, number_type
 from vl_cache_vllm.ops.page_pool import PagePacking
 
 
-class CompressedCPUAttentionBackend(CPUAttentionBackend):
+class EvictionCPUAttentionBackend(CPUAttentionBackend):
     """Replaces CPU_ATTN, the only backend name that vLLM's CPU platform selects."""
 
     forward_includes_kv_cache_update: bool = True
 
     @staticmethod
-    def get_impl_cls() -> type[CompressedCPUAttentionImpl]:
-        return CompressedCPUAttentionImpl
+    def get_impl_cls() -> type[EvictionCPUAttentionImpl]:
+        return EvictionCPUAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[CompressedCPUAttentionMetadataBuilder]:
-        return CompressedCPUAttentionMetadataBuilder
+    def get_builder_cls() -> type[EvictionCPUAttentionMetadataBuilder]:
+        return EvictionCPUAttentionMetadataBuilder
 
 
 @dataclass
-class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
+class EvictionCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and who divides the kernel's work."""
 
-    builder: CompressedCPUAttentionMetadataBuilder | None = None
+    builder: EvictionCPUAttentionMetadataBuilder | None = None
 
 
 class CPULayerInputs(LayerInputs):
@@ -51,7 +51,7 @@ class CPULayerInputs(LayerInputs):
         self._lengths = [*map(tuple, self.tables.seq_lens.tolist())]
         self._schedules: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def metadata_of(self, layer: int) -> CompressedCPUAttentionMetadata:
+    def metadata_of(self, layer: int) -> EvictionCPUAttentionMetadata:
         own = super().metadata_of(layer)
         lengths = self._lengths[layer]
         # Many layers keep equally many pages, and the kernel only reads it.
@@ -61,16 +61,16 @@ class CPULayerInputs(LayerInputs):
         return own
 
 
-class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+class EvictionCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> CompressedCPUAttentionMetadata:
+    ) -> EvictionCPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         values = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-        return CompressedCPUAttentionMetadata(**values, builder=self)
+        return EvictionCPUAttentionMetadata(**values, builder=self)
 
     def schedule(self, metadata: CPUAttentionMetadata, seq_lens: torch.Tensor) -> torch.Tensor:
         """The kernel's work split for one layer's own lengths, int32 ``[num_reqs]``."""
@@ -90,7 +90,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class CompressedCPUAttentionImpl(LayeredAttention, CPUAttentionBackendImpl):
+class EvictionCPUAttentionImpl(PerLayerAttentionMixin, CPUAttentionBackendImpl):
     layer_inputs = CPULayerInputs
 
     def do_kv_cache_update(

@@ -9,24 +9,28 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vl_cache_vllm.attention.layered import DecodeGraphs, GPUPages, LayeredAttention
+from vl_cache_vllm.attention.per_layer import (
+    ContiguousPagesMixin,
+    DecodeGraphsMixin,
+    PerLayerAttentionMixin,
+)
 
 
-class CompressedFlashAttentionBackend(GPUPages, FlashAttentionBackend):
+class EvictionFlashAttentionBackend(ContiguousPagesMixin, FlashAttentionBackend):
     """Replaces FLASH_ATTN."""
 
     @staticmethod
-    def get_impl_cls() -> type[CompressedFlashAttentionImpl]:
-        return CompressedFlashAttentionImpl
+    def get_impl_cls() -> type[EvictionFlashAttentionImpl]:
+        return EvictionFlashAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[CompressedFlashAttentionMetadataBuilder]:
-        return CompressedFlashAttentionMetadataBuilder
+    def get_builder_cls() -> type[EvictionFlashAttentionMetadataBuilder]:
+        return EvictionFlashAttentionMetadataBuilder
 
 
-class CompressedFlashAttentionMetadataBuilder(DecodeGraphs, FlashAttentionMetadataBuilder):
+class EvictionFlashAttentionMetadataBuilder(DecodeGraphsMixin, FlashAttentionMetadataBuilder):
     pass
 
 
-class CompressedFlashAttentionImpl(LayeredAttention, FlashAttentionImpl):
+class EvictionFlashAttentionImpl(PerLayerAttentionMixin, FlashAttentionImpl):
     pass

@@ -9,24 +9,28 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vl_cache_vllm.attention.layered import DecodeGraphs, GPUPages, LayeredAttention
+from vl_cache_vllm.attention.per_layer import (
+    ContiguousPagesMixin,
+    DecodeGraphsMixin,
+    PerLayerAttentionMixin,
+)
 
 
-class CompressedTritonAttentionBackend(GPUPages, TritonAttentionBackend):
+class EvictionTritonAttentionBackend(ContiguousPagesMixin, TritonAttentionBackend):
     """Replaces TRITON_ATTN."""
 
     @staticmethod
-    def get_impl_cls() -> type[CompressedTritonAttentionImpl]:
-        return CompressedTritonAttentionImpl
+    def get_impl_cls() -> type[EvictionTritonAttentionImpl]:
+        return EvictionTritonAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[CompressedTritonAttentionMetadataBuilder]:
-        return CompressedTritonAttentionMetadataBuilder
+    def get_builder_cls() -> type[EvictionTritonAttentionMetadataBuilder]:
+        return EvictionTritonAttentionMetadataBuilder
 
 
-class CompressedTritonAttentionMetadataBuilder(DecodeGraphs, TritonAttentionMetadataBuilder):
+class EvictionTritonAttentionMetadataBuilder(DecodeGraphsMixin, TritonAttentionMetadataBuilder):
     pass
 
 
-class CompressedTritonAttentionImpl(LayeredAttention, TritonAttentionImpl):
+class EvictionTritonAttentionImpl(PerLayerAttentionMixin, TritonAttentionImpl):
     pass

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from vllm import SamplingParams
 
-from vl_cache_vllm.config import REQUEST_BUDGET, KVCompressConfig, settings_of
-from vl_cache_vllm.engine.admission import Skip, plan_eviction
+from vl_cache_vllm.config import REQUEST_BUDGET, KVCompressConfig, get_kv_compress_config
+from vl_cache_vllm.core.admission import Skip, plan_eviction
 from vl_cache_vllm.inspector.layout import Box, Panel, panel, seen_area
 from vl_cache_vllm.inspector.trace import Eviction
 
@@ -100,7 +100,7 @@ def inspect_request(
         return output
 
     output = ask(None)
-    config = settings_of(llm.llm_engine.vllm_config)
+    config = get_kv_compress_config(llm.llm_engine.vllm_config)
     assert config is not None
     lines = trace.read_text().splitlines() if trace.exists() else []
     ids = output.prompt_token_ids

@@ -19,14 +19,14 @@ MAX_HELD_QUERIES = 512
 """Bounds what a request with elite_window holds of each layer while its prefill is chunked."""
 
 
-def parameter(default: Any, text: str) -> Any:
+def setting(default: Any, text: str) -> Any:
     """A dataclass field that is a setting of the user's, with its line of help."""
     return field(default=default, metadata={"help": text})
 
 
 def with_default(cls: Any, name: str, default: Any) -> Any:
     """An inherited parameter with another default."""
-    return parameter(default, cls.__dataclass_fields__[name].metadata["help"])
+    return setting(default, cls.__dataclass_fields__[name].metadata["help"])
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,31 @@ class EvictionPolicy(ABC):
     for_text: ClassVar[bool] = False
     """Whether it is defined for prompts without images (``--kv-compress-text``)."""
 
-    threshold: float = parameter(
+    threshold: float = setting(
         0.01, "p: an attention entry counts as dense iff it reaches p times its row's maximum"
     )
-    recent_ratio: float = parameter(
+    recent_ratio: float = setting(
         0.1, "share of a layer's budget that always keeps the prompt's last tokens"
     )
-    max_observation_tokens: int | None = parameter(
+    max_observation_tokens: int | None = setting(
         None, "observe at most so many of the prompt's last queries; null: all post-vision ones"
     )
-    post_vision_only: bool = parameter(
+    post_vision_only: bool = setting(
         True,
         "observe only queries after the last visual token; false: the prompt's last "
         "max_observation_tokens queries whatever they are (SnapKV's window), or all (H2O)",
     )
-    sink_tokens: int = parameter(
+    sink_tokens: int = setting(
         0, "so many first tokens of the prompt are kept before all but the recent ones"
     )
-    keep_text: bool = parameter(False, "text tokens are kept before all visual ones")
-    elite_window: float = parameter(
+    keep_text: bool = setting(False, "text tokens are kept before all visual ones")
+    elite_window: float = setting(
         0.0,
         "of the observed queries only those score the tokens to which the last one pays at least "
         "this share of the most attention that it pays to any of them, by KV head (AirCache: 0.9); "
         "0: all; needs max_observation_tokens",
     )
-    diversity: float = parameter(
+    diversity: float = setting(
         0.0,
         "favour tokens whose keys are unlike the others', in heads whose keys are alike: weight of "
         "this against the policy's score, times the mean similarity of a head's keys (MixKV: 1); "

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.ops.device import to_device
-from vl_cache_vllm.policy.base import parameter
+from vl_cache_vllm.policy.base import setting
 from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
@@ -18,7 +18,7 @@ class PyramidKVPolicy(SnapKVPolicy):
 
     name: ClassVar[str] = "pyramidkv"
 
-    beta: float = parameter(
+    beta: float = setting(
         20.0,
         "the last layer gets 1/beta of the mean budget beyond the window, the first 2 - 1/beta",
     )

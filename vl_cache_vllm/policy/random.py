@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.ops.device import to_device
-from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
+from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 
 
@@ -24,7 +24,7 @@ class RandomPolicy(EvictionPolicy):
     for_text: ClassVar[bool] = True
 
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
-    seed: int = parameter(0, "seed of the scores")
+    seed: int = setting(0, "seed of the scores")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
-from vl_cache_vllm.policy.pooling import POOLING_2D, check_pooling, smooth
+from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
+from vl_cache_vllm.policy.scoring import POOLING_2D, check_pooling, smooth
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class SnapKVPolicy(EvictionPolicy):
     for_text: ClassVar[bool] = True
 
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.0)
-    max_observation_tokens: int | None = parameter(
+    max_observation_tokens: int | None = setting(
         32, "the window: so many last tokens of the prompt observe, and are kept"
     )
     post_vision_only: bool = with_default(EvictionPolicy, "post_vision_only", False)
-    pooling: int = parameter(
+    pooling: int = setting(
         5, "odd width of an average over neighbouring positions, applied to the scores"
     )
-    pooling_2d: bool = parameter(False, POOLING_2D)
+    pooling_2d: bool = setting(False, POOLING_2D)
 
     def __post_init__(self) -> None:
         super().__post_init__()

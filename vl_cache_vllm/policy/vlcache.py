@@ -6,10 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from vl_cache_vllm.policy.base import EvictionPolicy, parameter, with_default
-from vl_cache_vllm.policy.pooling import POOLING_2D, check_pooling, look_ahead, smooth
+from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
-from vl_cache_vllm.policy.ranking import interleave
+from vl_cache_vllm.policy.scoring import POOLING_2D, check_pooling, interleave, look_ahead, smooth
 
 
 @dataclass(frozen=True)
@@ -23,31 +22,31 @@ class VLCachePolicy(EvictionPolicy):
 
     name: ClassVar[str] = "vlcache"
 
-    pooling: int = parameter(
+    pooling: int = setting(
         1,
         "odd width of an average over neighbouring positions, applied to the scores; 1: the paper",
     )
-    pooling_2d: bool = parameter(False, POOLING_2D)
-    uniform_mix: float = parameter(
+    pooling_2d: bool = setting(False, POOLING_2D)
+    uniform_mix: float = setting(
         0.0, "share of the budget divided equally among layers; 0: the paper, 1: uniform budgets"
     )
-    shared_scores: float = parameter(
+    shared_scores: float = setting(
         0.0,
         "share of a token's score that is its root mean square over all layers and KV heads; "
         "0: the paper",
     )
-    lookahead: float = parameter(
+    lookahead: float = setting(
         0.0,
         "rank tokens also by what they inherit from attended ones before them, fading by e every "
         "so many tokens; 0: the paper",
     )
-    lookahead_share: float = parameter(
+    lookahead_share: float = setting(
         0.5, "share of the kept tokens that is ranked so, where lookahead is not 0"
     )
-    short_lookahead: float = parameter(
+    short_lookahead: float = setting(
         0.0, "the same for the rest of the kept tokens, with a length of its own; 0: the paper"
     )
-    min_layer_budget: float = parameter(
+    min_layer_budget: float = setting(
         0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
     )
 

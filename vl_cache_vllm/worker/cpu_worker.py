@@ -6,12 +6,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vl_cache_vllm.ops import native
-from vl_cache_vllm.worker.evicting import EvictingWorker
+from vl_cache_vllm.worker.base_worker import EvictionWorkerMixin
 
 logger = init_logger(__name__)
 
 
-class EvictionCPUWorker(EvictingWorker, CPUWorker):
+class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         if not native.is_built():
             logger.warning_once(

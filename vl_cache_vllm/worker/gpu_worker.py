@@ -7,14 +7,19 @@ from typing import Any, cast
 import torch
 
 from vl_cache_vllm import hooks
-from vl_cache_vllm.engine.observation import room_for
-from vl_cache_vllm.engine.spec import CompressedAttentionSpec
-from vl_cache_vllm.worker.attach import NO_FULL_ATTENTION, eviction_worker_over
-from vl_cache_vllm.worker.evicting import EvictingWorker
-from vl_cache_vllm.worker.rehearsal import Rehearsal, blank_pool, rehearse_variants, rehearsed
+from vl_cache_vllm.core.observation_budget import observation_budget_tokens
+from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.worker.base_worker import EvictionWorkerMixin
+from vl_cache_vllm.worker.build import NO_FULL_ATTENTION, evictor_over
+from vl_cache_vllm.worker.warmup import (
+    WarmupEviction,
+    blank_pool,
+    profiling_config,
+    warm_up_kernels,
+)
 
 
-class EvictionGPUWorker(EvictingWorker):
+class EvictionGPUWorker(EvictionWorkerMixin):
     def determine_available_memory(self) -> int:
         with hooks.profile_run(self.model_runner, self._profile_run):
             return super().determine_available_memory()
@@ -29,7 +34,7 @@ class EvictionGPUWorker(EvictingWorker):
         rehearsal.evict()
         del activations
 
-    def _last_activations(self, specs: dict[str, CompressedAttentionSpec]) -> torch.Tensor:
+    def _last_activations(self, specs: dict[str, EvictionAttentionSpec]) -> torch.Tensor:
         """As many bytes as a step holds while its last layer evicts.
 
         The residual, what the layer normalised of it, queries, keys, values and attention's output.
@@ -42,17 +47,17 @@ class EvictionGPUWorker(EvictingWorker):
         dtype = cast(torch.dtype, self.model_config.dtype)
         return torch.empty(num_tokens, width, dtype=dtype, device=self.device)
 
-    def _evicted_specs(self) -> dict[str, CompressedAttentionSpec]:
+    def _evicted_specs(self) -> dict[str, EvictionAttentionSpec]:
         specs = {
             name: spec
             for name, spec in self.get_kv_cache_spec().items()
-            if isinstance(spec, CompressedAttentionSpec)
+            if isinstance(spec, EvictionAttentionSpec)
         }
         if not specs:
             raise ValueError(NO_FULL_ATTENTION)
         return specs
 
-    def _rehearsal(self, specs: dict[str, CompressedAttentionSpec]) -> Rehearsal:
+    def _rehearsal(self, specs: dict[str, EvictionAttentionSpec]) -> WarmupEviction:
         name, spec = next(iter(specs.items()))
         assert spec.kv_compress is not None and self.device is not None
         layer = self.compilation_config.static_forward_context[name]
@@ -64,10 +69,10 @@ class EvictionGPUWorker(EvictingWorker):
             spec.dtype,
             self.device,
         )
-        spec = replace(spec, kv_compress=rehearsed(spec.kv_compress))
-        room = room_for(self.vllm_config, [*specs.values()])
+        spec = replace(spec, kv_compress=profiling_config(spec.kv_compress))
+        room = observation_budget_tokens(self.vllm_config, [*specs.values()])
         assert room is not None
-        worker = eviction_worker_over(pool, spec, self.vllm_config, [*specs], layer.num_heads)
+        worker = evictor_over(pool, spec, self.vllm_config, [*specs], layer.num_heads)
         tokens, softcap = self.model_config.max_model_len, float(layer.impl.logits_soft_cap)
-        rehearse_variants(worker, tokens, layer.num_heads, softcap)
-        return Rehearsal(worker, tokens, room, layer.num_heads, softcap)
+        warm_up_kernels(worker, tokens, layer.num_heads, softcap)
+        return WarmupEviction(worker, tokens, room, layer.num_heads, softcap)

@@ -15,16 +15,16 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.engine.admission import (
+from vl_cache_vllm.core.admission import (
     plan_eviction,
     post_vision_start,
     request_config,
     visual_ranges,
 )
-from vl_cache_vllm.engine.patch_grids import patch_grids
+from vl_cache_vllm.core.patch_grids import patch_grids
 from vl_cache_vllm.ops.layer_tables import LayerTables
 from vl_cache_vllm.policy import PatchGrid
-from vl_cache_vllm.worker.observed import Observed
+from vl_cache_vllm.worker.attention_stats import AttentionStats
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class RequestState:
     visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image
     grids: Callable[[], tuple[PatchGrid, ...]] = tuple
 
-    observed: Observed | None = None  # from the first observed query to the eviction
+    observed: AttentionStats | None = None  # from the first observed query to the eviction
 
     # After eviction, all in tokens or blocks of the logical sequence; 0 before.
     evicted_tokens: int = 0  # E
@@ -58,7 +58,7 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Observation:
+class ObservedQueries:
     """Queries of one row whose attention is accumulated in this step."""
 
     row: int
@@ -70,7 +70,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Finish:
+class PendingEviction:
     """A row whose prefill ends in this step and that the scheduler gave kept blocks."""
 
     row: int
@@ -84,8 +84,8 @@ class Finish:
 class EvictionStep:
     """Everything eviction does in one step. Tensors are on the device; L layers, R requests."""
 
-    observations: list[Observation]
-    finishes: list[Finish]
+    observations: list[ObservedQueries]
+    pending_evictions: list[PendingEviction]
     block_table: torch.Tensor  # int32 [R, C], the runner's
     query_start_loc: torch.Tensor  # int32 [R + 1]
     tables: LayerTables | None  # None: no request of the batch is evicted, layers agree
@@ -93,19 +93,19 @@ class EvictionStep:
 
 
 @dataclass(frozen=True)
-class StepNumbers:
+class StepPlan:
     """Host-side result of planning."""
 
-    observations: list[Observation]
-    finishes: list[Finish]
-    declined: list[RequestState]  # observed, but not evicted
+    observations: list[ObservedQueries]
+    pending_evictions: list[PendingEviction]
+    kept_whole: list[RequestState]  # observed, but not evicted
     any_evicted: bool
     table_width: int  # bound of any layer's pages of any row
 
     @property
     def is_plain(self) -> bool:
         """Whether vLLM's own path serves this step unchanged."""
-        return not (self.observations or self.finishes or self.any_evicted)
+        return not (self.observations or self.pending_evictions or self.any_evicted)
 
 
 def plan_step(
@@ -113,7 +113,7 @@ def plan_step(
     block_size: int,
     num_layers: int,
     admitted: Container[str] | None = None,
-) -> StepNumbers:
+) -> StepPlan:
     """Find the rows to observe, to finish, and to read through per-layer tables.
 
     Args:
@@ -126,7 +126,7 @@ def plan_step(
     M kept blocks that the scheduler reserved. Updates the states of finishing rows, so that the
     next step sees them evicted.
     """
-    observations, finishes, declined = [], [], []
+    observations, pending_evictions, kept_whole = [], [], []
     any_evicted, width, query_start = False, 1, 0
     for index, row in enumerate(rows):
         state, end = row.state, row.num_computed + row.num_scheduled
@@ -144,19 +144,21 @@ def plan_step(
             kept_blocks = row.num_blocks - num_blocks if end == state.prefill_tokens else 0
             is_declined = end >= state.prefill_tokens and kept_blocks <= 0
             if kept_blocks > 0:
-                finishes.append(Finish(index, state, end, num_blocks, kept_blocks))
+                pending_evictions.append(
+                    PendingEviction(index, state, end, num_blocks, kept_blocks)
+                )
             if is_declined and state.observed is not None:
-                declined.append(state)
+                kept_whole.append(state)
             if not is_declined and (admitted is None or state.request_id in admitted):
                 observation = _observe_row(index, row, query_start, block_size)
                 if observation is not None:
                     observations.append(observation)
         query_start += row.num_scheduled
-    for finish in finishes:
+    for finish in pending_evictions:
         state = finish.state
         state.evicted_tokens = finish.prompt_tokens
         state.prompt_blocks, state.kept_blocks = finish.prompt_blocks, finish.kept_blocks
-    return StepNumbers(observations, finishes, declined, any_evicted, width)
+    return StepPlan(observations, pending_evictions, kept_whole, any_evicted, width)
 
 
 def _observe_row(
@@ -164,7 +166,7 @@ def _observe_row(
     row: BatchRow,
     query_start: int,
     block_size: int,
-) -> Observation | None:
+) -> ObservedQueries | None:
     state = row.state
     # Beyond the prefill is room for drafts, in a last chunk of one token.
     end = min(row.num_computed + row.num_scheduled, state.prefill_tokens)
@@ -178,7 +180,7 @@ def _observe_row(
     if first >= end:
         return None
     before = query_start - row.num_computed  # token of the step at position 0
-    return Observation(index, state, before + first, before + end, first, cdiv(end, block_size))
+    return ObservedQueries(index, state, before + first, before + end, first, cdiv(end, block_size))
 
 
 class RequestTable:

@@ -5,8 +5,8 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.attach import EvictedGroup, attach_step
-from vl_cache_vllm.worker.eviction import EvictionWorker
+from vl_cache_vllm.worker.build import EvictedGroup, attach_step
+from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.step import BatchRow, RequestState
 
 
@@ -17,7 +17,7 @@ class V1Adapter:
     (`_update_states`), whereas it extends them in place while the request goes on.
     """
 
-    def __init__(self, runner: GPUModelRunner, worker: EvictionWorker, group: EvictedGroup) -> None:
+    def __init__(self, runner: GPUModelRunner, worker: Evictor, group: EvictedGroup) -> None:
         self._runner = runner
         self._worker = worker
         self._group = group

@@ -9,8 +9,8 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.attach import EvictedGroup, attach_step
-from vl_cache_vllm.worker.eviction import EvictionWorker, GraphShape
+from vl_cache_vllm.worker.build import EvictedGroup, attach_step
+from vl_cache_vllm.worker.evictor import Evictor, GraphShape
 from vl_cache_vllm.worker.step import BatchRow
 
 
@@ -20,7 +20,7 @@ class V2Adapter:
     Dummy batches borrow the slots of live requests, but not their ids: hence keyed by id.
     """
 
-    def __init__(self, runner: GPUModelRunner, worker: EvictionWorker, group: EvictedGroup) -> None:
+    def __init__(self, runner: GPUModelRunner, worker: Evictor, group: EvictedGroup) -> None:
         self._runner = runner
         self._worker = worker
         self._group = group

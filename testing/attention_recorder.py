@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine's attention layers were given and gave back, and what they should have.
+
+An oracle for any architecture, because it needs no second implementation of the model: queries,
+keys and values are those that vLLM's own layers hand to attention. From the prompt's follows which
+positions must be kept (`testing.oracle`), and from those and the generated tokens' what every layer
+must give back. Letters: T tokens of a request, E of them prompt, H query heads, D head size.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from vllm import LLM
+from vllm.model_executor.layers.attention import Attention
+
+
+@dataclass
+class Record:
+    """One attention layer over one request. Float32; lists have one tensor a step."""
+
+    scale: float
+    softcap: float
+    window: int | None
+    """Tokens that a query sees at most, itself among them; None: all before it. Layers with a
+    window keep their whole cache."""
+    query: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
+    key: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
+    value: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
+    output: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key[0].shape[1]
+
+    def logits(self, first: int, end: int) -> torch.Tensor:
+        """Causal attention logits of the tokens first to end - 1, float64 [H, end - first, end]."""
+        query, key = (torch.cat(part).double() for part in (self.query, self.key))
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = torch.einsum("qhd,khd->hqk", query[first:end], key[:end]) * self.scale
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        distance = torch.arange(first, end)[:, None] - torch.arange(end)
+        hidden = (distance < 0) | (distance >= (self.window or end))
+        return logits.masked_fill(hidden, -torch.inf)
+
+    def expected(
+        self, prompt_tokens: int, kept: Sequence[Sequence[int]] | None = None
+    ) -> torch.Tensor:
+        """What attention must give back, float64 [T, H, D].
+
+        Args:
+            prompt_tokens: E.
+            kept: the prompt's positions that tokens after it attend to, by KV head; None: all.
+        """
+        value = torch.cat(self.value).double()
+        logits = self.logits(0, len(value))
+        num_heads, num_kv_heads = logits.shape[0], value.shape[1]
+        if kept is not None:
+            evicted = torch.ones(num_kv_heads, prompt_tokens, dtype=torch.bool)
+            for head, positions in enumerate(kept):
+                evicted[head, list(positions)] = False
+            evicted = evicted.repeat_interleave(num_heads // num_kv_heads, dim=0)
+            logits[:, prompt_tokens:, :prompt_tokens].masked_fill_(evicted[:, None], -torch.inf)
+        value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
+        return torch.einsum("hqk,khd->qhd", logits.softmax(dim=-1), value)
+
+    def distance(self, expected: torch.Tensor) -> float:
+        """Largest difference to the recorded outputs, relative to the largest output."""
+        output = torch.cat(self.output).double()
+        return float((output - expected).abs().max() / expected.abs().max())
+
+
+@contextlib.contextmanager
+def recording(llm: LLM) -> Iterator[list[Record]]:
+    """Record every attention layer of the language model, in order, for one request at a time."""
+    engine = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    context = engine.vllm_config.compilation_config.static_forward_context
+    layers = [layer for layer in context.values() if isinstance(layer, Attention)]
+    records = [
+        Record(layer.impl.scale, layer.impl.logits_soft_cap or 0.0, layer.sliding_window)
+        for layer in layers
+    ]
+    with contextlib.ExitStack() as stack:
+        for layer, record in zip(layers, records, strict=True):
+            # Not a hook of PyTorch's: vLLM's Transformers backend calls ``forward`` itself.
+            stack.enter_context(mock.patch.object(layer, "forward", _recorded(layer, record)))
+        yield records
+
+
+def _recorded(layer: Attention, record: Record) -> Callable[..., torch.Tensor]:
+    forward = layer.forward
+    num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
+
+    def recorded(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        record.query.append(query.clone().view(-1, num_heads, layer.head_size))
+        record.key.append(key.clone().view(-1, num_kv_heads, layer.head_size))
+        record.value.append(value.clone().view(-1, num_kv_heads, layer.head_size))
+        output = forward(query, key, value, *args, **kwargs)
+        record.output.append(output.clone().view(-1, num_heads, layer.head_size))
+        return output
+
+    return recorded

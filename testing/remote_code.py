@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What checkpoints of `testing.model_zoo` bring as their own code, where the published ones do.
+
+Copied into such a checkpoint. No more of the published code than vLLM asks for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import (
+    BaseImageProcessor,
+    BatchFeature,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from vllm.transformers_utils.processors.minicpmv import MiniCPMVProcessor  # noqa: F401
+
+
+class Phi4SiglipConfig(Phi3Config):
+    model_type = "phi4-siglip"
+
+
+class InternVLChatConfig(PreTrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = PreTrainedConfig(**vision_config or {})
+        self.llm_config = Qwen2Config(**llm_config or {})
+        super().__init__(**kwargs)
+
+
+class MiniCPMVConfig(Qwen2Config):
+    model_type = "minicpmv"
+
+    def __init__(self, vision_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = SiglipVisionConfig(**vision_config or {})
+
+
+class MiniCPMVImageProcessor(BaseImageProcessor):
+    """Every image is one slice: a row of ``size`` x ``size`` pixels, cut into patches."""
+
+    def __init__(self, size=224, patch_size=14, image_feature_size=64, **kwargs):
+        super().__init__(**kwargs)
+        self.size, self.patch_size = size, patch_size
+        self.image_feature_size = image_feature_size
+        self.max_slice_nums = 1
+
+    def get_sliced_grid(self, image_size, max_slice_nums, never_split=False):
+        return None
+
+    def get_slice_image_placeholder(
+        self, image_size, image_idx=0, max_slice_nums=None, use_image_id=None
+    ) -> str:
+        return f"<image>{'<unk>' * self.image_feature_size}</image>"
+
+    def __call__(
+        self, images: Sequence[Sequence[Image.Image]], return_tensors="pt", **kwargs
+    ) -> BatchFeature:
+        side = self.size // self.patch_size
+        return BatchFeature(
+            dict(
+                pixel_values=[[self._patches(image) for image in row] for row in images],
+                image_sizes=[[torch.tensor(image.size) for image in row] for row in images],
+                tgt_sizes=[torch.tensor([[side, side]] * len(row)) for row in images],
+            )
+        )
+
+    def _patches(self, image: Image.Image) -> torch.Tensor:
+        """[3, patch_size, columns of all patches, one after the other]"""
+        n = self.patch_size
+        pixels = pil_to_tensor(image.resize((self.size, self.size))) / 127.5 - 1
+        rows = pixels.unfold(1, n, n)  # [3, rows, size, n]
+        return rows.permute(0, 3, 1, 2).flatten(2)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch grids from vLLM's features, model family by model family."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalFieldConfig,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+
+from vl_cache_vllm.core.patch_grids import patch_grids
+from vl_cache_vllm.policy import PatchGrid
+
+
+def model(kind: str, mrope: bool = False, **vision: Any) -> Any:
+    """What is asked of a ``ModelConfig``."""
+    hf_config = SimpleNamespace(model_type=kind, vision_config=SimpleNamespace(**vision))
+    return SimpleNamespace(hf_config=hf_config, uses_mrope=mrope)
+
+
+LLAVA = model("llava", model_type="clip_vision_model")
+PIXTRAL = model("llava", model_type="pixtral")
+IDEFICS = model("idefics3")
+QWEN = model("qwen2_vl", mrope=True, spatial_merge_size=2)
+
+
+def feature(
+    offset: int,
+    mask: str,
+    *grids: tuple[int, int, int],
+    modality: str = "image",
+) -> MultiModalFeatureSpec:
+    """``mask``: a letter for each token, "v" for visual ones."""
+    is_embed = torch.tensor([letter == "v" for letter in mask])
+    data = None
+    if grids:
+        config = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+        stated = torch.tensor(grids)[None]  # of one item
+        (element,) = config.build_elems(f"{modality}_grid_thw", stated)
+        data = MultiModalKwargsItem({f"{modality}_grid_thw": element})
+    position = PlaceholderRange(
+        offset, len(mask), is_embed=None if bool(is_embed.all()) else is_embed
+    )
+    return MultiModalFeatureSpec(data, modality, "hash", position)
+
+
+def test_a_square_image() -> None:
+    assert patch_grids([feature(5, "v" * 576)], LLAVA) == (PatchGrid(5, 24, 24, 24),)
+
+
+def test_stated_grids_are_merged() -> None:
+    features = [feature(4, "v" * 12, (1, 6, 8)), feature(40, "v" * 6, (1, 4, 6))]
+    assert patch_grids(features, QWEN) == (PatchGrid(4, 3, 4, 4), PatchGrid(40, 2, 3, 3))
+
+
+def test_frames_of_a_video() -> None:
+    (first, second) = patch_grids([feature(4, "v" * 12, (2, 4, 6), modality="video")], QWEN)
+    assert (first, second) == (PatchGrid(4, 2, 3, 3), PatchGrid(10, 2, 3, 3))
+    apart = feature(4, "ttvvvvvvttvvvvvv", (2, 4, 6), modality="video")
+    assert patch_grids([apart], QWEN) == (PatchGrid(6, 2, 3, 3), PatchGrid(14, 2, 3, 3))
+
+
+@pytest.mark.parametrize("mask", ["v" * 11, "v" * 13, "vvvvvbvvvvvvv"])
+def test_tokens_others_than_stated_have_no_grid(mask: str) -> None:
+    assert patch_grids([feature(4, mask, (1, 6, 8))], QWEN) == ()
+
+
+def test_grids_stated_row_by_row() -> None:
+    """As some processors state a video's frames."""
+    frames = feature(4, "v" * 12, (1, 4, 6), (1, 4, 6), modality="video")
+    assert patch_grids([frames], QWEN) == (PatchGrid(4, 2, 3, 3), PatchGrid(10, 2, 3, 3))
+
+
+def test_a_statement_that_is_gone_is_not_replaced_by_a_guess() -> None:
+    """vLLM leaves the data of images out that the prefix cache covers."""
+    assert patch_grids([feature(4, "v" * 9)], QWEN) == ()
+    # Without M-RoPE it is gone after a hit, so it does not count before either.
+    assert patch_grids([feature(4, "v" * 12, (1, 6, 8))], model("dots_ocr")) == ()
+
+
+def test_rows_with_ends() -> None:
+    assert patch_grids([feature(7, "vvvvbvvvvbvvvve")], PIXTRAL) == (PatchGrid(7, 3, 4, 5),)
+    assert patch_grids([feature(7, "vvvve")], PIXTRAL) == (PatchGrid(7, 1, 4, 5),)
+    assert patch_grids([feature(7, "vvvvbvvv")], PIXTRAL) == ()
+    assert patch_grids([feature(7, "vvvv")], PIXTRAL) == ()  # LightOnOCR leaves the ends out
+
+
+def test_tiles_with_marks_between() -> None:
+    tiles = feature(10, "ss" + "v" * 9 + "s" + "v" * 9 + "s")
+    assert patch_grids([tiles], IDEFICS) == (PatchGrid(12, 3, 3, 3), PatchGrid(22, 3, 3, 3))
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "internvl_chat", "kimi_vl", "minicpmv"])
+def test_unknown_layouts(kind: str) -> None:
+    """A number of tokens that happens to be a square is none."""
+    assert patch_grids([feature(0, "v" * 1024)], model(kind)) == ()
+
+
+def test_what_is_no_square_or_no_image() -> None:
+    assert patch_grids([feature(0, "v" * 7)], LLAVA) == ()
+    assert patch_grids([feature(0, "v" * 9, modality="audio")], LLAVA) == ()
+    assert patch_grids([feature(0, "ttt")], LLAVA) == ()
+
+
+def test_one_unknown_image_does_not_hide_the_others() -> None:
+    features = [feature(0, "v" * 7), feature(9, "v" * 9)]
+    assert patch_grids(features, LLAVA) == (PatchGrid(9, 3, 3, 3),)
+
+
+def test_positions() -> None:
+    grid = PatchGrid(7, 2, 3, 4)
+    assert grid.positions(torch.device("cpu")).tolist() == [[7, 8, 9], [11, 12, 13]]

@@ -1,0 +1,954 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random histories of a whole engine but for its model.
+
+vLLM's real schedulers with our additions, driven like an engine core drives them, workers that
+run our device side on pages of labels (`tests.helpers.simulated_workers`), and an executable
+model that predicts every row, reference count, prefix hit, failed allocation and decision.
+
+`pytest --hypothesis-profile=soak` tries many more histories, with new seeds.
+"""
+
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from tests.conftest import histories
+from tests.helpers.blocks import STOP_TOKEN, image_prompt, make_kv_cache_config, make_request
+from tests.helpers.pools import PAGE_ORDERS
+from tests.helpers.schedulers import Scheduler, Setup, make_scheduler
+from tests.helpers.simulated_workers import (
+    FREE,
+    GROUP,
+    NUM_LAYERS,
+    Labels,
+    SimulatedWorker,
+    V1Worker,
+    V2Worker,
+    of_layer,
+)
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.core.admission import Skip
+from vl_cache_vllm.policy import EvictionPolicy
+from vl_cache_vllm.policy.h2o import H2OPolicy
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.worker.step import BatchRow
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 64
+MAX_NUM_TOKENS = 64
+GENERATED = 7  # the one token that answers consist of, so that they share prefixes too
+WRONG = 8  # a draft token that is never right
+
+POLICIES = (
+    VLCachePolicy(),
+    VLCachePolicy(max_observation_tokens=1),
+    VLCachePolicy(max_observation_tokens=3),
+    SnapKVPolicy(max_observation_tokens=5),
+    H2OPolicy(),
+)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for."""
+
+    before: int
+    image: int
+    name: str
+    after: int
+    variant: int
+    max_tokens: int
+    stop_after: int  # tokens of the answer, with the one that ends it
+    budget: str | None  # the request's own
+    window: int | None  # its own max_observation_tokens
+    modality: str
+    resumable: bool
+    priority: int
+
+
+WISHES = st.builds(
+    Wish,
+    before=st.sampled_from([4, 4, 0, 1, 5]),  # often alike, so that they share prefixes
+    image=st.sampled_from([13, 13, 13, 8, 3, 22, 0]),
+    name=st.sampled_from(["cat", "cat", "cat", "dog"]),
+    after=st.sampled_from([9, 18, 11]) | st.integers(0, 24),
+    variant=st.sampled_from([0, 0, 0, 1]),
+    max_tokens=st.sampled_from([60, 9, 2, 1]),
+    stop_after=st.sampled_from([99, 99, 5, 1]),
+    budget=st.sampled_from([None] * 5 + ["0.5", "1", "0.01"]),
+    window=st.sampled_from([None] * 5 + [1, 2, 50]),
+    modality=st.sampled_from(["image"] * 7 + ["audio"]),
+    resumable=st.sampled_from([False] * 9 + [True]),
+    priority=st.integers(0, 2),
+)
+SCHEDULERS = st.sampled_from(
+    [
+        {},
+        {"steps_in_flight": 2},
+        {"is_async": True, "steps_in_flight": 2},
+        {"num_drafts": 2},
+    ]
+)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from(POLICIES),
+        "budget": st.sampled_from(["0.25", "0.1", "0.34", "0.5", "0.75", "1"]),
+        "when": st.sampled_from(["always", "always", "pressure"]),
+        "text": st.booleans(),
+        "min_prompt_tokens": st.sampled_from([0, 24, 0]),
+        "output_reserve": st.sampled_from([True, True, False]),
+    }
+)
+
+
+@dataclass(eq=False)
+class Expected:
+    """What the model knows of one request since its prefill (re)started."""
+
+    request: Request
+    prompt_tokens: int  # E
+    num_prompt: int  # N
+    num_kept: int  # M; 0: not evicted
+    skip: Skip | None
+    num_possible: int  # M under pressure
+    observed_from: int
+    num_blocks: int = 0  # of the row, freed ones too
+    is_decided: bool = False
+    is_freed: bool = False
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One KV cache group."""
+
+    seen: ClassVar[Counter[str]]  # what happened in all examples together; set by the test
+    others: ClassVar[tuple[KVCacheGroupSpec, ...]] = ()
+    least_blocks: ClassVar[int] = 18  # the longest request and the null block
+
+    @initialize(
+        num_blocks=st.sampled_from([0, 1, 4]) | st.integers(0, 32),
+        settings=SETTINGS,
+        scheduler=SCHEDULERS,
+        use_v2=st.booleans(),
+        by_priority=st.booleans(),
+        must_fit=st.booleans(),
+        encoder_tokens=st.sampled_from([1000, 25]),
+        max_num_seqs=st.sampled_from([8, 3]),
+        page_order=st.sampled_from(PAGE_ORDERS),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        settings: dict[str, Any],
+        scheduler: dict[str, Any],
+        page_order: str,
+        **flags: Any,
+    ) -> None:
+        num_blocks += self.least_blocks
+        self.settings = settings
+        self.by_pressure = settings["when"] == "pressure"
+        self.text = settings["text"] and settings["policy"].for_text
+        self.config = KVCompressConfig(
+            **settings | {"budget": float(settings["budget"]), "text": self.text}
+        )
+        self.setup = Setup(
+            BLOCK_SIZE, MAX_MODEL_LEN, max_num_tokens=MAX_NUM_TOKENS, **flags, **scheduler
+        )
+        self.scheduler: Scheduler = make_scheduler(
+            self.setup,
+            make_kv_cache_config(self.config, num_blocks, BLOCK_SIZE, NUM_LAYERS, self.others),
+        )
+        self.manager = self.scheduler._eviction_manager
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.usable = num_blocks - 1
+        self.labels = Labels()
+        self.workers = self.make_workers(num_blocks, page_order)
+        self.wishes: dict[str, Wish] = {}  # by request id
+        self.expected: dict[str, Expected] = {}
+        self.observed: dict[object, list[int]] = {}  # by a worker's state of a request
+        self.tokens: dict[str, list[int]] = {}  # as a sampler knows them
+        self.drafts: dict[str, list[int]] = {}
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.of_hash: dict[Any, list[int]] = {}  # the labels that a cached block must hold
+        self.promised: dict[str, set[int]] = {}  # blocks that get their hash in a step, by request
+        self.num_added = 0
+        self.num_evicted = 0
+        self.num_skipped: Counter[Skip] = Counter()
+        self.num_freed = 0
+        self.answers: list[Fraction] = []  # complete ones, as shares of their longest
+        self.reported: Counter[str] = Counter()
+        self.watch()
+
+    def make_workers(self, num_blocks: int, page_order: str) -> list[SimulatedWorker]:
+        windows = [group.kv_cache_spec for group in self.others]
+        arguments = (self.setup, self.config, num_blocks, self.labels, page_order, windows)
+        if self.setup.use_v2:
+            return [V2Worker(*arguments)]
+        last = V1Worker(*arguments)
+        if self.setup.is_async or self.setup.steps_in_flight == 1:
+            return [last]
+        return [last, V1Worker(*arguments, is_last_stage=False)]
+
+    def watch(self) -> None:
+        """See what the scheduler asks for, and what it is told."""
+        cache = self.scheduler.kv_cache_manager
+        hit, allocate, free = (
+            self.scheduler._get_local_prefix_cache_hit,
+            cache.allocate_slots,
+            cache.free,
+        )
+        take_stats = self.manager.take_stats
+        self.scheduler._get_local_prefix_cache_hit = lambda r: self.check_hit(r, hit(r))
+        cache.allocate_slots = lambda *args, **kwargs: self.check_allocation(
+            allocate, *args, **kwargs
+        )
+
+        def freed(request: Request) -> None:
+            self.learn(request)
+            # vLLM keeps hashes of blocks that a victim of this very step will never fill.
+            self.pool.evict_blocks(self.promised.pop(request.request_id, set()))
+            expected = self.expected.pop(request.request_id, None)
+            self.seen["preempt evicted"] += bool(
+                expected and expected.is_freed and not request.is_finished()
+            )
+            if expected and expected.num_kept and expected.is_decided:
+                share = Fraction(request.num_output_tokens, request.max_tokens)
+                self.answers += [share] * request.is_finished()
+            free(request)
+
+        def reported() -> Any:
+            stats = take_stats()
+            if stats is not None:
+                self.reported["evicted"] += stats.evicted
+                self.reported["freed"] += stats.freed_blocks
+                self.reported.update({f"skip {name}": n for name, n in stats.skipped.items()})
+            return stats
+
+        cache.free = freed
+        self.manager.take_stats = reported
+
+    # Requests come and go.
+
+    @precondition(lambda self: len(self.scheduler.requests) < 10)
+    @rule(wish=WISHES, reuses_id=st.booleans())
+    def add_request(self, wish: Wish, reuses_id: bool) -> None:
+        busy = {i for output, _ in self.in_flight for i in output.num_scheduled_tokens}
+        free_ids = [i for i in self.wishes if i not in self.scheduler.requests and i not in busy]
+        request_id = f"request-{self.num_added}"
+        if reuses_id and free_ids:
+            request_id = free_ids[0]
+            self.seen["id reused"] += 1
+        if self.setup.num_drafts:  # vLLM miscounts where a piece's answer ends among drafts
+            wish = replace(wish, resumable=False)
+        self.num_added += 1
+        self.wishes[request_id] = wish
+        extra_args: dict[str, Any] = {"other": 1}
+        if wish.budget is not None:
+            extra_args["kv_budget"] = float(wish.budget)
+        if wish.window is not None:
+            extra_args["kv_policy_options"] = {"max_observation_tokens": wish.window}
+        prompt = image_prompt(wish.before, wish.image, wish.after, wish.variant) or [1]
+        request = make_request(
+            request_id,
+            prompt,
+            [(wish.before, wish.image, f"{wish.name}-{wish.image}")] if wish.image else [],
+            block_size=BLOCK_SIZE,
+            max_tokens=wish.max_tokens,
+            resumable=wish.resumable,
+            modality=wish.modality,
+            extra_args=extra_args,
+            priority=wish.priority,
+            arrival_time=float(self.num_added),
+        )
+        self.scheduler.add_request(request)
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.finish(data.draw(st.sampled_from(sorted(self.scheduler.requests))))
+        self.seen["abort"] += 1
+
+    def finish(self, request_id: str) -> None:
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    # A step with drafts is one call of the engine, which nothing but aborts interrupts.
+    @precondition(
+        lambda self: self.scheduler.running and not (self.setup.num_drafts and self.in_flight)
+    )
+    @rule()
+    def reset(self) -> None:
+        """Of the prefix cache, which preempts everyone."""
+        for request in [*self.streaming(), *self.scheduler.kv_holding_waiting]:
+            self.finish(request.request_id)  # vLLM cannot take away what these hold
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        self.seen["reset"] += 1
+
+    @precondition(lambda self: self.streaming())
+    @rule(after=st.sampled_from([1, 9, 18]), goes_on=st.sampled_from([True, True, False]))
+    def stream_on(self, after: int, goes_on: bool) -> None:
+        """More of a prompt that comes in pieces."""
+        request = self.streaming()[0]
+        if request.num_tokens + after + 2 > MAX_MODEL_LEN:
+            return self.finish(request.request_id)
+        self.scheduler.add_request(
+            make_request(
+                request.request_id,
+                image_prompt(0, 0, after),
+                block_size=BLOCK_SIZE,
+                max_tokens=9,
+                resumable=goes_on,
+            )
+        )
+        wish = self.wishes[request.request_id]
+        if goes_on:  # with the later piece's parameters
+            wish = replace(wish, max_tokens=9, budget=None, window=None)
+        self.wishes[request.request_id] = wish
+        self.seen["streamed on"] += goes_on
+
+    def streaming(self) -> list[Request]:
+        waits = RequestStatus.WAITING_FOR_STREAMING_REQ
+        return [r for r in self.scheduler.requests.values() if r.status == waits]
+
+    # Steps.
+
+    @precondition(lambda self: self.may_schedule())
+    @rule(max_tokens=st.just(MAX_NUM_TOKENS) | st.integers(3, MAX_NUM_TOKENS))
+    def schedule_step(self, max_tokens: int) -> None:
+        self.schedule(max_tokens)
+
+    def may_schedule(self) -> bool:
+        has_room = len(self.in_flight) < self.setup.steps_in_flight
+        return has_room and self.scheduler.has_requests()
+
+    def schedule(self, max_tokens: int = MAX_NUM_TOKENS) -> None:
+        self.scheduler.max_num_scheduled_tokens = max_tokens  # any chunks, in any step
+        self.promised.clear()
+        load = self.check_pressure() if self.by_pressure else None
+        output = self.scheduler.schedule()
+        self.promised.clear()
+        if load is not None:
+            assert self.manager.pressure.is_on == load
+        self.run(output)
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def complete_step(self) -> None:
+        self.complete()
+
+    def complete(self) -> None:
+        output, sampled = self.in_flight.popleft()
+        stale = [self.scheduler.requests.get(i) for i in output.num_scheduled_tokens]
+        self.seen["stale output"] += any(r and r.num_stale_output_tokens for r in stale)
+        self.scheduler.update_from_output(output, sampled)
+        if self.setup.num_drafts:
+            drafts = {i: self.propose(i) for i in sampled.req_ids if i in self.scheduler.requests}
+            self.scheduler.update_draft_token_ids(
+                DraftTokenIds(list(drafts), list(drafts.values()))
+            )
+
+    def propose(self, request_id: str) -> list[int]:
+        known = len(self.tokens[request_id])
+        proposed = [WRONG if (known + j) % 3 == 0 else GENERATED for j in range(known % 4)]
+        return proposed[: self.setup.num_drafts]
+
+    @precondition(lambda self: self.scheduler.has_requests())
+    @rule(
+        num_steps=st.integers(2, 10),
+        max_tokens=st.just(MAX_NUM_TOKENS) | st.integers(3, MAX_NUM_TOKENS),
+    )
+    def run_steps(self, num_steps: int, max_tokens: int) -> None:
+        for _ in range(num_steps):
+            self.advance(max_tokens)
+            self.check_everything()
+
+    def advance(self, max_tokens: int = MAX_NUM_TOKENS) -> None:
+        """As an engine core: fill the queue of steps first."""
+        if self.may_schedule():
+            self.schedule(max_tokens)
+            if self.in_flight[-1][0].num_scheduled_tokens and self.may_schedule():
+                return
+        if self.in_flight:
+            self.complete()
+
+    # Workers.
+
+    def run(self, output: SchedulerOutput) -> None:
+        """A step on the workers, at once: devices run steps in the order they are scheduled."""
+        requests = self.scheduler.requests
+        started = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        cached = output.scheduled_cached_reqs
+        continued = list(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id in [i for i, _ in started] + sorted(cached.resumed_req_ids):
+            self.tokens[request_id] = list(requests[request_id].all_token_ids)
+        self.drafts = output.scheduled_spec_decode_tokens
+        self.poison()
+        for worker in self.workers:
+            rows, tables = worker.execute(
+                output, requests, lambda i: self.tokens[i] + self.drafts.get(i, [])
+            )
+            assert {row.state.request_id for row in rows} == set(output.num_scheduled_tokens)
+            for row in rows:
+                self.check_row(row, requests[row.state.request_id])
+            for group, table in enumerate(tables):
+                for row, blocks in zip(rows, table, strict=True):
+                    self.check_table(row.state.request_id, group, blocks)
+            self.check_plan(worker, rows)
+        sampled = []
+        for request_id, computed in started + continued:
+            end = computed + output.num_scheduled_tokens[request_id]
+            sampled.append(self.sample(request_id, end, self.drafts.get(request_id, [])))
+        ids = [request_id for request_id, _ in started + continued]
+        self.in_flight.append(
+            (output, ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, sampled))
+        )
+
+    def sample(self, request_id: str, end: int, drafts: list[int]) -> list[int]:
+        """What the model says: its own tokens as far as they were drafted, and one more."""
+        tokens = self.tokens[request_id]
+        assert end <= len(tokens) + len(drafts)
+        if end < len(tokens):
+            return []
+        prompt = self.scheduler.requests[request_id].num_prompt_tokens
+        sampled = []
+        for draft in [*drafts, None]:
+            length = len(tokens) + len(sampled) + 1 - prompt
+            stops = length >= self.wishes[request_id].stop_after
+            sampled.append(STOP_TOKEN if stops else GENERATED)
+            if sampled[-1] != draft:
+                break
+        self.seen["draft accepted"] += len(sampled) > 1
+        self.seen["draft rejected"] += len(sampled) <= len(drafts)
+        tokens += sampled
+        for worker in self.workers:
+            worker.sampled(request_id, sampled)
+        return sampled
+
+    def poison(self) -> None:
+        """Blocks that are neither held nor cached lose what they had."""
+        lost = [b.block_id for b in self.pool.blocks if not b.ref_cnt and b.block_hash is None]
+        for worker in self.workers:
+            worker.free([*lost, 0])
+
+    def check_table(self, request_id: str, group: int, blocks: list[int]) -> None:
+        """A worker never hears that blocks were freed."""
+        held = self.rows(request_id)[group]
+        assert len(blocks) == len(held)
+        assert all(theirs in (0, ours) for theirs, ours in zip(held, blocks, strict=True))
+
+    def check_row(self, row: BatchRow, request: Request) -> None:
+        """Scheduler and worker agree although only a row's length passes between them."""
+        expected, state = self.expected[request.request_id], row.state
+        if expected.is_decided and expected.num_kept:
+            assert state.evicted_tokens == expected.prompt_tokens
+            assert state.prompt_blocks == expected.num_prompt
+            assert state.kept_blocks == expected.num_kept
+        else:
+            assert state.evicted_tokens == 0
+
+    def check_plan(self, worker: SimulatedWorker, rows: list[BatchRow]) -> None:
+        """Requests are finished in the step that ends their prefill, all their queries observed."""
+        step, finished = worker.eviction.step, []
+        for observation in step.observations if step is not None else ():
+            row, state = rows[observation.row], observation.state
+            end = row.num_computed + row.num_scheduled
+            assert row.state is state
+            self.observed.setdefault(state, []).extend(range(observation.first_position, end))
+            self.seen["observed"] += 1
+        for finish in step.pending_evictions if step is not None else ():
+            row, state = rows[finish.row], finish.state
+            expected = self.expected[state.request_id]
+            assert finish.prompt_tokens == row.num_computed + row.num_scheduled
+            window = list(range(expected.observed_from, expected.prompt_tokens))
+            assert self.observed[state] == window
+            finished.append(state)
+            self.seen["finished after chunks"] += row.num_scheduled < expected.prompt_tokens
+        for row in rows:
+            expected = self.expected[row.state.request_id]
+            end = row.num_computed + row.num_scheduled
+            ends_here = row.num_computed < expected.prompt_tokens <= end
+            assert (row.state in finished) == (ends_here and expected.num_kept > 0)
+        slots = [row.state.slot for row in rows]
+        assert len(set(slots)) == len(slots)
+        assert len(worker.eviction.requests) <= len(self.scheduler.requests)
+
+    # The model: what each call must do.
+
+    def begin(self, request: Request) -> Expected:
+        """The rules of admission, written down once more, for the tokens known now."""
+        wish = self.wishes[request.request_id]
+        policy = self.config.policy
+        is_visual = wish.image > 0 and wish.modality != "audio"
+        vision_end = wish.before + wish.image if is_visual else None
+        if vision_end is None and self.text and not request.mm_features:
+            vision_end = 0
+        tokens = request.num_tokens
+        num_prompt = cdiv(tokens, BLOCK_SIZE)
+        num_kept = ceil(Fraction(wish.budget or self.settings["budget"]) * num_prompt)
+        skip = None
+        if vision_end is None:
+            skip = Skip.TEXT_ONLY
+        elif vision_end >= request.num_prompt_tokens:
+            skip = Skip.NO_POST_VISION_TOKENS
+        elif request.num_prompt_tokens < self.settings["min_prompt_tokens"]:
+            skip = Skip.SHORT_PROMPT
+        elif num_kept >= tokens // BLOCK_SIZE:
+            skip = Skip.NO_SAVING
+        elif num_prompt + num_kept + 1 + self.most_elsewhere(tokens + 1) > self.usable:
+            skip = Skip.POOL_TOO_SMALL
+        elif request.resumable:
+            skip = Skip.STREAMING_INPUT
+        elif wish.max_tokens <= 1:
+            skip = Skip.NO_DECODE
+        window = wish.window or policy.max_observation_tokens or tokens
+        first = (vision_end or 0) if policy.post_vision_only else 0
+        kept = 0 if skip else num_kept
+        observed_from = max(first, tokens - window)
+        return Expected(request, tokens, num_prompt, kept, skip, kept, observed_from)
+
+    def decide_by_pressure(self, expected: Expected) -> None:
+        """What a step says of a prefill that has not ended before it."""
+        if self.by_pressure and not expected.is_decided and expected.num_possible:
+            is_on = self.manager.pressure.is_on
+            expected.num_kept = expected.num_possible if is_on else 0
+            expected.skip = None if is_on else Skip.NO_PRESSURE
+
+    def most_elsewhere(self, num_tokens: int) -> int:
+        """Blocks that other groups hold at most for a request."""
+        in_flight = self.setup.steps_in_flight * MAX_NUM_TOKENS
+        return sum(
+            min(
+                cdiv(num_tokens, BLOCK_SIZE),
+                group.kv_cache_spec.max_admission_blocks_per_request(in_flight, MAX_MODEL_LEN),
+            )
+            for group in self.others
+        )
+
+    def check_pressure(self) -> bool:
+        """Whether blocks will count as scarce in the next step."""
+        scheduler = self.scheduler
+        held = {block for i in scheduler.requests for row in self.rows(i) for block in row if block}
+        load = len(held)
+        room = max(0, self.setup.max_num_seqs - len(scheduler.running))
+        waiting = [*scheduler.kv_holding_waiting, *scheduler.waiting][:room]
+        for request in [*scheduler.running, *waiting]:
+            expected = self.expected.get(request.request_id)
+            if expected is not None and expected.is_decided:
+                continue
+            load += self.asks_for(request)
+        gauge = self.manager.pressure
+        share = Fraction(load, self.usable)
+        return share > Fraction("0.7") if gauge.is_on else share >= Fraction("0.9")
+
+    def asks_for(self, request: Request) -> int:
+        """Blocks that an unfinished prefill still takes, without kept ones and those of others."""
+        rows = self.rows(request.request_id)
+        own = len(rows[GROUP])
+        if not own and request.request_id not in self.expected:
+            for block_hash in request.block_hashes:
+                cached = self.pool.get_cached_block(block_hash, [GROUP])
+                if cached is None or not cached[0].ref_cnt:
+                    break
+                own += 1
+        elsewhere = sum(block > 0 for row in rows[1:] for block in row)
+        return max(0, cdiv(request.num_tokens, BLOCK_SIZE) - own) + max(
+            0, self.most_elsewhere(request.num_tokens) - elsewhere
+        )
+
+    def runs_out(self, newcomer: Expected) -> bool:
+        """Whether the pool does with one more, all evicted requests' answers played out."""
+        if not self.settings["output_reserve"]:
+            return False
+        lasting = self.usable - self.pool.get_num_free_blocks()
+        answers = []  # blocks now, blocks at the end, blocks that are counted at most
+        for expected in [*self.expected.values(), newcomer]:
+            request = expected.request
+            self.decide_by_pressure(expected)
+            if request.priority > newcomer.request.priority:  # will be preempted
+                lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+                continue
+            if not expected.num_kept:
+                lasting += 0 if expected.is_decided else self.asks_for(request)
+                continue
+            lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+            generated = request.num_output_tokens
+            most = request.max_tokens
+            longer = [share for share in self.answers[-256:] if share > Fraction(generated, most)]
+            length = ceil(most * sum(longer) / len(longer)) if len(longer) >= 8 else most
+            length = max(generated, length)
+            here = max(0, request.num_tokens - expected.prompt_tokens)
+            now = cdiv(here, BLOCK_SIZE)
+            end = cdiv(here + length - generated, BLOCK_SIZE)
+            most = max(expected.num_prompt, expected.num_kept + now)
+            answers.append((expected.num_kept + now, expected.num_kept + end, most))
+        return bool(answers) and any(
+            max(0, lasting)
+            + sum(min(now + moment, most) for now, end, most in answers if now + moment <= end)
+            > self.usable
+            for moment in range(cdiv(MAX_MODEL_LEN, BLOCK_SIZE) + 1)
+        )
+
+    def check_hit(
+        self, request: Request, result: tuple[KVCacheBlocks, int, int, bool]
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """A hit is as long as it can be, and swallows no query that will be observed."""
+        blocks, num_tokens = result[:2]
+        expected = self.begin(request)
+        longest = 0
+        for block_hash in request.block_hashes[: (request.num_tokens - 1) // BLOCK_SIZE]:
+            if self.pool.get_cached_block(block_hash, [GROUP]) is None:
+                break
+            longest += BLOCK_SIZE
+        limit = request.num_tokens
+        if expected.num_possible:
+            limit = expected.observed_from // BLOCK_SIZE * BLOCK_SIZE
+        self.seen["prefix hit"] += num_tokens > 0
+        self.seen["trimmed hit"] += longest > limit
+        assert num_tokens <= min(longest, limit)
+        if not self.others:  # a window of another group may be missing
+            if expected.num_possible:  # vLLM would lengthen a prefill of one token by drafts
+                limit = min(limit, (request.num_tokens - 2) // BLOCK_SIZE * BLOCK_SIZE)
+            assert num_tokens >= min(longest, limit)
+        assert all(len(ids) == num_tokens // BLOCK_SIZE for ids in blocks.get_block_ids())
+        return result
+
+    def row_length(self, expected: Expected, num_tokens: int) -> int:
+        if not expected.num_kept or num_tokens < expected.prompt_tokens:
+            return cdiv(num_tokens, BLOCK_SIZE)
+        generated = num_tokens - expected.prompt_tokens
+        return expected.num_prompt + expected.num_kept + cdiv(generated, BLOCK_SIZE)
+
+    def check_allocation(
+        self, allocate: Any, request: Request, num_new: int, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """Predict whether a step's blocks are there, and which they are."""
+        request_id = request.request_id
+        expected = self.expected.get(request_id) or self.begin(request)
+        self.decide_by_pressure(expected)
+        hits = kwargs.get("new_computed_blocks")
+        hit_ids = hits.get_block_ids()[GROUP] if hits is not None else []
+        computed = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+        end = computed + num_new
+        free = self.pool.get_num_free_blocks()
+        # Cached blocks that nobody holds count as free until they are hit.
+        revived = sum(not self.pool.blocks[block].ref_cnt for block in hit_ids)
+        # The end of an evicted prefill leaves room for the first decode block.
+        reserve = not expected.is_decided and expected.num_kept > 0
+        held = max(len(hit_ids), expected.num_blocks)
+        fits = True
+        if kwargs.get("full_sequence_must_fit"):
+            missing = max(0, self.row_length(expected, request.num_tokens) - held)
+            fits = missing + revived + reserve <= free
+            if fits and self.runs_out(expected):
+                self.seen["kept room for answers"] += 1
+                fits = False
+        if expected.is_decided and expected.num_kept and not expected.is_freed:
+            if computed - request.num_in_flight_tokens >= expected.prompt_tokens:
+                # The step that compacted is processed: the prompt's blocks go back.
+                prompt = self.rows(request_id)[GROUP][: expected.num_prompt]
+                last = sum(self.pool.blocks[block].ref_cnt == 1 for block in prompt)
+                self.seen["shared prompt freed"] += last < expected.num_prompt
+                self.seen["prompt freed"] += 1
+                free += last
+                self.num_freed += last
+                expected.is_freed = True
+            else:
+                self.seen["freeing waits for a step in flight"] += 1
+        before = self.rows(request_id)
+        num_fresh = max(0, self.row_length(expected, end) - held)
+        missing = num_fresh + revived + (reserve and end >= expected.prompt_tokens)
+        fits = fits and missing <= free
+        cached = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+
+        allocated = allocate(request, num_new, **kwargs)
+
+        if not self.others:  # they take and free blocks too
+            assert (allocated is not None) == fits
+        if allocated is None:
+            self.seen["allocation failed"] += 1
+            after = self.rows(request_id)
+            if not self.others and expected.is_freed:
+                before[GROUP][: expected.num_prompt] = [0] * expected.num_prompt
+            assert after[GROUP] == before[GROUP]
+            return None
+        fresh = allocated.get_block_ids()[GROUP]
+        assert len(fresh) == len(set(fresh)) == num_fresh
+        assert all(block and self.pool.blocks[block].ref_cnt == 1 for block in fresh)
+        self.seen["cached block reused"] += bool(cached.intersection(fresh))
+        hashed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+        self.promised[request_id] = (hashed - cached).union(hashed.intersection(fresh))
+        self.expected[request_id] = expected
+        expected.num_blocks = held + num_fresh
+        if not expected.is_decided and end >= expected.prompt_tokens:
+            expected.is_decided = True
+            if expected.skip is None:
+                self.num_evicted += 1
+                self.seen["evicted"] += 1
+                self.seen["evicted after preemption"] += request.num_preemptions > 0
+                self.seen["evicted beside drafts"] += self.setup.num_drafts > 0
+            else:
+                self.num_skipped[expected.skip] += 1
+                self.seen[f"skip {expected.skip.value}"] += 1
+        return allocated
+
+    def rows(self, request_id: str) -> tuple[list[int], ...]:
+        """Block ids by group, 0 is null."""
+        rows = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        return rows or ([],) * (1 + len(self.others))
+
+    # What must hold after every rule.
+
+    @invariant()
+    def check_everything(self) -> None:
+        self.check_rows()
+        self.check_holders()
+        self.check_cache()
+        self.check_stats()
+
+    def check_rows(self) -> None:
+        for request_id, request in self.scheduler.requests.items():
+            row, expected = self.rows(request_id)[GROUP], self.expected.get(request_id)
+            if expected is None:
+                assert request.status != RequestStatus.RUNNING
+                assert not row
+                continue
+            assert len(row) == expected.num_blocks
+            num_prompt = expected.num_prompt
+            if expected.is_decided and expected.num_kept:
+                assert row[:num_prompt].count(0) == (num_prompt if expected.is_freed else 0)
+                assert 0 not in row[num_prompt:]
+                assert len(row) >= num_prompt + expected.num_kept
+                for block in (self.pool.blocks[i] for i in row[num_prompt:]):
+                    assert block.ref_cnt == 1
+                    assert block.block_hash is None
+            else:
+                assert 0 not in row
+            for block in (self.pool.blocks[i] for i in row[: self.num_cached(expected)]):
+                assert block.is_null or block.block_hash is not None
+
+    def num_cached(self, expected: Expected) -> int:
+        """Leading blocks of a row that others may share."""
+        request = expected.request
+        known = request.num_computed_tokens - request.num_output_placeholders
+        if expected.num_kept or self.setup.num_drafts:  # drafts may be rejected
+            known = min(known, expected.prompt_tokens)
+        return min(known, request.num_tokens) // BLOCK_SIZE
+
+    def check_holders(self) -> None:
+        """Every block is free, or held as often as rows name it."""
+        requests = self.scheduler.requests
+        held = Counter(block for i in requests for row in self.rows(i) for block in row if block)
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == held[block.block_id]
+        assert self.pool.get_num_free_blocks() == self.usable - len(held)
+        places: dict[int, tuple[int, int]] = {}
+        for request_id in requests:
+            for group, row in enumerate(self.rows(request_id)):
+                for place in ((block, (group, n)) for n, block in enumerate(row) if block):
+                    assert places.setdefault(*place) == place[1], "shared, but not as a prefix"
+
+    def check_cache(self) -> None:
+        """Blocks with a hash hold, on all workers and layers, what the hash says."""
+        for request in self.scheduler.requests.values():
+            self.learn(request)
+        hashed = [
+            b
+            for b in self.pool.blocks
+            if b.block_hash is not None and get_group_id(b.block_hash) == GROUP
+        ]
+        for worker in self.workers if hashed else ():
+            contents = worker.contents()
+            assert contents[0] == [[FREE] * BLOCK_SIZE] * NUM_LAYERS, "the null block was written"
+            for block in hashed:
+                expected = self.of_hash[block.block_hash[:-4]]
+                stored = [of_layer(layer, [expected])[0] for layer in range(NUM_LAYERS)]
+                assert contents[block.block_id] == stored
+
+    def learn(self, request: Request) -> None:
+        """What blocks with a request's hashes must hold."""
+        hashes = request.block_hashes
+        if hashes and hashes[-1] not in self.of_hash:
+            labels = self.labels(request, request.all_token_ids)
+            for n, block_hash in enumerate(hashes):
+                self.of_hash[block_hash] = labels[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE]
+
+    def check_stats(self) -> None:
+        assert self.manager.num_evicted == self.num_evicted
+        assert self.manager.num_skipped == self.num_skipped
+        evicted = [i for i, e in self.expected.items() if e.is_decided and e.num_kept]
+        held = sum(block > 0 for i in evicted for block in self.rows(i)[GROUP])
+        assert self.manager.blocks_held == held
+        self.manager.take_stats()
+        expected = Counter({f"skip {s.value}": n for s, n in self.num_skipped.items()})
+        expected.update(evicted=self.num_evicted, freed=self.num_freed)
+        assert self.reported == expected
+
+    def teardown(self) -> None:
+        """Whoever is left comes to an end, and nothing remains."""
+        if not hasattr(self, "workers") or sys.exc_info()[0] is not None:
+            return  # what went wrong is known
+        for _ in range(1000):
+            for request in self.streaming():
+                self.finish(request.request_id)
+            if not self.scheduler.has_requests() and not self.in_flight:
+                break
+            self.advance()
+        self.check_everything()
+        assert not self.scheduler.requests, f"never end: {self.scheduler.requests}"
+        assert not self.scheduler.has_requests()
+        assert self.pool.get_num_free_blocks() == self.usable
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks[1:])
+        manager = self.manager
+        assert not manager.req_to_blocks
+        assert not manager.num_cached_block
+        assert not manager._decided
+        assert not manager._prompt_freed
+        assert not any(len(worker.eviction.requests) for worker in self.workers)
+        assert self.scheduler.reset_prefix_cache()
+
+
+class HybridSchedulerMachine(SchedulerMachine):
+    """Beside our group one of vLLM's with a sliding window, in the same pool."""
+
+    others = (
+        KVCacheGroupSpec(
+            ["window.0", "window.1", "window.2"],
+            SlidingWindowSpec(
+                block_size=BLOCK_SIZE,
+                num_kv_heads=1,
+                head_size=32,
+                dtype=torch.float32,
+                sliding_window=9,
+            ),
+        ),
+    )
+    least_blocks = 2 * SchedulerMachine.least_blocks
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads only cost."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+EVENTS = (
+    "abort",
+    "allocation failed",
+    "cached block reused",
+    "draft accepted",
+    "draft rejected",
+    "evicted",
+    "evicted after preemption",
+    "evicted beside drafts",
+    "finished after chunks",
+    "freeing waits for a step in flight",
+    "id reused",
+    "kept room for answers",
+    "observed",
+    "preempt evicted",
+    "prefix hit",
+    "prompt freed",
+    "reset",
+    "shared prompt freed",
+    "stale output",
+    "streamed on",
+    "trimmed hit",
+    # Observation is bounded on GPUs only: test_observation_budget.py.
+    *(f"skip {skip.value}" for skip in Skip if skip != Skip.NO_OBSERVATION_ROOM),
+)
+
+
+@pytest.mark.parametrize(
+    ("machine", "num_examples"),
+    [(SchedulerMachine, 250), (HybridSchedulerMachine, 60)],
+    ids=["one-group", "sliding-window-group"],
+)
+def test_random_histories(machine: type[SchedulerMachine], num_examples: int) -> None:
+    seen = machine.seen = Counter()
+    run_state_machine_as_test(machine, settings=histories(num_examples))
+    if machine.others:
+        return
+    # The histories must reach what they are meant to try.
+    missing = [event for event in EVENTS if not seen[event]]
+    assert not missing, f"no history had: {missing} ({dict(seen)})"
+
+
+def story(setup: dict[str, Any], policy: EvictionPolicy) -> SchedulerMachine:
+    """A machine to tell one history with."""
+    machine = SchedulerMachine()
+    machine.seen = Counter()
+    machine.start(
+        num_blocks=20,
+        settings={
+            "policy": policy,
+            "budget": "0.25",
+            "when": "always",
+            "text": False,
+            "min_prompt_tokens": 0,
+            "output_reserve": True,
+        },
+        scheduler=setup,
+        page_order=PAGE_ORDERS[0],
+    )
+    return machine
+
+
+def wish(**changes: Any) -> Wish:
+    """26 tokens, of which 14 are an image."""
+    plain = Wish(2, 14, "cat", 10, 0, 9, 99, None, None, "image", False, 0)
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize("use_v2", [False, True], ids=["v1", "v2"])
+def test_a_prefill_of_one_token_beside_drafts(use_v2: bool) -> None:
+    """vLLM pads it with drafts, so that the step goes beyond the prefill's end."""
+    policy = VLCachePolicy(max_observation_tokens=1)
+    machine = story({"num_drafts": 2, "use_v2": use_v2}, policy)
+    for _ in range(2):  # all but the last of 25 tokens are cached for the second
+        machine.add_request(wish(after=9), False)
+        machine.advance()
+        machine.check_everything()
+    machine.teardown()
+
+
+def test_a_stage_that_samples_nothing_knows_where_a_prefill_ends() -> None:
+    """It hears of a token with the next step, too late if a preemption comes before."""
+    machine = story({"steps_in_flight": 2}, VLCachePolicy())
+    machine.add_request(wish(), False)
+    for _ in range(14):
+        machine.advance()
+    while machine.in_flight:
+        machine.complete()
+    machine.reset()
+    for _ in range(4):
+        machine.advance(max_tokens=10)
+        machine.check_everything()
+    machine.teardown()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler counts, and its way to the front end."""
+
+from dataclasses import asdict
+
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.core.admission import plan_eviction
+from vl_cache_vllm.core.messages import EvictionReport
+from vl_cache_vllm.core.stats import EvictionStats, put, take
+
+REPORT = {
+    "observation_seconds": 0.01,
+    "compaction_seconds": 0.002,
+    "layers_retained": {0: 0.1, 1: 0.3},
+}
+
+
+def some_stats() -> EvictionStats:
+    stats = EvictionStats(blocks_held=5, pressure=True)
+    config = KVCompressConfig(budget=0.25)
+    stats.decided(plan_eviction(config, 4, 26, vision_end=16), 4)  # N = 7, M = 2
+    stats.decided(plan_eviction(config, 4, 26, vision_end=None), 4)
+    stats.decided(plan_eviction(config, 4, 26, vision_end=26), 4)
+    stats.decided(plan_eviction(config, 4, 40, vision_end=None), 4)
+    stats.add_reports([REPORT])
+    return stats
+
+
+def test_decisions_are_counted() -> None:
+    stats = some_stats()
+    assert stats.evicted == 1
+    assert stats.skipped == {"text_only": 2, "no_post_vision_tokens": 1}
+    assert stats.retained == [2 / 7]
+    assert stats.freed_tokens == 26 - 8
+    assert stats.freed_blocks == 0  # not yet: the step that compacts is not done
+    assert stats.layers_retained == [{0: 0.1, 1: 0.3}]
+
+
+def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
+    stats = EvictionStats()
+    stats.add_reports([asdict(EvictionReport(0.02))])
+    assert stats == EvictionStats(observation_seconds=[0.02])
+
+
+def test_stats_survive_the_way_between_processes() -> None:
+    carrier = SchedulerStats(num_running_reqs=3)
+    put(carrier, some_stats())
+    outputs = EngineCoreOutputs(scheduler_stats=carrier)
+    decoded = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs))
+    assert decoded.scheduler_stats.num_running_reqs == 3
+    assert take(decoded.scheduler_stats) == some_stats()
+    assert decoded.scheduler_stats.kv_connector_stats is None
+    assert take(decoded.scheduler_stats) is None
+
+
+def test_another_carriers_data_stay() -> None:
+    stats = SchedulerStats(kv_connector_stats={"connector": 1})
+    assert take(stats) is None
+    assert stats.kv_connector_stats == {"connector": 1}

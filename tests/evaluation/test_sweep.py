@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline sweep keeps what vLLM keeps, and scores as the benchmark does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation import sweep
+from evaluation.accuracy import MODEL
+from evaluation.cases import page_reader_cases
+from training.pages import TASKS
+from vl_cache_vllm.config import KVCompressConfig
+
+
+def config(**values: object) -> KVCompressConfig:
+    parsed = KVCompressConfig.from_dict(values)
+    assert parsed is not None
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def reader() -> sweep.OfflineReader:
+    return sweep.OfflineReader(MODEL)
+
+
+def test_everything_kept_is_the_whole_cache(reader: sweep.OfflineReader) -> None:
+    case = page_reader_cases("tune", ["lookup"], 1)[0]
+    prompt = reader.ask(reader.read(case), case)
+    everything = torch.arange(prompt.tokens).expand(2, -1)
+    cache = sweep.kept(prompt.cache, [everything] * len(prompt.cache))
+    for (keys, values), (all_keys, all_values) in zip(cache, prompt.cache, strict=True):
+        assert torch.equal(keys, all_keys) and torch.equal(values, all_values)
+    assert reader.score(prompt, cache, case) == reader.score(prompt, prompt.cache, case) == 1.0
+
+
+def test_scores_and_order(reader: sweep.OfflineReader) -> None:
+    cases = page_reader_cases("tune", TASKS, 4)
+    configs = {name: config(policy=name, budget=0.1) for name in ("vlcache-plus", "random")}
+    results = sweep.sweep(reader, cases, configs, 32)
+    assert list(results) == ["full cache", "vlcache-plus", "random"]
+    for task in TASKS:
+        assert results["full cache"][task] >= 0.9
+        assert results["full cache"][task] >= results["random"][task]
+    assert results["vlcache-plus"]["row"] > results["random"]["row"]
+
+
+def test_budgets_are_whole_pages(reader: sweep.OfflineReader) -> None:
+    case = page_reader_cases("tune", ["dump"], 1)[0]
+    prompt = reader.ask(reader.read(case), case)
+    positions = sweep.evict(prompt, config(policy="vlcache", budget=0.1), 32)
+    assert positions is not None
+    sizes = [row.shape[1] for row in positions]
+    assert sum(sizes) == 6 * 32 * 6  # six of 51 blocks, six layers
+    assert len(set(sizes)) > 1  # the paper's budgets
+    assert all(size % 32 == 0 for size in sizes)
+    assert sweep.evict(prompt, config(policy="vlcache", budget=1.0), 32) is None
+
+
+def test_policies_that_observe_pages_are_refused(reader: sweep.OfflineReader) -> None:
+    case = page_reader_cases("tune", ["lookup"], 1)[0]
+    prompt = reader.ask(reader.read(case), case)
+    with pytest.raises(ValueError, match="h2o: only settings that observe the question"):
+        sweep.evict(prompt, config(policy="h2o"), 32)
+
+
+def test_grid() -> None:
+    assert sweep.settings(["vlcache", "vlcache:a=1"], ["b=2,3"]) == [
+        "vlcache:b=2",
+        "vlcache:b=3",
+        "vlcache:a=1,b=2",
+        "vlcache:a=1,b=3",
+    ]
+    assert sweep.settings(["vlcache"], []) == ["vlcache"]
+    with pytest.raises(ValueError, match="expected parameter=value,value"):
+        sweep.settings(["vlcache"], ["b"])
+
+
+def test_bad_settings_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["vlcache", "--grid", "lookahead=x"])
+    assert "lookahead must be of type float" in capsys.readouterr().err
+
+
+def test_results_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results" / "sweep.json"
+    arguments = ["vlcache", "--grid", "lookahead=0,40", "--tasks", "lookup", "row"]
+    sweep.main([*arguments, "--samples", "2", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report["command"] == "python -m evaluation.sweep " + " ".join(
+        [*arguments, "--samples", "2", "--json", str(out)]
+    )
+    assert set(report["results"]) == {"full cache", "vlcache:lookahead=0", "vlcache:lookahead=40"}
+    assert set(report["results"]["full cache"]) == {"lookup", "row"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "cache" if name == "full cache" else name for name in report["results"]
+    ]
+
+
+def test_the_published_table_is_the_published_run() -> None:
+    """docs/accuracy.md, "Options from later work"."""
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/options.json").read_text())["results"]
+    section = (root / "docs/accuracy.md").read_text().split("## Options from later work")[1]
+    header, _, *rows = (
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in section.split("\n## ")[0].splitlines()
+        if line.startswith("|")
+    )
+    assert len(rows) > 10
+    for name, *scores in rows:
+        expected = [f"{100 * results[name][task]:.1f}" for task in header[1:]]
+        assert scores == expected, name

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothing and lookahead against naive loops."""
+
+import math
+
+import pytest
+import torch
+
+from vl_cache_vllm.policy.prompt import PatchGrid, Prompt
+from vl_cache_vllm.policy.scoring import average, interleave, look_ahead, smooth
+from vl_cache_vllm.policy.snapkv import SnapKVPolicy
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
+
+TOKENS = pytest.mark.parametrize("tokens", [1, 2, 63, 64, 200])
+
+
+@TOKENS
+@pytest.mark.parametrize("length", [0.5, 3.0, 50.0, 1e6])
+def test_look_ahead(tokens: int, length: float) -> None:
+    torch.manual_seed(tokens)
+    scores = torch.rand(2, 3, tokens) ** 4
+    before = scores.clone()
+    found = look_ahead(scores, length)
+    assert torch.equal(scores, before)
+    for layer in range(2):
+        for head in range(3):
+            row = scores[layer, head].tolist()
+            expected = [
+                max(row[i] * math.exp((i - j) / length) for i in range(j + 1))
+                for j in range(tokens)
+            ]
+            torch.testing.assert_close(found[layer, head], torch.tensor(expected))
+
+
+@TOKENS
+def test_no_smoothing_changes_nothing(tokens: int) -> None:
+    scores = torch.rand(2, 3, tokens)
+    assert torch.equal(look_ahead(scores, 1e-320), scores)
+    assert average(scores, 1) is scores
+
+
+def test_what_precedes_inherits_nothing() -> None:
+    scores = torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]])
+    found = look_ahead(scores, 2.0)[0, 0].tolist()
+    assert found == pytest.approx([0, 0, 1, math.exp(-0.5), math.exp(-1)])
+
+
+def naive_on_grid(row: list[float], grid: PatchGrid, width: int) -> dict[int, float]:
+    """The smoothed score of each position of a grid."""
+    result, near = {}, range(-(width // 2), width // 2 + 1)
+    for r in range(grid.rows):
+        for c in range(grid.columns):
+            inside = []
+            for y in (r + d for d in near):
+                for x in (c + d for d in near):
+                    if 0 <= y < grid.rows and 0 <= x < grid.columns:
+                        inside.append(row[grid.first + y * grid.row_stride + x])
+            result[grid.first + r * grid.row_stride + c] = sum(inside) / len(inside)
+    return result
+
+
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        (PatchGrid(3, 4, 7, 7),),
+        (PatchGrid(3, 4, 7, 8), PatchGrid(50, 3, 3, 3)),
+        (PatchGrid(0, 1, 1, 1), PatchGrid(1, 2, 30, 30)),
+    ],
+    ids=["one", "rows-with-ends-and-a-second", "tiny-and-flat"],
+)
+def test_neighbours_on_the_patch_grid(width: int, grids: tuple[PatchGrid, ...]) -> None:
+    scores = torch.rand(2, 3, 80)
+    along = average(scores, width)
+    found = smooth(scores, width, grids)
+    for layer in range(2):
+        for head in range(3):
+            expected = dict(enumerate(along[layer, head].tolist()))
+            for grid in grids:
+                expected |= naive_on_grid(scores[layer, head].tolist(), grid, width)
+            torch.testing.assert_close(found[layer, head], torch.tensor([*expected.values()]))
+
+
+def test_an_image_has_no_weaker_edges() -> None:
+    found = smooth(torch.ones(1, 1, 60), 3, (PatchGrid(20, 4, 5, 5),))
+    torch.testing.assert_close(found[0, 0, 20:40], torch.ones(20))
+
+
+def test_policies_that_average_can_do_so_on_the_grid() -> None:
+    prompt = Prompt(70, ((5, 30),), (PatchGrid(5, 5, 5, 5),))
+    attention = torch.rand(2, 3, 70)
+    expected = smooth(attention, 3, prompt.grids)
+    policy = VLCachePolicy(pooling=3, pooling_2d=True)
+    assert torch.equal(policy.token_scores(attention, prompt), expected)
+    attention[..., -9:] = 0  # SnapKV's window does not count
+    expected = smooth(attention, 3, prompt.grids)
+    snapkv = SnapKVPolicy(pooling=3, pooling_2d=True, max_observation_tokens=9)
+    assert torch.equal(snapkv.token_scores(attention, prompt), expected)
+    flat = SnapKVPolicy(pooling=3, max_observation_tokens=9)
+    assert not torch.equal(flat.token_scores(attention, prompt), expected)
+
+
+@pytest.mark.parametrize("policy", [VLCachePolicy, SnapKVPolicy])
+def test_a_grid_without_neighbours_is_refused(policy: type) -> None:
+    with pytest.raises(ValueError, match="pooling_2d has no effect with pooling 1"):
+        policy(pooling=1, pooling_2d=True)
+
+
+def best(scores: torch.Tensor, k: int) -> set[int]:
+    return set(torch.argsort(scores, descending=True, stable=True)[:k].tolist())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 200])
+def test_any_cut_is_the_best_of_both(share: float, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    one, other = torch.rand(2, 1, 1, tokens)
+    merged = interleave(one, other, share)[0, 0]
+    for cut in torch.linspace(0.123, 1.5 * tokens, 100).tolist():
+        kept = set((merged >= 1 / cut).nonzero().flatten().tolist())
+        first = best(one[0, 0], int(cut * (1 - share)))
+        assert kept == first | best(other[0, 0], int(cut * share))
+
+
+def test_shares() -> None:
+    one, other = torch.zeros(2, 1, 1, 1000)
+    one[..., :500] = torch.arange(500, 0, -1)
+    other[..., 500:] = torch.arange(500, 0, -1)
+    kept = best(interleave(one, other, 0.25)[0, 0], 100)
+    assert kept == {*range(75), *range(500, 525)}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64])
+def test_a_share_of_zero_or_one_is_one_ranking(tokens: int) -> None:
+    one, other = torch.rand(2, 2, 3, tokens)
+    for share, alone in ((0.0, one), (1.0, other)):
+        order = torch.argsort(interleave(one, other, share), descending=True, stable=True)
+        assert torch.equal(order, torch.argsort(alone, descending=True, stable=True))
+
+
+def test_layers_and_heads_rank_by_themselves() -> None:
+    one, other = torch.rand(2, 2, 3, 50)
+    merged = interleave(one, other, 0.4)
+    for layer in range(2):
+        for head in range(3):
+            row = interleave(
+                one[layer : layer + 1, head : head + 1],
+                other[layer : layer + 1, head : head + 1],
+                0.4,
+            )
+            assert torch.equal(merged[layer, head], row[0, 0])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any setting that is accepted, however odd, leads to a choice that the cache can hold."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vl_cache_vllm.config import KVCompressConfig, _field_types
+from vl_cache_vllm.policy import POLICIES, PatchGrid, Prompt
+from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.selection import select_kept
+
+TOKENS, BLOCK, LAYERS, KV_HEADS, HEADS = 70, 8, 3, 2, 4
+PROMPT = Prompt(TOKENS, ((4, 40),), (PatchGrid(4, 6, 6, 6),))
+INTEGERS = (0, 1, 2, 3, 5, 69, 512, 10**6 - 1, 2**31 - 1, 2**31 + 1, 2**63 + 1, 10**30 + 1, -1)
+FLOATS = (0.0, 5e-324, 1e-320, 1e-9, 0.3, 0.999999, 1.0, 1.5, 80.0, 1e6, sys.float_info.max / 2)
+
+
+def values(annotation: Any) -> st.SearchStrategy:
+    """What JSON can say of a type."""
+    return st.one_of(
+        *(
+            st.sampled_from(choices)
+            for kind, choices in (
+                ("int", INTEGERS),
+                ("float", FLOATS),
+                ("bool", (False, True)),
+                ("None", (None,)),
+            )
+            if kind in str(annotation)
+        )
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if not name.startswith("keep")])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) -> None:
+    types = _field_types(POLICIES[name])
+    chosen = data.draw(st.lists(st.sampled_from(sorted(types)), unique=True, max_size=4))
+    options = {key: data.draw(values(types[key]), label=key) for key in chosen}
+    budget = data.draw(st.sampled_from((5e-324, 1e-320, 0.01, 0.3, 0.8)))
+    base = KVCompressConfig.from_dict({"policy": name})
+    assert base is not None
+    try:
+        config = base.for_request({"kv_budget": budget, "kv_policy_options": options})
+    except ValueError:
+        return
+    policy = config.policy
+    first = policy.observation_start(40, TOKENS)
+    assert 0 <= first < TOKENS
+    observed = AttentionStats(policy, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        query = torch.randn(TOKENS - first, HEADS, 8, generator=generator)
+        key = torch.randn(KV_HEADS, TOKENS, 8, generator=generator)
+        observed.add(layer, query, key, first, 0.3, 0.0)
+    kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK))
+    choice = select_kept(
+        policy, config.budget, observed, observed.dense_entries, PROMPT, HEADS, first,
+        kept_blocks, BLOCK,
+    )  # fmt: skip
+    pages = choice.kept_pages.tolist()
+    assert sum(pages) == kept_blocks * LAYERS
+    assert all(1 <= count <= TOKENS // BLOCK for count in pages)
+    for count, heads in zip(pages, choice.positions, strict=True):
+        for head in heads[:, : count * BLOCK].tolist():
+            assert head == sorted(set(head))
+            assert head[0] >= 0 and head[-1] < TOKENS
+
+
+def test_every_parameter_is_tried() -> None:
+    """`values` knows the types of all of them."""
+    for name in POLICIES:
+        for field in dataclasses.fields(POLICIES[name]):
+            assert not values(_field_types(POLICIES[name])[field.name]).is_empty

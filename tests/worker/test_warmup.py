@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up prompt goes the way of a real one, whatever the settings are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.policy import Shard
+from vl_cache_vllm.worker import attention_stats, selection
+from vl_cache_vllm.worker.evictor import Evictor
+from vl_cache_vllm.worker.warmup import (
+    WarmupEviction,
+    blank_pool,
+    profiling_config,
+    warm_up_kernels,
+)
+
+NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE = 3, 2, 16
+
+
+def rehearsal_of(
+    config: KVCompressConfig, tokens: int, room: int
+) -> tuple[WarmupEviction, Evictor]:
+    pool = blank_pool(NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 32, torch.float32, torch.device("cpu"))
+    worker = Evictor(
+        profiling_config(config),
+        pool,
+        num_heads=4,
+        max_num_reqs=2,
+        max_num_tokens=64,
+        max_table_width=tokens // BLOCK_SIZE + 2,
+        shard=Shard(),
+    )
+    return WarmupEviction(worker, tokens, room, num_heads=4), worker
+
+
+@pytest.mark.parametrize("tokens", [64, 333, 1000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "vlcache"},
+        {"policy": "vlcache-plus"},
+        {"policy": "vlcache", "budget": 1.0, "min_prompt_tokens": 5000},
+        {"policy": "vlcache", "diversity": 0.5},
+        {"policy": "vlcache", "elite_window": 0.3, "max_observation_tokens": 90},
+        {"policy": "h2o"},
+        {"policy": "snapkv", "max_observation_tokens": 200},
+        {"policy": "pyramidkv"},
+        {"policy": "streamingllm"},
+        {"policy": "random"},
+    ],
+    ids=lambda settings: settings["policy"],
+)
+def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
+    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict(settings), tokens, 2 * tokens)
+    rehearsal.observe()
+    state = worker.requests.get("rehearsal")
+    assert state is not None
+    rehearsal.evict()
+    assert state.evicted_tokens == tokens
+    assert worker._kept_pages[state.slot].sum() == state.kept_blocks * NUM_LAYERS
+    assert not worker.take_reports()
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus", "streamingllm"])
+def test_what_requests_may_ask_for_is_compiled_before(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    seen = set()
+
+    def spy(module: object, name: str, kind: Callable[..., object]) -> None:
+        operation = getattr(module, name)
+
+        def run(*args: object) -> object:
+            seen.add((name, kind(*args)))
+            return operation(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    spy(selection, "select", lambda *args: args[4] is not None)
+    spy(
+        attention_stats,
+        "observe",
+        lambda *args: (isinstance(args[1], torch.Tensor), args[8] is not None),
+    )
+    _, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
+    warm_up_kernels(worker, 200, num_heads=4)
+    assert seen == {
+        *(("select", has_precedence) for has_precedence in (False, True)),
+        *(("observe", kind) for kind in ((False, False), (True, True), (True, False))),
+    }
+    assert not worker.take_reports()
+
+
+def test_nobody_hears_of_it(tmp_path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    config = KVCompressConfig.from_dict({"policy": "vlcache", "trace_path": str(trace)})
+    rehearsal, _ = rehearsal_of(config, 100, 100)
+    rehearsal.observe()
+    rehearsal.evict()
+    assert not trace.exists()
+
+
+def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
+    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
+    rehearsal.observe()
+    state = worker.requests.get("rehearsal")
+    assert state is not None and state.observed is not None
+    held = state.observed.column_sums.numel() + rehearsal._others.column_sums.numel()
+    assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV cache spec that brings our block manager and wider block-table rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.core.block_manager import EvictionBlockManager
+
+# vLLM registers its own specs when it finds the registry empty: before ours, or never.
+KVCacheSpecRegistry._ensure_registered()
+
+
+@register_kv_cache_spec(
+    manager_class=EvictionBlockManager, uniform_type_base_spec=FullAttentionSpec
+)
+@dataclass(frozen=True, kw_only=True)
+class EvictionAttentionSpec(FullAttentionSpec):
+    """Full attention whose prompts may be evicted after prefill."""
+
+    # Optional only because FullAttentionSpec.merge builds the class without it.
+    kv_compress: KVCompressConfig | None = None
+
+    @classmethod
+    def wrap(cls, spec: FullAttentionSpec, config: KVCompressConfig) -> Self:
+        """The same layer format, with eviction."""
+        own = {f.name: getattr(spec, f.name) for f in fields(spec)}
+        return cls(**own, kv_compress=config)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        settings = {spec.kv_compress for spec in specs}
+        assert len(settings) == 1, "layers of one KV cache group must share their settings"
+        return replace(super().merge(specs), kv_compress=settings.pop())
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """A row holds prompt, kept and decode blocks, whatever budget a request brings.
+
+        Splitting the length adds one block, but fewer are kept than the prompt has.
+        """
+        return 2 * cdiv(max_len, self.block_size)

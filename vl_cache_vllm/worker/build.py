@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds eviction over a worker whose cache exists, and hooks it into its model runner."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+
+from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, RunningStep, number_type
+from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.policy import Shard
+from vl_cache_vllm.worker.evictor import Evictor
+from vl_cache_vllm.worker.step import EvictionStep
+from vl_cache_vllm.worker.tp_group import tensor_parallel_group
+
+NO_FULL_ATTENTION = (
+    "KV compression needs a layer of full attention on every pipeline stage: use a smaller "
+    "--pipeline-parallel-size"
+)
+
+
+@dataclass(frozen=True)
+class EvictedGroup:
+    """Which of a model's layers are evicted: those of full attention, one KV cache group."""
+
+    index: int
+    """Of the group; block tables are kept by group."""
+    layers: dict[str, int]
+    """The pool's layer of each layer name."""
+
+
+def attach_step(metadata: Any, worker: Evictor, step: EvictionStep, group: EvictedGroup) -> None:
+    """Let the attention layers see the step. ``metadata`` maps layer names to metadata."""
+    running = RunningStep(worker, step, group.layers)
+    for layer_metadata in {id(m): m for m in map(metadata.get, group.layers)}.values():
+        running.attach(layer_metadata)
+
+
+def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
+    ours = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictionAttentionSpec)]
+    kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
+    if len(ours) != 1:
+        raise ValueError(
+            "KV compression needs the layers of full attention, all of one shape, in one KV cache "
+            f"group; this model's groups are: {kinds}"
+        )
+    others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
+    if not all(type(spec) is SlidingWindowSpec for spec in others):
+        raise ValueError(
+            "KV compression supports no other layers beside those of full attention than ones "
+            f"with a sliding window; this model's KV cache groups are: {kinds}"
+        )
+    if not groups[ours[0]].layer_names:
+        raise ValueError(NO_FULL_ATTENTION)
+    return ours[0]
+
+
+def build_evictor(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[Evictor, EvictedGroup]:
+    """The eviction worker of a vLLM worker, and the layers that it evicts.
+
+    Raises:
+        ValueError: if the cache has no single group of full attention whose pages are
+            interchangeable, which only the allocated cache shows for certain.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    index = _evicted_group(groups)
+    spec, layer_names = groups[index].kv_cache_spec, set(groups[index].layer_names)
+    assert isinstance(spec, EvictionAttentionSpec)
+    if spec.head_size_v != spec.head_size:
+        raise ValueError(
+            "KV compression needs K and V of one head size, not "
+            f"{spec.head_size} and {spec.head_size_v}"
+        )
+    tensors = [t for t in kv_cache_config.kv_cache_tensors if layer_names.intersection(t.layers)]
+    if len(tensors) != 1 or set(tensors[0].layers) != layer_names:
+        raise ValueError("KV compression needs the pages of all layers in one allocation")
+    (placement,) = tensors
+    page_bytes = spec.unpadded_page_size_bytes
+    strides = placement.layer_stride, placement.block_stride
+    if spec.page_size_bytes != page_bytes or any(stride % page_bytes for stride in strides):
+        raise ValueError(
+            f"KV compression needs contiguous pages; layout {kv_cache_config.kv_cache_layout} "
+            f"places pages of {page_bytes} bytes at strides {strides}"
+        )
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in placement.layers]
+    first = layers[0]
+    if not isinstance(first.impl, PerLayerAttentionMixin):
+        raise ValueError(
+            f"KV compression does not support the attention backend {type(first.impl).__name__}: "
+            "use --attention-backend FLASH_ATTN or TRITON_ATTN"
+        )
+    cache = first.kv_cache  # [num_blocks, K, N, C]
+    heads, tokens, content = cache.shape[1:]
+    head_stride, token_stride = cache.stride()[1:3]
+    head_major, token_major = (tokens * content, content), (content, heads * content)
+    if tokens != spec.block_size or (head_stride, token_stride) not in (head_major, token_major):
+        raise ValueError(
+            f"KV compression cannot read pages of {tokens} tokens with strides "
+            f"{cache.stride()[1:]}, layout {kv_cache_config.kv_cache_layout}"
+        )
+    layer_stride, block_stride = (stride // page_bytes for stride in strides)
+    cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    last_page = (len(layers) - 1) * layer_stride + (kv_cache_config.num_blocks - 1) * block_stride
+    pool = PagePool(
+        pages=cache.as_strided(
+            (last_page + 1, heads, (tokens - 1) * token_stride + content),
+            (heads * tokens * content, head_stride, 1),
+        ),
+        packing=first.impl.page_packing(first, dtype),
+        num_layers=len(layers),
+        layer_stride=layer_stride,
+        block_stride=block_stride,
+        number_type=number_type(cache_dtype),
+    )
+    worker = evictor_over(pool, spec, vllm_config, placement.layers, first.num_heads)
+    return worker, EvictedGroup(index, {name: i for i, name in enumerate(placement.layers)})
+
+
+def evictor_over(
+    pool: PagePool,
+    spec: EvictionAttentionSpec,
+    vllm_config: VllmConfig,
+    layer_names: Sequence[str],
+    num_heads: int,
+) -> Evictor:
+    """The eviction worker of a pool.
+
+    Args:
+        pool: of the layers, in order.
+        spec: of each of them.
+        vllm_config: the engine's.
+        layer_names: vLLM's.
+        num_heads: query heads of a layer on this worker.
+    """
+    assert spec.kv_compress is not None
+    scheduler = vllm_config.scheduler_config
+    model_config = vllm_config.model_config
+    ranks = tensor_parallel_group(vllm_config.parallel_config.tensor_parallel_size)
+    return Evictor(
+        spec.kv_compress,
+        pool,
+        num_heads=num_heads,
+        max_num_reqs=scheduler.max_num_seqs,
+        max_num_tokens=scheduler.max_num_batched_tokens,
+        max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
+        ranks=ranks,
+        shard=Shard(
+            tuple(map(extract_layer_index, layer_names)),
+            ranks.rank * model_config.get_total_num_kv_heads() // ranks.size,
+            model_config.get_total_num_hidden_layers(),
+        ),
+    )

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensor-parallel ranks, each of which holds some KV heads of every layer.
+
+They see the same batches in the same order, so that they meet in these sums, and must keep the
+same number of tokens of each layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed import get_tp_group
+
+
+@dataclass(frozen=True)
+class TPGroup:
+    """``sum`` adds a tensor of every rank, of any type, in place and returns it."""
+
+    rank: int = 0
+    size: int = 1
+    sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The same of a mean of floats."""
+        return self.sum(values) / self.size
+
+
+def tensor_parallel_group(size: int) -> TPGroup:
+    """Those of this worker process; of one alone no process group is needed."""
+    if size == 1:
+        return TPGroup()
+    group = get_tp_group()
+
+    def add(values: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(values, group=group.device_group)
+        return values
+
+    return TPGroup(group.rank_in_group, size, add)

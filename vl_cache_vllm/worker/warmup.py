@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up prompt goes through eviction while vLLM profiles memory, before there is a cache.
+
+So vLLM leaves room for what eviction takes at most, whatever the policy is, and the first request
+finds its kernels compiled. That is, per prompt token under observation and layer, 4 bytes for each
+KV head, and what the policy and the selection of one prompt need at once; and the tables of a step,
+4 bytes for each layer, request and block of the longest sequence.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.utils.math_utils import cdiv
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
+from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.evictor import Evictor
+from vl_cache_vllm.worker.step import BatchRow
+
+QUERIES = 64  # observed in each of two steps
+
+
+def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
+    """Settings with which a prompt of any length is evicted, and nobody hears of it."""
+    return dataclasses.replace(
+        config,
+        budget=0.5,
+        min_prompt_tokens=1,
+        trace_path=None,
+        trace_positions=False,
+        trace_scores=False,
+    )
+
+
+def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
+    """Settings that requests may have besides and for which other kernels are compiled."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"sink_tokens": 0, "keep_text": False, "elite_window": 0.0, "diversity": 0.0},
+        {"sink_tokens": 1, "elite_window": 0.5, "max_observation_tokens": QUERIES},
+        {"elite_window": 0.0, "diversity": 0.5},
+    )
+    for options in kinds:
+        with contextlib.suppress(ValueError):  # what a policy refuses no request can have
+            policy = dataclasses.replace(config.policy, **options)
+            yield dataclasses.replace(config, policy=policy)
+
+
+def blank_pool(
+    num_layers: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PagePool:
+    """A pool of one block, packed as those of vLLM's GPU caches are."""
+    content = 2 * head_size
+    pages = torch.zeros(num_layers, num_kv_heads, block_size * content, dtype=dtype, device=device)
+    packing = PagePacking.side_by_side(block_size, head_size, content)
+    return PagePool(pages, packing, num_layers, 1, num_layers)
+
+
+class WarmupEviction:
+    """One prompt of the greatest length, and zeros for others under observation.
+
+    Args:
+        worker: over a `blank_pool`, in which all blocks are the same one.
+        tokens: of the prompt.
+        room: tokens under observation at once, of all prompts.
+        num_heads: query heads on this worker.
+        softcap: the layers' logit soft cap, 0 for none.
+        config: the prompt's own settings; None: the worker's.
+    """
+
+    def __init__(
+        self,
+        worker: Evictor,
+        tokens: int,
+        room: int,
+        num_heads: int,
+        softcap: float = 0.0,
+        config: KVCompressConfig | None = None,
+    ) -> None:
+        self._worker, self._tokens, self._num_heads = worker, tokens, num_heads
+        self._softcap = softcap
+        config, pool = config or worker.config, worker.pool
+        queries = min(QUERIES, tokens // 4)
+        self._starts = tokens - 2 * queries, tokens - queries
+        self._state = worker.requests.start("rehearsal", config, self._starts[0], tokens)
+        self._num_blocks = cdiv(tokens, pool.block_size)
+        self._kept_blocks = min(
+            max(1, config.kept_blocks(self._num_blocks)), tokens // pool.block_size
+        )
+        self._others = AttentionStats(
+            config.policy, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
+        )
+
+    def observe(self) -> None:
+        """All but the last step of the prefill."""
+        self._run(*self._starts, self._num_blocks)
+
+    def evict(self) -> None:
+        """The last one, and a step of decoding."""
+        num_blocks = self._num_blocks + self._kept_blocks
+        self._run(self._starts[1], self._tokens, num_blocks)
+        self._run(self._tokens, self._tokens + 1, num_blocks + 1)
+        for report in self._worker.take_reports():
+            report()  # waits for the device: errors belong here
+
+    def _run(self, start: int, end: int, num_blocks: int) -> None:
+        pool = self._worker.pool
+        head_size = pool.packing.key_index.shape[1]
+
+        def numbers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=pool.device)
+
+        query = torch.zeros(
+            end - start, self._num_heads, head_size, dtype=pool.pages.dtype, device=pool.device
+        )
+        step = self._worker.begin_step(
+            [BatchRow(self._state, start, end - start, num_blocks)],
+            numbers(0).expand(1, num_blocks).contiguous(),
+            numbers(0, end - start),
+            numbers(end),
+        )
+        if step is not None:
+            for layer in range(pool.num_layers):
+                self._worker.layer_done(step, layer, query, 1.0, self._softcap)
+
+
+def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float = 0.0) -> None:
+    """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`."""
+    tokens = min(tokens, 4 * worker.pool.block_size)
+    for config in variants(worker.config):
+        rehearsal = WarmupEviction(worker, tokens, 0, num_heads, softcap, config)
+        rehearsal.observe()
+        rehearsal.evict()
