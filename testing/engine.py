@@ -79,7 +79,7 @@ def manager(llm: LLM) -> EvictionBlockManager:
 
 
 def eviction_worker(llm: LLM) -> Evictor:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.eviction
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.evictor
 
 
 def greedy(max_tokens: int, logprobs: int | None = 1, **kwargs: Any) -> SamplingParams:

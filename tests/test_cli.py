@@ -24,7 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from testing import tiny_models
 from testing.server import command, environment
-from vl_cache_vllm import hooks
+from vl_cache_vllm import hooks, install
 from vl_cache_vllm.config import KVCompressConfig, get_kv_compress_config
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.support import unsupported_reasons
@@ -91,7 +91,7 @@ def test_the_compile_cache_tells_settings_apart(model: Path) -> None:
 
 def test_install_is_idempotent() -> None:
     add, create = EngineArgs.add_cli_args, EngineArgs.create_engine_config
-    hooks.install()
+    install.install()
     assert EngineArgs.add_cli_args is add and EngineArgs.create_engine_config is create
 
 
@@ -231,7 +231,7 @@ def test_refusal(model: Path, name: str) -> None:
     vllm_config = _with_settings(config(model))
     apply(vllm_config)
     with pytest.raises(ValueError, match=r"cannot be used with this configuration") as error:
-        hooks.enable(vllm_config)
+        install.enable(vllm_config)
     assert reason in str(error.value)
     assert str(error.value).count("\n  - ") == 1
 
@@ -240,7 +240,7 @@ def test_the_rust_front_end_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
     vllm_config = _with_settings(config(model))
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="unset VLLM_USE_RUST_FRONTEND"):
-        hooks.enable(vllm_config)
+        install.enable(vllm_config)
 
 
 def test_all_reasons_come_in_one_message(model: Path) -> None:
@@ -248,7 +248,7 @@ def test_all_reasons_come_in_one_message(model: Path) -> None:
     for name in ("other cache", "speculative decoding", "micro-batching"):
         REFUSALS[name][0](vllm_config)
     with pytest.raises(ValueError) as error:
-        hooks.enable(vllm_config)
+        install.enable(vllm_config)
     assert str(error.value).count("\n  - ") == 3
 
 
@@ -297,7 +297,7 @@ def test_refused_model(model: Path, attribute: str, reason: str) -> None:
 def test_unsupported_vllm_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.34.1")
     with pytest.raises(ValueError, match=r"vLLM 0\.34\.1: this version of vl-cache-vllm supports"):
-        hooks.enable(_with_settings(config(model)))
+        install.enable(_with_settings(config(model)))
 
 
 def _with_settings(vllm_config: VllmConfig) -> VllmConfig:

@@ -16,7 +16,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.core.test_stats import some_stats
-from vl_cache_vllm.core.stats import EvictionStats, put
+from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.messages import put_stats
 from vl_cache_vllm.metrics import Interval, KVCompressStatLogger
 
 
@@ -39,7 +40,7 @@ def value(name: str, engine: int = 0, **labels: str) -> float | None:
 
 def record(stat_logger: KVCompressStatLogger, stats: EvictionStats, engine: int = 0) -> None:
     carrier = SchedulerStats()
-    put(carrier, stats)
+    put_stats(carrier, stats.to_dict())
     stat_logger.record(carrier, None, engine_idx=engine)
     assert carrier.kv_connector_stats is None  # vLLM's loggers would take it for a connector's
 

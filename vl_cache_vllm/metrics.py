@@ -14,7 +14,8 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vl_cache_vllm.core.stats import EvictionStats, take
+from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.messages import take_stats
 
 logger = init_logger("vllm.vl_cache.metrics")
 
@@ -102,21 +103,22 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        stats = take(scheduler_stats) if scheduler_stats is not None else None
-        if stats is None:
+        values = take_stats(scheduler_stats) if scheduler_stats is not None else None
+        if values is None:
             return
+        stats = EvictionStats.from_dict(values)
         labels = self._labels[engine_idx]
         self._evicted.labels(*labels).inc(stats.evicted)
         for reason, count in stats.skipped.items():
             self._skipped.labels(*labels, reason).inc(count)
         self._freed_blocks.labels(*labels).inc(stats.freed_blocks)
         self._freed_tokens.labels(*labels).inc(stats.freed_tokens)
-        for metric, values in (
+        for metric, observed in (
             (self._retained, stats.retained),
             (self._observation, stats.observation_seconds),
             (self._compaction, stats.compaction_seconds),
         ):
-            for value in values:
+            for value in observed:
                 metric.labels(*labels).observe(value)
         self._blocks_held.labels(*labels).set(stats.blocks_held)
         if stats.pressure is not None:

@@ -4,6 +4,6 @@
 
 def register() -> None:
     """Add KV compression to vLLM. Idempotent and cheap; does nothing until it is switched on."""
-    from vl_cache_vllm import hooks
+    from vl_cache_vllm.install import install
 
-    hooks.install()
+    install()

@@ -85,7 +85,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "vllm.plugins:DEFAULT_PLUGINS_GROUP", "DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"
         ),
     ),
-    "hooks.py": (
+    "install.py": (
         # The flags: plugins are loaded before the parser is built and before the config is made.
         Overridden(f"{ENGINE_ARGS}.add_cli_args", "parser", "FlexibleArgumentParser"),
         Overridden(f"{ENGINE_ARGS}.from_cli_args", "args"),
@@ -151,40 +151,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Steps("vllm.v1.engine.core:EngineCore.__init__", ("load_general_plugins()",)),
         LOGGER,
-        # The backend, while the model is built.
-        Called("vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear"),
-        Has(f"{BACKENDS}:AttentionBackendEnum", "CPU_ATTN FLASH_ATTN TRITON_ATTN"),
-        Exists("vllm.platforms:current_platform"),
-        Exists("vllm.platforms.cuda"),
-        Overridden(
-            "vllm.platforms.cuda:_get_backend_priorities", "use_mla, device_capability, ..."
-        ),
-        Called("vllm.platforms.interface:Platform.is_cpu", ""),
-        Steps(
-            "vllm.platforms.cuda:CudaPlatformBase.get_valid_backends",
-            ("backend_priorities = _get_backend_priorities(", "_get_attn_backend_class(backend)"),
-        ),
-        Steps("vllm.platforms.cuda:_get_attn_backend_class", ("return backend.get_class()",)),
         Steps(
             "vllm.platforms.cuda:CudaPlatformBase.check_and_update_config",
             ("parallel_config.worker_cls = 'vllm.v1.worker.gpu_worker.Worker'",),
         ),
-        Called(f"{BACKENDS}:AttentionBackendEnum.get_path", ""),
-        Called(f"{BACKENDS}:AttentionBackendEnum.is_overridden", ""),
-        Called(f"{BACKENDS}:AttentionBackendEnum.clear_override", ""),
-        Called(f"{BACKENDS}:register_backend", "backend, class_path"),
-        Steps(
-            "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-            ("return AttentionBackendEnum.CPU_ATTN.get_path()",),
-        ),
-        # The runners' methods, replaced on the instance: see worker/v1.py and worker/v2.py.
-        Exists(f"{V1_RUNNER}._build_attention_metadata"),
-        Exists(f"{V2_STATE}.add_request"),
-        Exists(f"{V2_STATE}.remove_request"),
-        Exists(f"{V2_STATE}.prepare_attn"),
-        Exists(f"{V2_RUNNER}.gather_batch_req_state"),
-        Exists(f"{V2_RUNNER}.profile_run"),
-        Exists("vllm.v1.kv_cache_spec_registry:register_kv_cache_spec"),
     ),
     "support.py": (
         Exists("vllm:__version__"),
@@ -236,47 +206,62 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ("for stat_logger in self.stat_loggers", "stat_logger.record("),
         ),
     ),
-    "core/messages.py": (
+    "messages.py": (
+        Exists("vllm.v1.core.sched.output:SchedulerOutput"),
+        Exists("vllm.v1.metrics.stats:SchedulerStats"),
         Abstract("vllm.v1.outputs:AsyncModelRunnerOutput", "get_output get_kv_connector_output"),
         Overridden("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "", "ModelRunnerOutput"),
         Exists("vllm.v1.outputs:ModelRunnerOutput"),
-    ),
-    "core/stats.py": (
         Defined(
             "vllm.v1.metrics.stats:SchedulerStats.kv_connector_stats",
             "kv_connector_stats: dict[str, Any] | None = None",
         ),
     ),
-    "core/block_manager.py": (
-        CDIV,
-        Called("vllm.v1.request:Request.is_finished", "", "bool"),
+    "core/decisions.py": (
         Has("vllm.v1.request:RequestStatus", "RUNNING"),
-        Has("vllm.v1.request:Request", "status"),
-        # Admission asks once more than allocation does, and only it may be told of later needs.
-        Steps(
-            f"{KV_CACHE_MANAGER}.allocate_slots",
-            ("if full_sequence_must_fit:", "apply_admission_cap=True"),
-        ),
-        Exists("vllm.v1.core.kv_cache_utils:BlockHash"),
-        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "ref_cnt"),
         Has(
             "vllm.v1.request:Request",
-            "request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
-            "max_tokens block_hashes num_output_tokens priority",
+            "status request_id sampling_params num_tokens mm_features num_prompt_tokens resumable "
+            "max_tokens",
         ),
+        Has(MANAGER, "block_size block_pool"),
+        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
+        Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
+    ),
+    "core/pressure.py": (
+        CDIV,
+        Exists("vllm.v1.core.kv_cache_utils:BlockHash"),
+        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "ref_cnt is_null"),
+        Has("vllm.v1.request:Request", "request_id num_tokens block_hashes"),
         Has(
             MANAGER,
             "block_size block_pool req_to_blocks kv_cache_group_id "
             "max_admission_blocks_per_request",
         ),
         Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
-        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "is_null"),
-        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
         Called(
             "vllm.v1.core.block_pool:BlockPool.get_cached_block",
             "block_hash, kv_cache_group_ids",
             "list[KVCacheBlock] | None",
         ),
+    ),
+    "core/output_reserve.py": (
+        CDIV,
+        Has("vllm.v1.request:Request", "num_tokens num_output_tokens max_tokens priority"),
+    ),
+    "core/block_manager.py": (
+        CDIV,
+        Called("vllm.v1.request:Request.is_finished", "", "bool"),
+        # Admission asks once more than allocation does, and only it may be told of later needs.
+        Steps(
+            f"{KV_CACHE_MANAGER}.allocate_slots",
+            ("if full_sequence_must_fit:", "apply_admission_cap=True"),
+        ),
+        Exists("vllm.v1.core.kv_cache_utils:KVCacheBlock"),
+        Has("vllm.v1.request:Request", "request_id max_tokens num_output_tokens"),
+        Has(MANAGER, "block_size block_pool req_to_blocks"),
+        Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
+        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
         Called("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "", "int"),
         Overridden(f"{MANAGER}.__init__", "kv_cache_spec, ..."),
         Overridden(f"{MANAGER}.get_num_blocks_to_allocate", "request_id, num_tokens, ...", "int"),
@@ -382,6 +367,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.config:ModelConfig", "hf_config uses_mrope"),
     ),
     "core/scheduler.py": (
+        Exists(f"{KV_INTERFACE}:AttentionSpec"),
         Exists("vllm.v1.core.kv_cache_manager:KVCacheBlocks"),
         Extends("vllm.v1.core.sched.async_scheduler:AsyncScheduler", SCHEDULER),
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
@@ -467,8 +453,38 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
         ),
     ),
+    "attention/registration.py": (
+        Called("vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear"),
+        Has(f"{BACKENDS}:AttentionBackendEnum", "CPU_ATTN FLASH_ATTN TRITON_ATTN"),
+        Exists("vllm.platforms:current_platform"),
+        Exists("vllm.platforms.cuda"),
+        Overridden(
+            "vllm.platforms.cuda:_get_backend_priorities", "use_mla, device_capability, ..."
+        ),
+        Called("vllm.platforms.interface:Platform.is_cpu", ""),
+        Steps(
+            "vllm.platforms.cuda:CudaPlatformBase.get_valid_backends",
+            ("backend_priorities = _get_backend_priorities(", "_get_attn_backend_class(backend)"),
+        ),
+        Steps("vllm.platforms.cuda:_get_attn_backend_class", ("return backend.get_class()",)),
+        Called(f"{BACKENDS}:AttentionBackendEnum.get_path", ""),
+        Called(f"{BACKENDS}:AttentionBackendEnum.is_overridden", ""),
+        Called(f"{BACKENDS}:AttentionBackendEnum.clear_override", ""),
+        Called(f"{BACKENDS}:register_backend", "backend, class_path"),
+        Steps(
+            "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+            ("return AttentionBackendEnum.CPU_ATTN.get_path()",),
+        ),
+    ),
     "attention/flash.py": _gpu_backend(FLASH_ATTN, "FlashAttention"),
     "attention/triton.py": _gpu_backend(TRITON_ATTN, "TritonAttention"),
+    "attention/cpu_packing.py": (
+        Exists("vllm._custom_ops"),
+        Called(
+            "vllm._custom_ops:cpu_attn_reshape_and_cache",
+            "key, value, key_cache, value_cache, slot_mapping, isa, kv_cache_dtype=",
+        ),
+    ),
     "attention/cpu.py": (
         Exists("vllm._custom_ops"),
         Called(
@@ -476,10 +492,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "num_reqs=, num_heads=, num_kv_heads=, head_dim=, seq_lens=, dtype=, "
             "query_start_loc=, causal=, sliding_window_size=, isa=, enable_kv_split=, "
             "kv_cache_dtype=",
-        ),
-        Called(
-            "vllm._custom_ops:cpu_attn_reshape_and_cache",
-            "key, value, key_cache, value_cache, slot_mapping, isa, kv_cache_dtype=",
         ),
         Exists("vllm.envs"),
         Exists("vllm.envs:VLLM_CPU_ATTN_SPLIT_KV"),
@@ -540,15 +552,15 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "kv_cache head_size kv_cache_dtype",
         ),
     ),
-    "worker/step.py": (
-        CDIV,
+    "worker/requests.py": (
         FEATURES,
         Exists("vllm.config:ModelConfig"),
         Has("vllm.sampling_params:SamplingParams", "max_tokens"),
     ),
+    "worker/step.py": (CDIV,),
+    "worker/step_tables.py": (Called("vllm.utils.math_utils:round_up", "x, y"),),
     "worker/evictor.py": (
         LOGGER,
-        Called("vllm.utils.math_utils:round_up", "x, y"),
         Has("vllm.logger:_VllmLogger", "warning_once"),
         Has("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_output_tokens"),
     ),
@@ -590,6 +602,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(f"{CPU_WORKER}.initialize_from_config", "kv_cache_config"),
     ),
     "worker/gpu_worker.py": (
+        Exists(f"{V2_RUNNER}.profile_run"),
         Overridden(f"{WORKER}.determine_available_memory", "", "int"),
         Has(WORKER, "device compilation_config model_config model_runner vllm_config"),
         Has("vllm.config:CompilationConfig", "static_forward_context"),
@@ -604,7 +617,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "worker/warmup.py": (CDIV,),
     "core/observation_budget.py": (
-        Exists("vllm.v1.core.sched.output:SchedulerOutput"),
         Has("vllm.config:VllmConfig", "device_config model_config scheduler_config"),
         Has("vllm.config:DeviceConfig", "device_type"),
         Has(f"{KV_INTERFACE}:AttentionSpec", "num_kv_heads"),
@@ -640,6 +652,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "worker/v1.py": (
+        Exists(f"{V1_RUNNER}._build_attention_metadata"),
         Overridden(
             f"{V1_RUNNER}._build_attention_metadata",
             "...",
@@ -685,6 +698,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(f"{V1_RUNNER}._prepare_inputs", ("self.query_start_loc.copy_to_gpu()",)),
     ),
     "worker/v2.py": (
+        Exists(f"{V2_STATE}.add_request"),
+        Exists(f"{V2_STATE}.remove_request"),
+        Exists(f"{V2_STATE}.prepare_attn"),
+        Exists(f"{V2_RUNNER}.gather_batch_req_state"),
         Has(
             "vllm.v1.core.sched.output:NewRequestData",
             "req_id prefill_token_ids mm_features sampling_params",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from vl_cache_vllm.attention.cpu import derive_packing, number_type
+from vl_cache_vllm.attention.cpu_packing import derive_packing, number_type
 from vl_cache_vllm.ops.page_pool import PagePool
 
 ISAS = ["vec", "vec16", *(["amx"] if torch.cpu._is_amx_tile_supported() else [])]

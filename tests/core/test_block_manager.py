@@ -259,7 +259,7 @@ def test_hits_of_requests_that_are_not_evicted_are_not_trimmed(changes: dict[str
     engine = Engine()
     first, second = (engine.add(**changes) for _ in range(2))  # type: ignore[arg-type]
     engine.prefill(first)
-    assert engine.harness.manager.max_hit_tokens(second) is None
+    assert engine.harness.manager.decisions.max_hit_tokens(second) is None
     assert engine.harness.prefix_hit(second)[1] == 24
 
 
@@ -309,10 +309,10 @@ def test_a_refusal_is_remembered_when_its_reason_is_gone() -> None:
     engine = Engine(budget=0.5)
     request = engine.add(before=1, image=4, after=2)  # 7 tokens: N = 2, M = 1, one full page
     engine.prefill(request)
-    assert engine.harness.manager.plan(request).skip is Skip.NO_SAVING
+    assert engine.harness.manager.decisions.plan(request).skip is Skip.NO_SAVING
     engine.decode(request, 40)
     assert len(engine.row(request)) == cdiv(47, BLOCK_SIZE)
-    assert engine.harness.manager.plan(request).skip is Skip.NO_SAVING
+    assert engine.harness.manager.decisions.plan(request).skip is Skip.NO_SAVING
     assert engine.harness.manager.num_skipped == Counter({Skip.NO_SAVING: 1})
 
 

@@ -10,10 +10,9 @@ from tests.core.test_block_manager import Engine
 from vl_cache_vllm.core.admission import Skip
 from vl_cache_vllm.core.observation_budget import (
     ObservationBudget,
-    announce,
-    announced,
     observation_budget_tokens,
 )
+from vl_cache_vllm.messages import put_admitted, take_admitted
 
 PROMPT = 26  # tokens of `Engine.add`; the observed ones are the last ten
 
@@ -38,7 +37,7 @@ def test_others_wait_until_the_first_is_evicted() -> None:
     engine = bounded(PROMPT)
     first = start(engine)
     assert first is not None
-    assert engine.harness.manager.observation_budget.take_new() == [first.request_id]
+    assert engine.harness.manager.decisions.observation_budget.take_new() == [first.request_id]
     second = engine.add(variant=1)
     for _ in range(2):
         assert not engine.step(second, PROMPT)
@@ -47,7 +46,7 @@ def test_others_wait_until_the_first_is_evicted() -> None:
     engine.decode(first)  # its eviction is processed
     assert engine.step(second, PROMPT)
     assert engine.harness.manager.num_evicted == 2
-    assert engine.harness.manager.observation_budget.take_new() == [second.request_id]
+    assert engine.harness.manager.decisions.observation_budget.take_new() == [second.request_id]
 
 
 def test_as_many_as_find_room_are_observed_at_once() -> None:
@@ -61,7 +60,7 @@ def test_chunks_before_the_first_observed_query_need_no_room() -> None:
     assert start(engine) is not None
     early = start(engine, 16, variant=1)
     assert early is not None
-    assert early.request_id not in engine.harness.manager.observation_budget
+    assert early.request_id not in engine.harness.manager.decisions.observation_budget
 
 
 def test_one_that_runs_is_not_evicted_rather_than_kept_waiting() -> None:
@@ -73,11 +72,11 @@ def test_one_that_runs_is_not_evicted_rather_than_kept_waiting() -> None:
     assert len(engine.row(late)) == 7  # no kept blocks
     manager = engine.harness.manager
     assert manager.num_skipped == {Skip.NO_OBSERVATION_ROOM: 1}
-    assert manager.observation_budget.take_new() == [other.request_id]
+    assert manager.decisions.observation_budget.take_new() == [other.request_id]
     engine.decode(late, 3)
     assert engine.row(late)[0] != 0
     engine.free(late)
-    assert not manager._unobserved
+    assert not manager.decisions._unobserved
 
 
 def test_who_is_not_evicted_needs_no_room() -> None:
@@ -94,7 +93,7 @@ def test_a_request_that_ends_makes_room() -> None:
     first = start(engine)
     assert first is not None
     engine.free(first)  # aborted, or preempted
-    assert engine.harness.manager.observation_budget.take_new() == []
+    assert engine.harness.manager.decisions.observation_budget.take_new() == []
     assert start(engine, variant=1) is not None
 
 
@@ -107,11 +106,11 @@ def test_a_prompt_that_alone_exceeds_the_room_is_not_evicted() -> None:
 def test_without_a_bound_nobody_is_told() -> None:
     engine = Engine()
     engine.prefill(engine.add())
-    assert engine.harness.manager.observation_budget.take_new() == []
+    assert engine.harness.manager.decisions.observation_budget.take_new() == []
     output: Any = SimpleNamespace()
-    assert announced(output) is None
-    announce(output, ["a"])
-    assert announced(output) == ["a"]
+    assert take_admitted(output) is None
+    put_admitted(output, ["a"])
+    assert take_admitted(output) == ["a"]
 
 
 def test_rooms() -> None:

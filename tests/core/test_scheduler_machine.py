@@ -353,7 +353,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         output = self.scheduler.schedule()
         self.promised.clear()
         if load is not None:
-            assert self.manager.pressure.is_on == load
+            assert self.manager.decisions.pressure.is_on == load
         self.run(output)
 
     @precondition(lambda self: self.in_flight)
@@ -473,7 +473,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_plan(self, worker: SimulatedWorker, rows: list[BatchRow]) -> None:
         """Requests are finished in the step that ends their prefill, all their queries observed."""
-        step, finished = worker.eviction.step, []
+        step, finished = worker.evictor.step, []
         for observation in step.observations if step is not None else ():
             row, state = rows[observation.row], observation.state
             end = row.num_computed + row.num_scheduled
@@ -495,7 +495,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (row.state in finished) == (ends_here and expected.num_kept > 0)
         slots = [row.state.slot for row in rows]
         assert len(set(slots)) == len(slots)
-        assert len(worker.eviction.requests) <= len(self.scheduler.requests)
+        assert len(worker.evictor.requests) <= len(self.scheduler.requests)
 
     # The model: what each call must do.
 
@@ -534,7 +534,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def decide_by_pressure(self, expected: Expected) -> None:
         """What a step says of a prefill that has not ended before it."""
         if self.by_pressure and not expected.is_decided and expected.num_possible:
-            is_on = self.manager.pressure.is_on
+            is_on = self.manager.decisions.pressure.is_on
             expected.num_kept = expected.num_possible if is_on else 0
             expected.skip = None if is_on else Skip.NO_PRESSURE
 
@@ -561,7 +561,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if expected is not None and expected.is_decided:
                 continue
             load += self.asks_for(request)
-        gauge = self.manager.pressure
+        gauge = self.manager.decisions.pressure
         share = Fraction(load, self.usable)
         return share > Fraction("0.7") if gauge.is_on else share >= Fraction("0.9")
 
@@ -826,9 +826,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         manager = self.manager
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
-        assert not manager._decided
+        assert not manager.decisions._decided
         assert not manager._prompt_freed
-        assert not any(len(worker.eviction.requests) for worker in self.workers)
+        assert not any(len(worker.evictor.requests) for worker in self.workers)
         assert self.scheduler.reset_prefix_cache()
 
 

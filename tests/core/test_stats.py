@@ -9,8 +9,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import plan_eviction
-from vl_cache_vllm.core.messages import EvictionReport
-from vl_cache_vllm.core.stats import EvictionStats, put, take
+from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.messages import EvictionReport, put_stats, take_stats
 
 REPORT = {
     "observation_seconds": 0.01,
@@ -48,16 +48,17 @@ def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
 
 def test_stats_survive_the_way_between_processes() -> None:
     carrier = SchedulerStats(num_running_reqs=3)
-    put(carrier, some_stats())
+    put_stats(carrier, some_stats().to_dict())
     outputs = EngineCoreOutputs(scheduler_stats=carrier)
     decoded = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs))
     assert decoded.scheduler_stats.num_running_reqs == 3
-    assert take(decoded.scheduler_stats) == some_stats()
+    values = take_stats(decoded.scheduler_stats)
+    assert values is not None and EvictionStats.from_dict(values) == some_stats()
     assert decoded.scheduler_stats.kv_connector_stats is None
-    assert take(decoded.scheduler_stats) is None
+    assert take_stats(decoded.scheduler_stats) is None
 
 
 def test_another_carriers_data_stay() -> None:
     stats = SchedulerStats(kv_connector_stats={"connector": 1})
-    assert take(stats) is None
+    assert take_stats(stats) is None
     assert stats.kv_connector_stats == {"connector": 1}

@@ -150,7 +150,7 @@ def test_random_requests(
         manager = harness.manager(llm)
         assert manager.num_evicted > NUM_RANDOM // 4
         assert len(preempted) > NUM_RANDOM // 40 and len(aborted) > NUM_RANDOM // 40
-        assert not manager._decided and not manager._prompt_freed
+        assert not manager.decisions._decided and not manager._prompt_freed
     checked = [i for i in finished if i not in preempted | aborted]
     assert len(checked) > NUM_RANDOM // 2
     different = [i for i in checked if finished[i] != expected[i]]
@@ -259,7 +259,7 @@ def test_workers_forget_at_once(model: Path) -> None:
         engine.add_request("0", harness.image_request("llava", LONG, [1]), harness.greedy(9))
         engine.step()
         (state,) = worker.requests._states.values()
-        assert state.observed is not None
+        assert state.attention_stats is not None
         (request_id,) = harness.scheduler(llm).requests
         engine.abort_request([request_id], internal=True)
         engine.step()
@@ -267,5 +267,5 @@ def test_workers_forget_at_once(model: Path) -> None:
         engine.add_request("1", harness.image_request("llava", LONG, [2]), harness.greedy(1))
         while engine.has_unfinished_requests():
             engine.step()
-            assert all(state.observed is None for state in worker.requests._states.values())
+            assert all(state.attention_stats is None for state in worker.requests._states.values())
         assert_pool_is_whole(llm)

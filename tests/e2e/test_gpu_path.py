@@ -38,7 +38,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How many steps of the engines went which way."""
     counts: Counter[str] = Counter()
-    monkeypatch.setitem(hooks._CPU_BACKENDS, "CPU_ATTN", hooks.GPU_BACKENDS["TRITON_ATTN"])
+    monkeypatch.setitem(hooks.CPU_BACKENDS, "CPU_ATTN", hooks.GPU_BACKENDS["TRITON_ATTN"])
     prepare = V2Adapter.prepare_attn
 
     def prepare_attn(
@@ -81,15 +81,17 @@ def test_tables_stay_where_graphs_find_them(steps: Counter[str], model: Path) ->
     settings = {"policy": "vlcache", "budget": 0.25}
     with running_engine(model, settings, block_size=16) as llm:
         worker = eviction_worker(llm)
-        fill = worker._fill
+        fill = worker.tables.fill
 
-        def record(tables: Any, evicted: Any, *args: Any) -> None:
+        def record(evicted: Any, *args: Any) -> Any:
+            tables = fill(evicted, *args)
             pointers = [tables.block_table, tables.seq_lens, tables.slot_mapping]
             places = tuple(tensor.data_ptr() for tensor in pointers)
-            found.setdefault(len(evicted), set()).add((*places, *tables.block_table.shape))
-            fill(tables, evicted, *args)
+            num_reqs = tables.block_table.shape[1]  # padded to the graph
+            found.setdefault(num_reqs, set()).add((*places, *tables.block_table.shape))
+            return tables
 
-        worker._fill = record  # type: ignore[method-assign]
+        worker.tables.fill = record  # type: ignore[method-assign]
         alone = [
             token_ids(llm.generate([request], greedy(6), use_tqdm=False)[0])
             for request in (image_request("llava", "One?", [1]), image_request("llava", "2?", [2]))

@@ -12,7 +12,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.worker.step import BatchRow, RequestTable, StepPlan, plan_step
+from vl_cache_vllm.worker.requests import RequestTable
+from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
 
 NUM_LAYERS = 3
 

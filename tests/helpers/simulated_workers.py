@@ -26,8 +26,9 @@ from tests.helpers.pools import make_pool
 from tests.helpers.schedulers import Setup
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.worker.build import EvictedGroup
-from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow, EvictionStep, RequestState
+from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
+from vl_cache_vllm.worker.requests import RequestState
+from vl_cache_vllm.worker.step import BatchRow
 from vl_cache_vllm.worker.v1 import V1Adapter
 from vl_cache_vllm.worker.v2 import V2Adapter
 
@@ -100,7 +101,7 @@ class SimulatedWorker:
         self.keys = self.pool.packing.key.unpack(self.pool.pages)  # [num_pages, 1, block_size, 2]
         self.values = self.pool.packing.value.unpack(self.pool.pages)
         self.free(range(num_blocks))
-        self.eviction = _RecordingWorker(
+        self.evictor = _RecordingWorker(
             config,
             self.pool,
             num_heads=NUM_HEADS,
@@ -147,8 +148,8 @@ class SimulatedWorker:
         """
         ended = output.finished_req_ids | (output.preempted_req_ids or set())
         for request_id in ended:
-            self.eviction.requests.drop(request_id)
-        self.eviction.rows, self.eviction.step = (), None
+            self.evictor.requests.drop(request_id)
+        self.evictor.rows, self.evictor.step = (), None
         rows, tables = self.update(output)
         if not rows:
             return rows, tables
@@ -163,7 +164,7 @@ class SimulatedWorker:
             labels.append(self.labels(request, tokens, private))
         for window, table in zip(self.windows, tables[1:], strict=True):
             self._run_window(window, rows, table, labels)
-        step = self.eviction.step
+        step = self.evictor.step
         for layer in range(NUM_LAYERS):
             self._write(layer, rows, tables[GROUP], of_layer(layer, labels), step)
         for layer in range(NUM_LAYERS):
@@ -171,7 +172,7 @@ class SimulatedWorker:
             if step is not None:
                 num_tokens = sum(row.num_scheduled for row in rows)
                 query = torch.randn(num_tokens, NUM_HEADS, 2, generator=self._generator)
-                self.eviction.layer_done(step, layer, query, 0.5, 0.0)
+                self.evictor.layer_done(step, layer, query, 0.5, 0.0)
         return rows, tables
 
     def _pages_of(self, block_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -319,14 +320,14 @@ class V1Worker(SimulatedWorker):
         )
         real = gpu_model_runner.GPUModelRunner._update_streaming_request
         self.runner._update_streaming_request = lambda *args: real(self.runner, *args)
-        self.adapter = V1Adapter(self.runner, self.eviction, EvictedGroup(GROUP, {}))
+        self.adapter = V1Adapter(self.runner, self.evictor, EvictedGroup(GROUP, {}))
 
     def update(self, output: SchedulerOutput) -> tuple[list[BatchRow], list[list[list[int]]]]:
         runner = self.runner
         group = SimpleNamespace(is_last_rank=self.is_last_stage)
         with mock.patch.object(gpu_model_runner, "get_pp_group", lambda: group):
             gpu_model_runner.GPUModelRunner._update_states(runner, _sent(output))
-        self.eviction.cached_requests = output.scheduled_cached_reqs
+        self.evictor.cached_requests = output.scheduled_cached_reqs
         batch = runner.input_batch
         if not output.total_num_scheduled_tokens:
             return [], []
@@ -336,7 +337,7 @@ class V1Worker(SimulatedWorker):
         runner.query_start_loc.gpu = _starts(scheduled)
         runner.seq_lens = torch.tensor(computed, dtype=torch.int32) + torch.tensor(scheduled).int()
         self.adapter.build_attention_metadata(num_scheduled_tokens=output.num_scheduled_tokens)
-        rows = list(self.eviction.rows)
+        rows = list(self.evictor.rows)
         groups = range(1 + len(self.windows))
         tables = [[runner.requests[i].block_ids[g] for i in batch.req_ids] for g in groups]
         for group_table, of_rows in zip(batch.block_table.block_tables, tables, strict=True):
@@ -379,7 +380,7 @@ class V2Worker(SimulatedWorker):
             gather_batch_req_state=None,
         )
         self.runner = runner
-        self.adapter = V2Adapter(runner, self.eviction, EvictedGroup(GROUP, {}))
+        self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(GROUP, {}))
 
     def update(self, output: SchedulerOutput) -> tuple[list[BatchRow], list[list[list[int]]]]:
         for request_id in output.finished_req_ids | (output.preempted_req_ids or set()):
@@ -409,7 +410,7 @@ class V2Worker(SimulatedWorker):
         computed = torch.tensor([self.computed[i] for i in ids]).int()
         seq_lens, starts = computed + torch.tensor(scheduled).int(), _starts(scheduled)
         mode, padding = CUDAGraphMode.NONE, 0
-        states = map(self.eviction.requests.get, ids)
+        states = map(self.evictor.requests.get, ids)
         prefills = [self.computed[s.request_id] < s.prefill_tokens for s in states if s is not None]
         if set(scheduled) == {1} and not any(prefills):
             mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
@@ -431,7 +432,7 @@ class V2Worker(SimulatedWorker):
             seq_lens=seq_lens,
         )
         self.adapter.prepare_attn(batch, mode, tuple(block_tables))
-        return list(self.eviction.rows), tables
+        return list(self.evictor.rows), tables
 
     def _remove(self, request_id: str) -> None:
         if self.rows_of.pop(request_id, None) is not None:

@@ -18,8 +18,9 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
-from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow, EvictionStep, RequestState
+from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
+from vl_cache_vllm.worker.requests import RequestState
+from vl_cache_vllm.worker.step import BatchRow
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 3, 6, 2, 8, 4
 PROMPT, VISION_END = 63, 50  # N = 16, M = 4 at a quarter
@@ -202,9 +203,9 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     )
     source.pages.copy_(before)
     pages, positions = expected_eviction(source, row[:16], query, VLCachePolicy(**policy), 0.25)
-    assert worker._kept_pages[state.slot].tolist() == pages
+    assert worker.tables.kept_pages(state.slot).tolist() == pages
     assert len(set(pages)) > 1 or policy  # otherwise the case shows nothing
-    assert state.observed is None
+    assert state.attention_stats is None
 
     # The next step reads the survivors and writes behind them.
     step = run_step(
@@ -268,7 +269,7 @@ def test_a_request_in_the_place_of_another_of_its_size() -> None:
         for computed in (PROMPT, PROMPT + 1):
             step = run_step(worker, [(state, computed, 1, [*row, 20])], query[:, :1])
             assert step is not None and step.tables is not None
-        kept = worker._kept_pages[state.slot]
+        kept = worker.tables.kept_pages(state.slot)
         lengths = kept * BLOCK_SIZE + 2
         assert step.tables.seq_lens[:, 0].tolist() == lengths.tolist()
         tables.append(kept.tolist())
@@ -336,11 +337,11 @@ def test_reports() -> None:
     first = [(evicted, 0, 60, list(range(15))), (declined, 0, 60, list(range(30, 45)))]
     run_step(worker, first, torch.cat((queries(60, 3), queries(60, 4)), 1))
     assert not worker.take_reports()
-    assert declined.observed is not None
+    assert declined.attention_stats is not None
     last = PROMPT - 60
     batch = [(evicted, 60, last, list(range(20))), (declined, 60, last, list(range(30, 46)))]
     run_step(worker, batch, torch.cat((queries(last, 3), queries(last, 4)), 1))
-    assert declined.observed is None  # at once: its scores are not needed
+    assert declined.attention_stats is None  # at once: its scores are not needed
     not_evicted, report = (pending() for pending in worker.take_reports())
     assert report.observation_seconds > 0
     assert report.compaction_seconds is not None and report.compaction_seconds > 0
@@ -357,7 +358,7 @@ def test_more_requests_than_rows() -> None:
     state = start(worker, "a")
     assert state.slot == 4
     run_step(worker, [(state, 0, PROMPT, list(range(20)))], queries(PROMPT, seed=3))
-    assert worker._kept_pages[state.slot].sum() == 4 * NUM_LAYERS
+    assert worker.tables.kept_pages(state.slot).sum() == 4 * NUM_LAYERS
 
 
 def test_many_more_requests_than_rows() -> None:
@@ -367,4 +368,4 @@ def test_many_more_requests_than_rows() -> None:
         start(worker, f"waiting-{number}")
     state = start(worker, "a")
     run_step(worker, [(state, 0, PROMPT, list(range(20)))], queries(PROMPT, seed=3))
-    assert worker._kept_pages[state.slot].sum() == 4 * NUM_LAYERS
+    assert worker.tables.kept_pages(state.slot).sum() == 4 * NUM_LAYERS

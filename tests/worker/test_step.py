@@ -18,7 +18,8 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import plan_eviction
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
-from vl_cache_vllm.worker.step import BatchRow, RequestState, RequestTable, StepPlan, plan_step
+from vl_cache_vllm.worker.requests import RequestState, RequestTable
+from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
 
 BLOCK_SIZE = 8
 NUM_LAYERS = 3
@@ -290,11 +291,11 @@ def test_table_start_get_drop() -> None:
 def test_table_restart_clears_everything() -> None:
     table = RequestTable()
     state = table.start("a", config(), 40, 63)
-    state.observed = AttentionStats(state.config.policy, 2, 1, 63, torch.device("cpu"))
+    state.attention_stats = AttentionStats(state.config.policy, 2, 1, 63, torch.device("cpu"))
     plan([chunk(state, 0, 63, reserved=2)])
     again = table.start("a", config(), 40, 70)
     assert again is not state
-    assert again.observed is None
+    assert again.attention_stats is None
     assert (again.evicted_tokens, again.prefill_tokens) == (0, 70)
     assert len(table) == 1
     assert table.get("a") is again

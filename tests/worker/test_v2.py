@@ -42,7 +42,7 @@ def dummy_batch() -> Any:
 
 
 def tables_of(metadata: Any) -> Any:
-    return metadata.kv_compress_step.step.tables
+    return metadata.kv_compress_step.tables
 
 
 def test_a_capture_sees_the_tables_and_writes_nothing() -> None:

@@ -60,7 +60,7 @@ def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
     assert state is not None
     rehearsal.evict()
     assert state.evicted_tokens == tokens
-    assert worker._kept_pages[state.slot].sum() == state.kept_blocks * NUM_LAYERS
+    assert worker.tables.kept_pages(state.slot).sum() == state.kept_blocks * NUM_LAYERS
     assert not worker.take_reports()
 
 
@@ -107,6 +107,6 @@ def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
     rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
     rehearsal.observe()
     state = worker.requests.get("rehearsal")
-    assert state is not None and state.observed is not None
-    held = state.observed.column_sums.numel() + rehearsal._others.column_sums.numel()
+    assert state is not None and state.attention_stats is not None
+    held = state.attention_stats.column_sums.numel() + rehearsal._others.column_sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

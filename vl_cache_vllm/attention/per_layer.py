@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of our attention backends adds to the one of vLLM's that it extends.
+"""Mixins that give vLLM's attention backends a block table per layer, and observe each layer.
 
-A step without evicted or observed requests takes vLLM's path untouched. Otherwise each layer
-writes and reads through its own table, with vLLM's kernels, and is observed afterwards.
+A step without evicted or observed requests takes vLLM's path unchanged. In any other step each
+layer reads and writes the cache through its own table, with vLLM's kernels, and the worker then
+observes the layer's queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -18,57 +18,58 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vl_cache_vllm.config import get_kv_compress_config
+from vl_cache_vllm.messages import take_step
+from vl_cache_vllm.ops.layer_tables import LayerTables
 from vl_cache_vllm.ops.page_pool import PagePacking
 
-if TYPE_CHECKING:
-    from vl_cache_vllm.worker.evictor import Evictor
-    from vl_cache_vllm.worker.step import EvictionStep
 
-_ATTRIBUTE = "kv_compress_step"
+class StepObserver(Protocol):
+    """One step of a worker as its attention layers see it; implemented by `EvictionStep`."""
+
+    tables: LayerTables | None
+    """Per-layer tables; None where no request of the batch is evicted and all layers agree."""
+    layer_index: dict[str, int]
+    """Index in the page pool of each evicted layer, by vLLM's layer name."""
+    layer_inputs: LayerInputs | None
+    """Set by the first layer of the step and reused by the others."""
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """All pages of the pool, ``[num_pages, num_kv_heads, cells of one head]``."""
+
+    def layer_done(self, layer: int, query: torch.Tensor, scale: float, softcap: float) -> None:
+        """Called after the attention of a layer (`vl_cache_vllm.worker.evictor.Evictor`)."""
 
 
 class LayerInputs:
-    """The metadata and the cache of a step's layers, which differ in their tables."""
+    """The KV cache and the attention metadata of one layer at a time."""
 
-    def __init__(self, kv_cache: torch.Tensor, metadata: Any, running: RunningStep) -> None:
-        tables, pages = running.step.tables, running.worker.pool.pages
-        assert tables is not None
-        self.tables = tables
-        self.cache = pages.as_strided(  # the whole pool as a layer's
+    def __init__(self, kv_cache: torch.Tensor, metadata: Any, step: StepObserver) -> None:
+        assert step.tables is not None
+        self.tables, pages = step.tables, step.pages
+        self.cache = pages.as_strided(  # the whole pool, in the shape of a layer's cache
             (pages.shape[0], *kv_cache.shape[1:]),
             (pages.stride(0), *kv_cache.stride()[1:]),
             pages.storage_offset(),
         )
-        self._metadata = dataclasses.replace(metadata)  # one for each layer in its turn
+        self._metadata = dataclasses.replace(metadata)
 
     def metadata_of(self, layer: int) -> Any:
-        """The step's metadata with a layer's table, until it is asked for another's.
+        """Attention metadata for one layer.
 
-        It keeps vLLM's division of work among FlashAttention 3's programs, made for the logical
-        lengths: into how many parts each request's keys are split, right for any length.
+        The returned object is reused: the next call overwrites it. FlashAttention 3's scheduler
+        metadata is shared by all layers. It only fixes the number of splits per request, which is
+        valid for any length.
         """
         own = self._metadata
         own.seq_lens, own.block_table, own.slot_mapping = self.tables.layers[layer]
         return own
 
 
-@dataclass(eq=False)
-class RunningStep:
-    """A step as its layers see it, hung on vLLM's metadata."""
-
-    worker: Evictor
-    step: EvictionStep
-    layer_index: dict[str, int]  # the pool's layer of each layer name
-    inputs: LayerInputs | None = None  # made by the first layer
-
-    def attach(self, metadata: Any) -> None:
-        setattr(metadata, _ATTRIBUTE, self)
-
-
 class PerLayerAttentionMixin:
-    """Stands before vLLM's implementation among the bases of ours.
+    """Mixin for attention implementations; must precede vLLM's implementation in the MRO.
 
-    It writes K and V itself (the backend says so in ``forward_includes_kv_cache_update``), because
+    It writes K and V itself (the backend declares ``forward_includes_kv_cache_update``), because
     the slots of evicted requests differ by layer.
     """
 
@@ -88,12 +89,16 @@ class PerLayerAttentionMixin:
                 raise ValueError(f"KV compression does not support models with {feature}")
 
     def page_packing(self, layer: Any, dtype: torch.dtype) -> PagePacking:
-        """Where the tokens of a page of a layer lie; ``dtype`` is that of new keys and values.
+        """Where the elements of each token lie in a page of a layer.
 
-        vLLM's GPU kernels keep K and V of a token and head side by side.
+        vLLM's GPU kernels store K and V of a token and head next to each other.
+
+        Args:
+            layer: vLLM's attention layer, with its cache.
+            dtype: of new keys and values.
 
         Raises:
-            ValueError: if the page cannot be evicted token by token.
+            ValueError: if single tokens of a page cannot be addressed.
         """
         cache = layer.kv_cache  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         return PagePacking.side_by_side(cache.shape[2], layer.head_size, cache.stride(2))
@@ -112,15 +117,15 @@ class PerLayerAttentionMixin:
     ) -> torch.Tensor:
         """vLLM's with the layer's own table, then the observation of the layer."""
         vllm_impl: Any = super()
-        running: RunningStep | None = None
+        step: StepObserver | None = None
         layer_index = -1
         if attn_metadata is not None:  # None: a profiling run
-            running = getattr(attn_metadata, _ATTRIBUTE, None)
-            if running is not None:
-                layer_index = running.layer_index[layer.layer_name]
-                if running.step.tables is not None:
+            step = take_step(attn_metadata)
+            if step is not None:
+                layer_index = step.layer_index[layer.layer_name]
+                if step.tables is not None:
                     kv_cache, attn_metadata = self._layer_view(
-                        running, layer_index, kv_cache, attn_metadata
+                        step, layer_index, kv_cache, attn_metadata
                     )
             vllm_impl.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         vllm_impl.forward(
@@ -134,12 +139,11 @@ class PerLayerAttentionMixin:
             output_scale,
             output_block_scale,
         )
-        if running is not None:
+        if step is not None:
             ours: Any = self
-            # Stored keys times the layer's scale are the keys.
+            # Quantised keys are stored divided by the layer's scale.
             key_scale = layer._k_scale_float if is_quantized_kv_cache(ours.kv_cache_dtype) else 1.0
-            running.worker.layer_done(
-                running.step,
+            step.layer_done(
                 layer_index,
                 query,
                 ours.scale * key_scale,
@@ -148,22 +152,22 @@ class PerLayerAttentionMixin:
         return output
 
     def _layer_view(
-        self, running: RunningStep, layer: int, kv_cache: torch.Tensor, metadata: Any
+        self, step: StepObserver, layer: int, kv_cache: torch.Tensor, metadata: Any
     ) -> tuple[torch.Tensor, Any]:
         """The whole pool as this layer's cache, and the metadata with this layer's table."""
-        if running.inputs is None:
-            running.inputs = self.layer_inputs(kv_cache, metadata, running)
-        return running.inputs.cache, running.inputs.metadata_of(layer)
+        if step.layer_inputs is None:
+            step.layer_inputs = self.layer_inputs(kv_cache, metadata, step)
+        return step.layer_inputs.cache, step.layer_inputs.metadata_of(layer)
 
 
 class ContiguousPagesMixin:
-    """Stands before vLLM's GPU backend among the bases of ours."""
+    """Mixin for GPU backends; must precede vLLM's backend in the MRO."""
 
     forward_includes_kv_cache_update: bool = True
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Those whose pages are contiguous, vLLM's own default first."""
+        """The layouts whose pages are contiguous; vLLM's own default comes first."""
         return (
             KVCacheLayout.LBNHC,
             KVCacheLayout.LBHNC,
@@ -173,18 +177,18 @@ class ContiguousPagesMixin:
 
 
 class DecodeGraphsMixin:
-    """Stands before vLLM's metadata builder among the bases of ours."""
+    """Mixin for metadata builders; must precede vLLM's builder in the MRO."""
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Full CUDA graphs of decode steps only: one of a prefill could not be observed."""
+        """Full CUDA graphs for decode steps only: a prefill in a graph could not be observed."""
         return AttentionCGSupport.UNIFORM_BATCH
 
 
 def number_type(cache_dtype: str) -> torch.dtype | None:
-    """What the bytes of a cache are where vLLM stores it as bytes."""
+    """The element type of a cache that vLLM stores as bytes; None for other caches."""
     if not is_quantized_kv_cache(cache_dtype):
         return None
     return torch.float8_e5m2 if cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn

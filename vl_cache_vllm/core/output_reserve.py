@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many blocks running answers will come to hold: what admission keeps free for them.
+"""How many blocks admission keeps free so that running evicted requests can finish (ADR 11).
 
-vLLM admits a prompt that fits now. A whole cache grows by a small share of itself while it is
-answered; an evicted one by several times itself, so that prompts which fitted together with others'
-answers' beginnings do not fit together with their ends, and every preemption costs a whole prefill.
+vLLM admits a prompt that fits now. A full cache grows by a small fraction of itself while the
+output is generated, but an evicted one grows by several times itself. Prompts that fit now need not
+fit later, and every preemption repeats a whole prefill.
 """
 
 import math
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 import numpy
+from vllm.utils.math_utils import cdiv
+from vllm.v1.request import Request
+
+from vl_cache_vllm.core.admission import EvictionPlan
 
 
 class OutputLengths:
-    """Lengths of the latest answers as shares of their ``max_tokens``, which tell answers apart."""
+    """Lengths of recent outputs as fractions of their ``max_tokens``."""
 
     LATEST = 256
-    ENOUGH = 8  # answers to expect anything but ``max_tokens`` from
+    ENOUGH = 8  # outputs needed to expect anything but ``max_tokens``
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=self.LATEST)
         self._sorted: list[float] = []
-        self._sums = [0.0]  # of the sorted ones before each place
+        self._sums = [0.0]  # prefix sums of the sorted fractions
 
     def add(self, length: int, max_tokens: int) -> None:
-        """An answer has ended, by itself or because its client wanted no more."""
+        """Record an output that ended by itself or because its client wanted no more."""
         if len(self._latest) == self.LATEST:
             self._sorted.remove(self._latest[0])
         self._latest.append(length / max_tokens)
@@ -35,32 +39,90 @@ class OutputLengths:
         self._sums = [0.0, *accumulate(self._sorted)]
 
     def expected(self, generated: int, max_tokens: int) -> int:
-        """Length in tokens that a running answer will have: the mean of those that were longer.
+        """Expected length of a running output in tokens: the mean of those that were longer.
 
         Args:
-            generated: tokens that it has.
-            max_tokens: the most that it may have, expected where few were longer.
+            generated: tokens generated so far.
+            max_tokens: the request's limit, which is expected where few outputs were longer.
         """
         shorter = bisect_right(self._sorted, generated / max_tokens)
         longer = len(self._sorted) - shorter
         if longer < self.ENOUGH:
             return max_tokens
-        share = (self._sums[-1] - self._sums[shorter]) / longer
-        return math.ceil(share * max_tokens - 1e-6)  # sums of shares are not exact
+        fraction = (self._sums[-1] - self._sums[shorter]) / longer
+        return math.ceil(fraction * max_tokens - 1e-6)  # sums of fractions are not exact
 
 
-def peak_blocks(answers: Sequence[tuple[int, int, int]]) -> int:
-    """The most blocks that answers hold at once.
-
-    All take their blocks at the same pace and free what they hold at their end.
+class OutputReserve:
+    """The free blocks that admission asks for.
 
     Args:
-        answers: of each, blocks that it holds, blocks that it will still take, and the most that
-            it is counted with.
+        block_size: tokens per block.
     """
-    if not answers:
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self.lengths = OutputLengths()
+
+    def free_blocks_for(
+        self,
+        newcomer: Request,
+        holders: Iterable[tuple[Request, EvictionPlan, int]],
+        prefill_demand: Callable[[Request], int],
+        used: int,
+    ) -> int:
+        """Free blocks with which the pool should not run out if one more request is admitted.
+
+        Less urgent requests (``--scheduling-policy priority``) are not counted, because they make
+        room by being preempted.
+
+        Args:
+            newcomer: the request to admit.
+            holders: every request that holds blocks and the newcomer: the request, its plan, and
+                the blocks it holds without null blocks.
+            prefill_demand: blocks that a request which is not evicted still needs.
+            used: blocks of the pool in use.
+
+        Returns:
+            0 where none of the requests is evicted: admission is then vLLM's alone.
+        """
+        lasting = used
+        outputs = []
+        for request, plan, held in holders:
+            if request.priority > newcomer.priority:
+                lasting -= held
+            elif plan.kept_blocks:
+                lasting -= held
+                outputs.append(self._expected_output(request, plan))
+            else:
+                lasting += prefill_demand(request)
+        return max(0, lasting) + peak_blocks(outputs) - used if outputs else 0
+
+    def _expected_output(self, request: Request, plan: EvictionPlan) -> tuple[int, int, int]:
+        """Blocks of an evicted request now, blocks still expected, and the most to count.
+
+        No request is counted with more blocks than its prompt had, whatever is expected.
+        """
+        generated = request.num_output_tokens
+        coming = self.lengths.expected(generated, request.max_tokens) - generated
+        decoded = max(0, request.num_tokens - plan.prompt_tokens)
+        now = cdiv(decoded, self._block_size)
+        end = cdiv(decoded + max(0, coming), self._block_size)
+        return plan.kept_blocks + now, end - now, plan.prompt_blocks
+
+
+def peak_blocks(outputs: Sequence[tuple[int, int, int]]) -> int:
+    """The most blocks that running outputs hold at once, simulated to completion.
+
+    Each output allocates one block per block interval and frees all its blocks at its end.
+
+    Args:
+        outputs: for each, the blocks that it holds, the blocks that it will still allocate, and
+            the most that it is counted with.
+    """
+    if not outputs:
         return 0
-    holds, growth, limit = numpy.array(answers).T[:, :, None]
-    ends = numpy.unique(growth)  # in between nothing is freed
+    holds, growth, limit = numpy.array(outputs).T[:, :, None]
+    ends = numpy.unique(growth)  # in between, nothing is freed
     sizes = numpy.minimum(holds + ends, numpy.maximum(holds, limit))
     return int((sizes * (growth >= ends)).sum(0).max())

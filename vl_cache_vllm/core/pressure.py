@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether blocks are scarce enough to evict: ``--kv-compress-when pressure``.
 
-Load is what running requests hold and waiting ones will ask for, as a share of the block pool.
+Load is the number of blocks that running requests hold plus the number that waiting requests will
+ask for, as a ratio of the block pool.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request
 
 
 class PressureGauge:
@@ -15,12 +22,12 @@ class PressureGauge:
         self.is_on = False
 
     def update(self, used: int, demands: Iterable[int], total: int) -> None:
-        """Look at the pool once a step, before anything is decided in it.
+        """Read the load once per step, before anything is decided in it.
 
         Args:
             used: blocks that requests hold.
-            demands: blocks that unfinished prefills still ask for, one request each; read only as
-                far as the answer depends on them.
+            demands: blocks that each unfinished prefill still asks for; read only as far as the
+                result depends on them.
             total: blocks of the pool.
         """
         high, low = self._high * total, self._low * total
@@ -30,3 +37,51 @@ class PressureGauge:
                 break
             load += demand
         self.is_on = load > low if self.is_on else load >= high
+
+
+class PrefillDemand:
+    """Blocks that unfinished prefills still take from the pool.
+
+    Args:
+        manager: of the evicted KV cache group.
+        others: managers of the cache's other groups.
+    """
+
+    def __init__(
+        self, manager: SingleTypeKVCacheManager, others: Sequence[SingleTypeKVCacheManager]
+    ) -> None:
+        self._manager, self._others = manager, others
+
+    def blocks(self, request: Request) -> int:
+        """Blocks that a prefill still needs in all groups, without the kept blocks.
+
+        Blocks of its prefix that other requests hold need not be taken.
+        """
+        return self.blocks_of_evicted_group(request) + self._blocks_elsewhere(request)
+
+    def blocks_of_evicted_group(self, request: Request) -> int:
+        """The same for the evicted group alone."""
+        held = len(self._manager.req_to_blocks.get(request.request_id, ()))
+        if not held:
+            held = sum(1 for _ in takewhile(self._is_held, request.block_hashes))
+        return max(0, cdiv(request.num_tokens, self._manager.block_size) - held)
+
+    def _blocks_elsewhere(self, request: Request) -> int:
+        missing = 0
+        for other in self._others:
+            blocks = other.req_to_blocks.get(request.request_id, ())
+            held = sum(1 for block in blocks if not block.is_null)
+            missing += max(0, max_blocks(other, request.num_tokens) - held)
+        return missing
+
+    def _is_held(self, block_hash: BlockHash) -> bool:
+        pool = self._manager.block_pool
+        cached = pool.get_cached_block(block_hash, [self._manager.kv_cache_group_id])
+        return cached is not None and cached[0].ref_cnt > 0
+
+
+def max_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
+    """The most blocks that another group's manager holds for ``num_tokens`` of one request."""
+    blocks = cdiv(num_tokens, manager.block_size)
+    limit = manager.max_admission_blocks_per_request
+    return blocks if limit is None else min(blocks, limit)

@@ -4,91 +4,104 @@
 import os
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vl_cache_vllm.core import messages
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
-from vl_cache_vllm.core.observation_budget import announce, observation_budget_tokens
-from vl_cache_vllm.core.stats import SEND, put
+from vl_cache_vllm.core.observation_budget import observation_budget_tokens
+from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_stats, take_reports
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
 
 
-class EvictionSchedulerMixin:
+class EvictionSchedulerMixin(_Base):
     """What eviction needs from a scheduler; admission, preemption and order stay vLLM's."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
+        managers = self.kv_cache_manager.coordinator.single_type_managers
         (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))
-        groups = self.kv_cache_manager.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
-        group = groups[manager.kv_cache_group_id]
+        group = self.kv_cache_manager.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
+        assert isinstance(group.kv_cache_spec, AttentionSpec)
         layers = [group.kv_cache_spec] * len(group.layer_names)
-        room = observation_budget_tokens(self.vllm_config, layers)  # type: ignore[attr-defined]
-        manager.bind(self.requests.get, [m for m in managers if m is not manager], room)  # type: ignore[attr-defined]
+        manager.bind(
+            self.requests.get,
+            [m for m in managers if m is not manager],
+            observation_budget_tokens(self.vllm_config, layers),
+        )
         self._eviction_manager = manager
-        self._sends_stats = SEND in os.environ
+        self._decisions = manager.decisions
+        self._sends_stats = SEND_STATS in os.environ
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
-        if self._eviction_manager.decides_by_pressure:
-            pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+        """vLLM's, after the load was read and with the requests admitted to observation."""
+        if self._decisions.by_pressure:
+            pool = self.kv_cache_manager.block_pool
             total = pool.num_gpu_blocks - 1  # one is the null block
-            self._eviction_manager.pressure.update(
+            self._decisions.pressure.update(
                 total - pool.get_num_free_blocks(), self._demands(), total
             )
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if self._eviction_manager.observation_budget.tokens is not None:
-            announce(output, self._eviction_manager.observation_budget.take_new())
+        output = super().schedule(*args, **kwargs)
+        budget = self._decisions.observation_budget
+        if not budget.is_unbounded:
+            put_admitted(output, budget.take_new())
         return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        self._eviction_manager.add_reports(messages.detach(model_runner_output))
-        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        """vLLM's, after the workers' eviction reports were counted."""
+        self._eviction_manager.add_reports(take_reports(model_runner_output))
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
-        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
-        eviction = self._eviction_manager.take_stats()  # even if nobody asked: it would pile up
+        """vLLM's, with ours in them if the front end reads them."""
+        stats = super().make_stats(*args, **kwargs)
+        eviction = self._eviction_manager.take_stats()  # always: otherwise they would pile up
         if stats is not None and eviction is not None and self._sends_stats:
-            put(stats, eviction)
+            put_stats(stats, eviction.to_dict())
         return stats
 
     def _demands(self) -> Iterator[int]:
-        """Blocks that each unfinished prefill still asks for, running ones first.
+        """Blocks that each unfinished prefill still asks for, running requests first.
 
-        Of the waiting ones, as many as may run beside them: others do not wait for blocks.
+        Only as many waiting requests are counted as may run: the others do not wait for blocks.
         """
-        running = self.running  # type: ignore[attr-defined]
-        waiting = chain(self.kv_holding_waiting, self.waiting)  # type: ignore[attr-defined]
-        room = max(0, self.max_num_active_reqs - len(running))  # type: ignore[attr-defined]
-        requests = chain(running, islice(waiting, room))
+        waiting = chain(self.kv_holding_waiting, self.waiting)
+        room = max(0, self.max_num_active_reqs - len(self.running))
+        requests = chain(self.running, islice(waiting, room))
         return map(self._eviction_manager.missing_blocks, requests)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args, **kwargs
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Shorten the hit so that the observed queries are computed, not taken from the cache."""
-        hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)  # type: ignore[misc]
+        """vLLM's hit, shortened so that the observed queries are computed, not cached."""
+        hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         blocks, num_tokens, _, diverged = hit
-        limit = self._eviction_manager.max_hit_tokens(request)
+        limit = self._decisions.max_hit_tokens(request)
         if limit is None:
             return hit
         if num_tokens > limit:
-            # Looked up again: of a sliding-window group a longer hit has the end of it only.
-            manager = self.kv_cache_manager  # type: ignore[attr-defined]
+            # Looked up again: a sliding-window group keeps only the end of a longer hit.
+            manager = self.kv_cache_manager
             found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
                 request.block_hashes, limit
             )
             blocks = manager.create_kv_cache_blocks(found)
-        # Groups with a sliding window cache its blocks before a few positions only, by default;
-        # here is where the next question about the same image will want to go on.
+        # By default sliding-window groups cache their blocks only before a few positions. The next
+        # question about the same image will continue from this one, so it is named as a boundary.
         return blocks, num_tokens, limit, diverged
 
 

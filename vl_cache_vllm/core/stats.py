@@ -1,21 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler counts between two reports to the front end.
-
-Counts travel in ``SchedulerStats.kv_connector_stats``, the one field of vLLM's statistics that
-carries free-form data; KV connectors themselves are refused at start-up.
-"""
+"""What the scheduler counts between two reports to the front end."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from vllm.v1.metrics.stats import SchedulerStats
+from typing import Any, Self
 
 from vl_cache_vllm.core.admission import EvictionPlan
-
-KEY = "kv_compress"
-SEND = "_VL_CACHE_VLLM_SEND_STATS"  # environment variable of a front end, inherited by its engines
 
 
 @dataclass
@@ -44,28 +35,18 @@ class EvictionStats:
         self.freed_tokens += max(0, plan.prompt_tokens - plan.kept_blocks * block_size)
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Count evictions that a worker has done (`vl_cache_vllm.core.messages`)."""
+        """Count evictions that a worker has done (`vl_cache_vllm.messages.EvictionReport`)."""
         for report in reports:
             self.observation_seconds.append(report["observation_seconds"])
             if report["compaction_seconds"] is not None:
                 self.compaction_seconds.append(report["compaction_seconds"])
                 self.layers_retained.append(report["layers_retained"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as messages carry them."""
+        return {**vars(self), "skipped": dict(self.skipped)}
 
-def put(stats: SchedulerStats, eviction: EvictionStats) -> None:
-    """Send counts along with vLLM's statistics of a step."""
-    assert stats.kv_connector_stats is None
-    values = dict(vars(eviction))
-    values["skipped"] = dict(eviction.skipped)
-    stats.kv_connector_stats = {KEY: values}
-
-
-def take(stats: SchedulerStats) -> EvictionStats | None:
-    """Take them out again, before vLLM's own loggers look for a KV connector's."""
-    carried = stats.kv_connector_stats
-    if not carried or KEY not in carried:
-        return None
-    stats.kv_connector_stats = None
-    values = dict(carried[KEY])
-    values["skipped"] = Counter(values["skipped"])
-    return EvictionStats(**values)
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The counts of `to_dict`."""
+        return cls(**{**values, "skipped": Counter(values["skipped"])})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our workers add to those of vLLM's that they extend."""
+"""What our workers add to vLLM's CPU and GPU worker."""
 
 from typing import Any
 
@@ -8,26 +8,23 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vl_cache_vllm import hooks
+from vl_cache_vllm.attention import registration
 from vl_cache_vllm.config import get_kv_compress_config
-from vl_cache_vllm.core import messages
-from vl_cache_vllm.core.observation_budget import announced
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.messages import put_reports, take_admitted
 from vl_cache_vllm.worker.build import build_evictor
 
 
 class EvictionWorkerMixin(Worker):
-    """vLLM's worker over our attention backends and model-runner adapters.
-
-    vLLM's CPU worker extends its GPU worker; ours stand before either.
-    """
+    """Mixin for both vLLM workers (``CPUWorker`` derives from the GPU ``Worker``)."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with hooks.backends():
+        """vLLM's, with our attention backends in place of its own."""
+        with registration.eviction_backends():
             super().load_model(*args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The model's specs, those of full attention with eviction."""
+        """vLLM's specs; those of full attention bring our block manager."""
         config = get_kv_compress_config(self.vllm_config)
         assert config is not None
         return {
@@ -38,26 +35,34 @@ class EvictionWorkerMixin(Worker):
         }
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """vLLM's, then builds the evictor over the allocated cache and hooks it into the runner."""
         super().initialize_from_config(kv_cache_config)
-        self.eviction, group = build_evictor(self.vllm_config, kv_cache_config)
+        self.evictor, group = build_evictor(self.vllm_config, kv_cache_config)
+        # Each adapter imports its runner, which the other one's platform may lack.
         if self.use_v2_model_runner:
-            hooks.attach_v2(self.model_runner, self.eviction, group)
+            from vl_cache_vllm.worker import v2
+
+            v2.install(self.model_runner, self.evictor, group)
         else:
-            hooks.attach_v1(self.model_runner, self.eviction, group)
+            from vl_cache_vllm.worker import v1
+
+            v1.install(self.model_runner, self.evictor, group)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """vLLM's, with the scheduler's messages before it and the eviction reports after it."""
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        self.eviction.begin_output(ended, announced(scheduler_output))
-        self.eviction.cached_requests = scheduler_output.scheduled_cached_reqs
+        self.evictor.begin_output(ended, take_admitted(scheduler_output))
+        self.evictor.cached_requests = scheduler_output.scheduled_cached_reqs
         return self._with_reports(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, with the eviction reports."""
         return self._with_reports(super().sample_tokens(*args, **kwargs))
 
     def _with_reports(self, output: Any) -> Any:
-        if not get_pp_group().is_last_rank:  # the scheduler hears of the last stage only
-            self.eviction.take_reports()
+        if not get_pp_group().is_last_rank:  # the scheduler reads the last stage's output only
+            self.evictor.take_reports()
             return output
-        if output is None:  # it follows from `sample_tokens`
+        if output is None:  # the output comes from `sample_tokens`
             return None
-        return messages.attach(output, self.eviction.take_reports())
+        return put_reports(output, self.evictor.take_reports())

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -11,12 +10,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
-from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, RunningStep, number_type
+from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, number_type
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import Shard
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import EvictionStep
 from vl_cache_vllm.worker.tp_group import tensor_parallel_group
 
 NO_FULL_ATTENTION = (
@@ -33,13 +31,6 @@ class EvictedGroup:
     """Of the group; block tables are kept by group."""
     layers: dict[str, int]
     """The pool's layer of each layer name."""
-
-
-def attach_step(metadata: Any, worker: Evictor, step: EvictionStep, group: EvictedGroup) -> None:
-    """Let the attention layers see the step. ``metadata`` maps layer names to metadata."""
-    running = RunningStep(worker, step, group.layers)
-    for layer_metadata in {id(m): m for m in map(metadata.get, group.layers)}.values():
-        running.attach(layer_metadata)
 
 
 def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
@@ -145,7 +136,7 @@ def evictor_over(
     assert spec.kv_compress is not None
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
-    ranks = tensor_parallel_group(vllm_config.parallel_config.tensor_parallel_size)
+    tp_group = tensor_parallel_group(vllm_config.parallel_config.tensor_parallel_size)
     return Evictor(
         spec.kv_compress,
         pool,
@@ -153,10 +144,10 @@ def evictor_over(
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
-        ranks=ranks,
+        tp_group=tp_group,
         shard=Shard(
             tuple(map(extract_layer_index, layer_names)),
-            ranks.rank * model_config.get_total_num_kv_heads() // ranks.size,
+            tp_group.rank * model_config.get_total_num_kv_heads() // tp_group.size,
             model_config.get_total_num_hidden_layers(),
         ),
     )

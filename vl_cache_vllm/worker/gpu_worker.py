@@ -2,11 +2,11 @@
 """vLLM's GPU worker with eviction; chosen through ``ParallelConfig.worker_cls``."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 
-from vl_cache_vllm import hooks
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.worker.base_worker import EvictionWorkerMixin
@@ -21,8 +21,13 @@ from vl_cache_vllm.worker.warmup import (
 
 class EvictionGPUWorker(EvictionWorkerMixin):
     def determine_available_memory(self) -> int:
-        with hooks.profile_run(self.model_runner, self._profile_run):
+        """vLLM's, with an eviction in the profiling run."""
+        runner: Any = self.model_runner
+        runner.profile_run = partial(self._profile_run, runner.profile_run)
+        try:
             return super().determine_available_memory()
+        finally:
+            del runner.profile_run
 
     def _profile_run(self, profile_run: Any, *args: Any, **kwargs: Any) -> None:
         """vLLM's, with an eviction around it."""

@@ -26,7 +26,7 @@ class TPGroup:
 
 
 def tensor_parallel_group(size: int) -> TPGroup:
-    """Those of this worker process; of one alone no process group is needed."""
+    """The group of this worker process; a single rank needs no process group."""
     if size == 1:
         return TPGroup()
     group = get_tp_group()

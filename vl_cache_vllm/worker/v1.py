@@ -5,9 +5,16 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.build import EvictedGroup, attach_step
+from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow, RequestState
+from vl_cache_vllm.worker.requests import RequestState
+from vl_cache_vllm.worker.step import BatchRow
+
+
+def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
+    """Hook eviction into a V1 model runner."""
+    adapter = V1Adapter(runner, evictor, group)
+    runner._build_attention_metadata = adapter.build_attention_metadata
 
 
 class V1Adapter:
@@ -17,9 +24,9 @@ class V1Adapter:
     (`_update_states`), whereas it extends them in place while the request goes on.
     """
 
-    def __init__(self, runner: GPUModelRunner, worker: Evictor, group: EvictedGroup) -> None:
+    def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
         self._runner = runner
-        self._worker = worker
+        self._evictor = evictor
         self._group = group
         self._build = runner._build_attention_metadata
         # The block ids that a request's state belongs to, compared by identity; a reused request
@@ -36,7 +43,7 @@ class V1Adapter:
 
     def _attach(self, metadata: Any, num_scheduled_tokens: dict[str, int]) -> None:
         runner = self._runner
-        requests = self._worker.requests
+        requests = self._evictor.requests
         if len(requests) > len(runner.requests):
             requests.drop_all_but(runner.requests)
             self._block_ids = {k: v for k, v in self._block_ids.items() if k in runner.requests}
@@ -52,24 +59,24 @@ class V1Adapter:
                 batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], strict=True
             )
         ]
-        step = self._worker.begin_step(
+        step = self._evictor.begin_step(
             rows,
             batch.block_table[group].get_device_tensor(batch.num_reqs),
             runner.query_start_loc.gpu,
             runner.seq_lens,
         )
         if step is not None:
-            attach_step(metadata, self._worker, step, self._group)
+            step.attach(metadata, self._group.layers)
 
     def _state(self, req_id: str) -> RequestState:
         runner = self._runner
         record = runner.requests[req_id]
-        state = self._worker.requests.get(req_id)
+        state = self._evictor.requests.get(req_id)
         if state is None or self._block_ids[req_id] is not record.block_ids:
             self._block_ids[req_id] = record.block_ids
-            state = self._worker.requests.arrive(
+            state = self._evictor.requests.add(
                 req_id,
-                self._worker.config,
+                self._evictor.config,
                 record.sampling_params,
                 record.mm_features,
                 record.num_prompt_tokens + self._num_output_tokens(req_id),
@@ -79,7 +86,7 @@ class V1Adapter:
 
     def _num_output_tokens(self, req_id: str) -> int:
         """As the scheduler knows them; the runner of an early pipeline stage may lag behind."""
-        cached = self._worker.cached_requests
+        cached = self._evictor.cached_requests
         if cached is not None and req_id in cached.req_ids:
             return cached.num_output_tokens[cached.req_ids.index(req_id)]
         return len(self._runner.requests[req_id].output_token_ids)

@@ -9,9 +9,20 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vl_cache_vllm.worker.build import EvictedGroup, attach_step
-from vl_cache_vllm.worker.evictor import Evictor, GraphShape
+from vl_cache_vllm.worker.build import EvictedGroup
+from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step_tables import GraphShape
+
+
+def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
+    """Hook eviction into a V2 model runner and its model state."""
+    adapter = V2Adapter(runner, evictor, group)
+    state = runner.model_state
+    state.add_request = adapter.add_request
+    state.remove_request = adapter.remove_request
+    state.prepare_attn = adapter.prepare_attn
+    runner.gather_batch_req_state = adapter.gather_batch_req_state
 
 
 class V2Adapter:
@@ -20,9 +31,9 @@ class V2Adapter:
     Dummy batches borrow the slots of live requests, but not their ids: hence keyed by id.
     """
 
-    def __init__(self, runner: GPUModelRunner, worker: Evictor, group: EvictedGroup) -> None:
+    def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
         self._runner = runner
-        self._worker = worker
+        self._evictor = evictor
         self._group = group
         state = runner.model_state
         self._add, self._remove, self._prepare = (
@@ -37,9 +48,9 @@ class V2Adapter:
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
-        self._worker.requests.arrive(
+        self._evictor.requests.add(
             new_req_data.req_id,
-            self._worker.config,
+            self._evictor.config,
             new_req_data.sampling_params,
             new_req_data.mm_features,
             len(tokens),
@@ -48,7 +59,7 @@ class V2Adapter:
 
     def remove_request(self, req_id: str) -> None:
         self._remove(req_id)
-        self._worker.requests.drop(req_id)
+        self._evictor.requests.drop(req_id)
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
@@ -80,7 +91,7 @@ class V2Adapter:
             graph = GraphShape(
                 input_batch.num_reqs_after_padding, input_batch.num_tokens_after_padding
             )
-        step = self._worker.begin_step(
+        step = self._evictor.begin_step(
             rows,
             block_tables[self._group.index],
             input_batch.query_start_loc,
@@ -90,12 +101,12 @@ class V2Adapter:
         if is_capture and step is not None and step.tables is not None:
             step.tables.slot_mapping.fill_(-1)  # as vLLM's: dummies write nothing
         if step is not None:
-            attach_step(metadata, self._worker, step, self._group)
+            step.attach(metadata, self._group.layers)
         return metadata
 
     def _rows(self, input_batch: InputBatch) -> list[BatchRow] | None:
         """None: a dummy batch."""
-        states = [self._worker.requests.get(req_id) for req_id in input_batch.req_ids]
+        states = [self._evictor.requests.get(req_id) for req_id in input_batch.req_ids]
         if None in states:
             return None
         slots = input_batch.idx_mapping_np[: input_batch.num_reqs]

@@ -367,7 +367,7 @@ def test_every_hook_is_in_the_table() -> None:
         for name in (row.names.split() if isinstance(row, Has) else ())
     } | {target for rows in CONTRACT.values() for target in targets(rows)}
     assert {hook.target for hook in hooks.HOOKS} <= known
-    assert {":".join(worker.rsplit(".", 1)) for worker in hooks._WORKERS} <= {
+    assert {":".join(worker.rsplit(".", 1)) for worker in hooks.WORKERS} <= {
         target.rpartition(".")[0] for target in known
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vl_cache_vllm import hooks, plugin
+from vl_cache_vllm import hooks, install, plugin
 from vl_cache_vllm.support import unsupported_version
 
 RANGE = "this version of vl-cache-vllm supports >={},<{}".format(*hooks.SUPPORTED_VLLM)
@@ -59,9 +59,9 @@ def told() -> Iterator[list[str]]:
     before = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    hooks._tell.cache_clear()
+    install._tell.cache_clear()
     yield messages
-    hooks._tell.cache_clear()
+    install._tell.cache_clear()
     logger.removeHandler(handler)
     logger.setLevel(before)
 

@@ -5,7 +5,7 @@ import pickle
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vl_cache_vllm.core.messages import EvictionReport, attach, detach
+from vl_cache_vllm.messages import EvictionReport, put_reports, take_reports
 
 REPORT = EvictionReport(0.01, 0.002, {0: 0.1, 1: 0.3})
 PLAIN = {
@@ -21,15 +21,15 @@ def output() -> ModelRunnerOutput:
 
 def test_a_finished_output() -> None:
     carrier = output()
-    assert detach(carrier) == []
-    assert attach(carrier, [lambda: REPORT]) is carrier
-    assert detach(carrier) == [PLAIN]
-    assert detach(pickle.loads(pickle.dumps(carrier))) == [PLAIN]  # from another process
+    assert take_reports(carrier) == []
+    assert put_reports(carrier, [lambda: REPORT]) is carrier
+    assert take_reports(carrier) == [PLAIN]
+    assert take_reports(pickle.loads(pickle.dumps(carrier))) == [PLAIN]  # from another process
 
 
 def test_an_output_without_reports_is_left_alone() -> None:
     carrier = output()
-    assert attach(carrier, []) is carrier
+    assert put_reports(carrier, []) is carrier
     assert vars(carrier) == vars(output())
 
 
@@ -42,7 +42,7 @@ def test_an_output_that_is_not_there_yet() -> None:
             return "a connector's"
 
     later = Later()
-    assert attach(later, []) is later
-    carrier = attach(later, [lambda: REPORT])
-    assert detach(carrier.get_output()) == [PLAIN]
+    assert put_reports(later, []) is later
+    carrier = put_reports(later, [lambda: REPORT])
+    assert take_reports(carrier.get_output()) == [PLAIN]
     assert carrier.get_kv_connector_output() == "a connector's"

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests are evicted, and to how many blocks: decided once, when a prefill ends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request, RequestStatus
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.core.admission import (
+    EvictionPlan,
+    Skip,
+    plan_eviction,
+    post_vision_start,
+    request_config,
+)
+from vl_cache_vllm.core.observation_budget import ObservationBudget
+from vl_cache_vllm.core.pressure import PressureGauge, max_blocks
+
+
+class EvictionDecisions:
+    """The plans of all requests: possible ones before the prefill ends, decided ones after it.
+
+    Args:
+        config: the engine's settings.
+        manager: of the evicted KV cache group.
+        lookup: finds the scheduler's requests by id.
+        others: managers of the cache's other groups, which draw on the same block pool.
+        observation_budget: bound of what workers observe at once.
+    """
+
+    def __init__(
+        self,
+        config: KVCompressConfig,
+        manager: SingleTypeKVCacheManager,
+        lookup: Callable[[str], Request | None],
+        others: Sequence[SingleTypeKVCacheManager],
+        observation_budget: ObservationBudget,
+    ) -> None:
+        self._config, self._manager, self._lookup, self._others = config, manager, lookup, others
+        self.observation_budget = observation_budget
+        self.pressure = PressureGauge(config.pressure_high, config.pressure_low)
+        # Negative decisions are kept, too. vLLM's end of prefill moves along with a decoding
+        # request, so a rule that is asked again later would answer for tokens that are decoded.
+        self._decided: dict[str, EvictionPlan] = {}
+        self._unobserved: set[str] = set()  # the observation budget had no room for them
+
+    @property
+    def by_pressure(self) -> bool:
+        """Whether prompts are evicted only while blocks are scarce."""
+        return self._config.when == "pressure"
+
+    def decided(self, request_id: str) -> EvictionPlan | None:
+        """The decision about a request; None while its prefill runs."""
+        return self._decided.get(request_id)
+
+    def evicted(self) -> list[tuple[str, EvictionPlan]]:
+        """The ids and plans of requests that are evicted, or will be when their step ends."""
+        return [(i, plan) for i, plan in self._decided.items() if plan.kept_blocks]
+
+    def plan(self, request: Request) -> EvictionPlan:
+        """The decision about a request, or what it would be if its prefill ended now."""
+        if decided := self._decided.get(request.request_id):
+            return decided
+        plan = self.possible_plan(request)
+        if plan.kept_blocks and request.request_id in self._unobserved:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_OBSERVATION_ROOM)
+        if plan.kept_blocks and self.by_pressure and not self.pressure.is_on:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_PRESSURE)
+        return plan
+
+    def plan_of(self, request_id: str) -> EvictionPlan | None:
+        """`plan` by id; None for requests that the scheduler does not know."""
+        request = self._lookup(request_id)
+        return self._decided.get(request_id) or (self.plan(request) if request else None)
+
+    def possible_plan(self, request: Request) -> EvictionPlan:
+        """The plan as far as the request alone determines it, whatever the load is."""
+        pool = self._manager.block_pool
+        other_blocks = (max_blocks(other, request.num_tokens + 1) for other in self._others)
+        plan = plan_eviction(
+            request_config(self._config, request.sampling_params),
+            self._manager.block_size,
+            request.num_tokens,
+            post_vision_start(self._config, request.mm_features),
+            usable_blocks=pool.num_gpu_blocks - 1 - sum(other_blocks),  # one is the null block
+            num_prompt_tokens=request.num_prompt_tokens,
+        )
+        if plan.kept_blocks and request.resumable:
+            return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)  # its prompt still grows
+        if plan.kept_blocks and request.max_tokens <= 1:
+            return replace(plan, kept_blocks=0, skip=Skip.NO_DECODE)
+        return plan
+
+    def decide(self, request_id: str, plan: EvictionPlan) -> None:
+        """Fix the decision about a request whose prefill ends in this step."""
+        self._decided[request_id] = plan
+
+    def forget(self, request_id: str) -> EvictionPlan | None:
+        """A request has ended or was preempted; returns what was decided about it."""
+        self._unobserved.discard(request_id)
+        self.observation_budget.release(request_id)
+        return self._decided.pop(request_id, None)
+
+    def max_hit_tokens(self, request: Request) -> int | None:
+        """Longest prefix-cache hit, in tokens, that leaves all observed queries to be computed.
+
+        None for a request that will not be evicted. Under ``pressure`` that is not known before
+        the prefill ends, so a request that may be evicted is treated as one that will be.
+        """
+        plan = self.possible_plan(request)
+        if not plan.kept_blocks:
+            return None
+        start = self._observation_start(request, plan)
+        # With drafts vLLM lengthens a prefill of one token by room for them: it must not be one.
+        start = min(start, plan.prompt_tokens - 2)
+        return start // self._manager.block_size * self._manager.block_size
+
+    def must_wait(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request must not start yet because other prompts are under observation.
+
+        Args:
+            request_id: any request.
+            num_tokens: its tokens after the step that is being scheduled.
+        """
+        if self.observation_budget.is_empty:  # always, where observation is not bounded
+            return False
+        request = self._lookup(request_id)
+        if request is None or request.status == RequestStatus.RUNNING:
+            return False
+        plan = self._needs_observation(request_id, num_tokens)
+        return plan is not None and not self.observation_budget.has_room(plan.prompt_tokens)
+
+    def admit_to_observation(self, request_id: str, num_tokens: int) -> None:
+        """Admit a request whose first observed query is scheduled, or note that it had no room."""
+        plan = self._needs_observation(request_id, num_tokens)
+        if plan is None:
+            return
+        if self.observation_budget.has_room(plan.prompt_tokens):
+            self.observation_budget.admit(request_id, plan.prompt_tokens)
+        else:
+            self._unobserved.add(request_id)
+
+    def _observation_start(self, request: Request, plan: EvictionPlan) -> int:
+        """Position of the first observed query."""
+        vision_end = post_vision_start(self._config, request.mm_features)
+        assert vision_end is not None
+        policy = request_config(self._config, request.sampling_params).policy
+        return policy.observation_start(vision_end, plan.prompt_tokens)
+
+    def _needs_observation(self, request_id: str, num_tokens: int) -> EvictionPlan | None:
+        """The plan of a request whose first observed query is among ``num_tokens``."""
+        if self.observation_budget.is_unbounded or request_id in self._decided:
+            return None
+        request = self._lookup(request_id)
+        if request is None or request_id in self.observation_budget:
+            return None
+        if request_id in self._unobserved:
+            return None
+        plan = self.possible_plan(request)
+        if not plan.kept_blocks or num_tokens <= self._observation_start(request, plan):
+            return None
+        return plan

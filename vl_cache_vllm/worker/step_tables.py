@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The per-layer tables of a step, in device buffers that full CUDA graphs can replay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.utils.math_utils import round_up
+
+from vl_cache_vllm.ops.device import to_device
+from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.worker.requests import RequestState
+
+_ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
+
+_NOT_EVICTED = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """Sizes that a full CUDA graph pads its batch to."""
+
+    num_reqs: int
+    num_tokens: int
+
+
+class StepTables:
+    """Block table, lengths and slots of every layer, and the kept pages of every request.
+
+    Args:
+        pool: the cache of this worker's layers.
+        max_num_reqs: requests that the model runner may hold at once.
+        max_num_tokens: tokens of the largest step.
+        max_table_width: pages that one layer of a request can hold.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_num_reqs: int, max_num_tokens: int, max_table_width: int
+    ) -> None:
+        self._pool = pool
+        self._max_table_width = round_up(max_table_width, _ALIGNED_ENTRIES)
+        device, num_layers = pool.device, pool.num_layers
+        # int64 [max_num_reqs + 1, num_layers]. Row 0 stays zero: it serves requests that are not
+        # evicted.
+        self._kept_pages = torch.zeros(
+            max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
+        )
+        # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
+        self._block_table = torch.zeros(
+            num_layers * max_num_reqs * self._max_table_width, dtype=torch.int32, device=device
+        )
+        self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
+        self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
+        self._last_columns: tuple[list[tuple[int, ...]], tuple[torch.Tensor, ...]] | None = None
+
+    def kept_pages(self, slot: int) -> torch.Tensor:
+        """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
+        return self._kept_pages[slot]
+
+    def set_kept_pages(self, slot: int, kept_pages: torch.Tensor) -> None:
+        """Store the result of an eviction, int64 ``[num_layers]``."""
+        while slot >= len(self._kept_pages):  # preempted requests keep their slots
+            more = torch.zeros_like(self._kept_pages)
+            self._kept_pages = torch.cat((self._kept_pages, more))
+        self._kept_pages[slot] = kept_pages
+        self._last_columns = None
+
+    def fill(
+        self,
+        evicted: list[tuple[int, ...]],
+        num_tokens: int,
+        table_width: int,
+        block_table: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        graph: GraphShape | None,
+    ) -> LayerTables:
+        """Compute the tables of a step.
+
+        Args:
+            evicted: `evicted_row` of each of the R requests, before padding.
+            num_tokens: tokens of the step, before padding.
+            table_width: bound of any layer's pages of any request.
+            block_table: int32 ``[R, C]``, padded to the graph.
+            query_start_loc: int32 ``[R + 1]``.
+            seq_lens: logical lengths after the step, int32 ``[R]``.
+            graph: the full CUDA graph that reads the tables; None: no graph.
+
+        Returns:
+            Views of the buffers; the next call overwrites them.
+        """
+        num_reqs = block_table.shape[0]
+        if graph is not None:
+            evicted = evicted + [_NOT_EVICTED] * (num_reqs - len(evicted))
+            tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
+        else:
+            width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
+            tables = self._views(num_reqs, num_tokens, width)
+        # Consecutive decode steps share these columns until a request joins, ends or is evicted.
+        if self._last_columns is None or self._last_columns[0] != evicted:
+            *columns, slot = to_device([*zip(*evicted, strict=True)], block_table.device)
+            self._last_columns = evicted, (*columns, self._kept_pages[slot])
+        evicted_tokens, prompt_blocks, kept_blocks, kept_pages = self._last_columns[1]
+        layer_tables(
+            block_table,
+            query_start_loc,
+            seq_lens,
+            evicted_tokens,
+            prompt_blocks,
+            kept_blocks,
+            kept_pages,
+            self._pool.block_size,
+            self._pool.layer_stride,
+            self._pool.block_stride,
+            tables,
+        )
+        return tables
+
+    def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
+        """The buffers in the shapes of a step; consecutive steps mostly share the shapes."""
+        shape = num_reqs, num_tokens, width
+        if self._last_views is None or self._last_views[0] != shape:
+            num_layers = self._pool.num_layers
+            views = LayerTables(
+                _prefix_view(self._block_table, num_layers, num_reqs, width),
+                _prefix_view(self._seq_lens, num_layers, num_reqs),
+                _prefix_view(self._slots, num_layers, num_tokens),
+            )
+            self._last_views = shape, views
+        return self._last_views[1]
+
+
+def evicted_rows(states: Sequence[RequestState]) -> list[tuple[int, ...]]:
+    """E, N, M and the slot of each request; zeros where it is not evicted."""
+    return [
+        (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
+        for s in states
+    ]
+
+
+def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first elements of a flat buffer as a dense tensor."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    return buffer[:size].view(shape)

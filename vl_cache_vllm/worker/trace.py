@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace file: one JSON line per eviction (docs/adr/0005)."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.policy import Prompt
+from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.selection import Selection
+from vl_cache_vllm.worker.step import PendingEviction
+
+
+class Trace:
+    """Appends evictions to the file that the settings name.
+
+    Args:
+        config: the engine's settings, with ``trace_path``.
+        rank: tensor-parallel rank of this worker.
+        layer_numbers: the model's numbers of the layers on this worker.
+        block_size: tokens per block.
+
+    Raises:
+        ValueError: if the file cannot be written, so that a bad path fails at start-up.
+    """
+
+    def __init__(
+        self, config: KVCompressConfig, rank: int, layer_numbers: Sequence[int], block_size: int
+    ) -> None:
+        assert config.trace_path is not None
+        self._positions, self._scores = config.trace_positions, config.trace_scores
+        self._rank, self._layer_numbers, self._block_size = rank, layer_numbers, block_size
+        try:
+            self._file = os.open(config.trace_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"KV compression cannot write its trace_path: {error}") from error
+
+    def write(
+        self,
+        eviction: PendingEviction,
+        prompt: Prompt,
+        selection: Selection,
+        stats: AttentionStats,
+        kept_tokens: list[int],
+    ) -> None:
+        """Append one eviction; reads the device back.
+
+        Args:
+            eviction: which request, and its blocks.
+            prompt: its visual tokens and patch grids.
+            selection: what was kept.
+            stats: the observed attention.
+            kept_tokens: of each layer on this worker.
+        """
+        record: dict[str, Any] = {
+            "request_id": eviction.state.request_id,
+            "rank": self._rank,
+            "layers": self._layer_numbers,
+            "budget": eviction.state.config.budget,
+            "prompt_tokens": eviction.prompt_tokens,
+            "vision_end": eviction.state.vision_end,
+            "block_size": self._block_size,
+            "prompt_blocks": eviction.prompt_blocks,
+            "kept_blocks": eviction.kept_blocks,
+            "density": selection.density.tolist(),
+            "kept_tokens": kept_tokens,
+            "visual": prompt.visual,
+            "grids": [dataclasses.astuple(grid) for grid in prompt.grids],
+        }
+        if self._positions:
+            record["kept_positions"] = [
+                layer[:, :kept].tolist()
+                for layer, kept in zip(selection.positions, kept_tokens, strict=True)
+            ]
+        if self._scores:
+            record["attention"] = _rounded(stats.column_sums)
+            record["scores"] = _rounded(selection.scores)
+        # One write call per line: workers of several engines may share the file.
+        os.write(self._file, (json.dumps(record) + "\n").encode())
+
+
+def _rounded(values: torch.Tensor) -> Any:
+    """Nested lists of numbers with four significant digits."""
+
+    def shorten(value: Any) -> Any:
+        return [*map(shorten, value)] if isinstance(value, list) else float(f"{value:.3e}")
+
+    return shorten(values.tolist())
