@@ -39,13 +39,13 @@ class EvictionCPUAttentionBackend(CPUAttentionBackend):
 
 @dataclass
 class EvictionCPUAttentionMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, and who divides the kernel's work."""
+    """vLLM's metadata, and the builder that computes the kernel's schedule."""
 
     builder: EvictionCPUAttentionMetadataBuilder | None = None
 
 
 class CPULayerInputs(LayerInputs):
-    """With the division of work that vLLM's CPU kernel asks for."""
+    """Adds the schedule that vLLM's CPU kernel needs for each layer's lengths."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -53,9 +53,10 @@ class CPULayerInputs(LayerInputs):
         self._schedules: dict[tuple[int, ...], torch.Tensor] = {}
 
     def metadata_of(self, layer: int) -> EvictionCPUAttentionMetadata:
+        """The base's, with the layer's schedule."""
         own = super().metadata_of(layer)
         lengths = self._lengths[layer]
-        # Many layers keep equally many pages, and the kernel only reads it.
+        # Layers with equal lengths share a schedule; the kernel only reads it.
         if lengths not in self._schedules:
             self._schedules[lengths] = own.builder.schedule(own, own.seq_lens)
         own.scheduler_metadata = self._schedules[lengths]
@@ -69,12 +70,13 @@ class EvictionCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> EvictionCPUAttentionMetadata:
+        """vLLM's, and remembers the builder."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         values = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
         return EvictionCPUAttentionMetadata(**values, builder=self)
 
     def schedule(self, metadata: CPUAttentionMetadata, seq_lens: torch.Tensor) -> torch.Tensor:
-        """The kernel's work split for one layer's own lengths, int32 ``[num_reqs]``."""
+        """The kernel's schedule for one layer's lengths, int32 ``[num_reqs]``."""
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=seq_lens.shape[0],
             num_heads=self.num_heads,
@@ -102,12 +104,14 @@ class EvictionCPUAttentionImpl(PerLayerAttentionMixin, CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        num_slots = slot_mapping.shape[0]  # the model may run on more tokens: padding
+        """vLLM's, without padding tokens, which have no slot."""
+        num_slots = slot_mapping.shape[0]
         super().do_kv_cache_update(
             layer, key[:num_slots], value[:num_slots], kv_cache, slot_mapping
         )
 
     def page_packing(self, layer: Any, dtype: torch.dtype) -> PagePacking:
+        """The packing that the layer's CPU kernel uses, found by experiment."""
         _, _, block_size, content = layer.kv_cache.shape
         if layer.kv_cache.stride(2) != content:
             raise ValueError("KV compression needs head-major pages of vLLM's CPU attention")

@@ -11,23 +11,24 @@ from vl_cache_vllm.ops.page_pool import PagePacking
 def derive_packing(
     isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str = "auto"
 ) -> PagePacking:
-    """Find out how vLLM's CPU kernels order a page, by writing numbered tokens and reading back.
+    """Find out how a kernel orders a page: write numbered tokens and read the page back.
 
     Args:
-        isa, block_size, head_size: of the kernel and the cache.
-        dtype: of the tokens' keys and values.
+        isa: instruction set of the kernel.
+        block_size, head_size: sizes of the page.
+        dtype: type of new keys and values.
         cache_dtype: vLLM's name of the cache's type.
 
     Raises:
-        ValueError: if the order is not a permutation of the page, which then cannot be evicted.
+        ValueError: if the order is no permutation of the page, so that tokens cannot be evicted.
     """
     cells = block_size * head_size
     stored = number_type(cache_dtype)
-    base = 128 if stored is None else 8  # digits that each type holds exactly
+    base = 128 if stored is None else 8  # the largest base whose digits the type holds exactly
     numbers = torch.arange(cells).view(block_size, 1, head_size)
     keys, values = torch.zeros(cells, dtype=torch.int64), torch.zeros(cells, dtype=torch.int64)
     weight = 1
-    while weight < cells:  # one digit at a time
+    while weight < cells:  # write and read one digit of the numbers at a time
         empty = dtype if stored is None else torch.uint8
         cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=empty)
         key_cache, value_cache = cache.chunk(2, dim=2)

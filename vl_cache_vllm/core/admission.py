@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompts are evicted, and to how many blocks: pure functions of host-known numbers.
+"""Whether a prompt can be evicted, and to how many blocks: pure functions of host-side integers.
 
-The scheduler decides with them; the worker uses the same functions only to know which
-prompts are worth observing, and takes the decision itself from the length of a block-table row.
+The scheduler decides with them. The worker uses the same functions only to know which prompts to
+observe, and reads the decision itself from the length of a block-table row.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ VISUAL_MODALITIES = frozenset({"image", "video", "vision_chunk"})
 
 
 class Skip(Enum):
-    """Why a request keeps its whole cache."""
+    """Why a request keeps its full cache (docs/adr/0004)."""
 
     TEXT_ONLY = "text_only"
     NO_POST_VISION_TOKENS = "no_post_vision_tokens"
@@ -43,7 +43,7 @@ class EvictionPlan:
 
 
 def request_config(config: KVCompressConfig, params: SamplingParams | None) -> KVCompressConfig:
-    """The engine's settings with what the request changes; scheduler and worker must agree."""
+    """The engine's settings with the request's own; scheduler and worker must agree on them."""
     return config.for_request(params.extra_args if params else None)
 
 
@@ -62,9 +62,10 @@ def visual_ranges(features: Sequence[MultiModalFeatureSpec]) -> tuple[tuple[int,
 def post_vision_start(
     config: KVCompressConfig, features: Sequence[MultiModalFeatureSpec]
 ) -> int | None:
-    """Position after the last visual token.
+    """Position after the last visual token of a prompt.
 
-    Without images or videos it is None; but 0 of text alone where such prompts are evicted too.
+    Returns None for prompts without images or videos, or 0 if ``text`` is set and the prompt is
+    text only.
     """
     ends = (end for _, end in visual_ranges(features))
     return max(ends, default=0 if config.text and not features else None)
@@ -83,15 +84,16 @@ def plan_eviction(
     Args:
         config: budget and minimum length.
         block_size: tokens per block.
-        prompt_tokens: E, tokens to compute before decoding; generated ones too after a preemption.
+        prompt_tokens: E, tokens to compute before decoding. After a preemption they include
+            generated tokens.
         vision_end: result of `post_vision_start`.
-        usable_blocks: blocks of the whole pool; the prompt, its kept blocks and the first decode
-            block must fit together. None: not checked (the worker does not know).
+        usable_blocks: blocks of the pool; the prompt, its kept blocks and the first decode block
+            must fit together. None: not checked (the worker does not know the number).
         num_prompt_tokens: the request's prompt without generated tokens, so that a preemption does
-            not change who is left alone. None: ``prompt_tokens``.
+            not change the decision. None: ``prompt_tokens``.
 
     Returns:
-        A plan whose ``kept_blocks`` is 0, with the reason, where eviction would not save at least
+        A plan; its ``kept_blocks`` is 0, with the reason, where eviction would not save at least
         one block at every later length.
     """
     num_blocks = cdiv(prompt_tokens, block_size)
@@ -105,7 +107,7 @@ def plan_eviction(
     elif own_tokens < config.min_prompt_tokens:
         skip = Skip.SHORT_PROMPT
     elif kept >= prompt_tokens // block_size:
-        # Decoding starts in a fresh block, whereas a whole prompt would first fill its last one.
+        # Decoding starts in a fresh block, whereas a full cache would first fill its last one.
         skip = Skip.NO_SAVING
     elif usable_blocks is not None and num_blocks + kept + 1 > usable_blocks:
         skip = Skip.POOL_TOO_SMALL

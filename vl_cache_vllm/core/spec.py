@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache spec that brings our block manager and wider block-table rows."""
+"""The KV cache spec through which vLLM finds our block manager and sizes its block-table rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
 
-# vLLM registers its own specs when it finds the registry empty: before ours, or never.
+# vLLM registers its own specs only while the registry is empty, so they must come before ours.
 KVCacheSpecRegistry._ensure_registered()
 
 
@@ -23,26 +23,28 @@ KVCacheSpecRegistry._ensure_registered()
 )
 @dataclass(frozen=True, kw_only=True)
 class EvictionAttentionSpec(FullAttentionSpec):
-    """Full attention whose prompts may be evicted after prefill."""
+    """Full attention whose prompts may be evicted after their prefill."""
 
     # Optional only because FullAttentionSpec.merge builds the class without it.
     kv_compress: KVCompressConfig | None = None
 
     @classmethod
     def wrap(cls, spec: FullAttentionSpec, config: KVCompressConfig) -> Self:
-        """The same layer format, with eviction."""
+        """The spec with the same layer format, and eviction."""
         own = {f.name: getattr(spec, f.name) for f in fields(spec)}
         return cls(**own, kv_compress=config)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
+        """vLLM's, and keeps the settings, which all layers share."""
         settings = {spec.kv_compress for spec in specs}
         assert len(settings) == 1, "layers of one KV cache group must share their settings"
         return replace(super().merge(specs), kv_compress=settings.pop())
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """A row holds prompt, kept and decode blocks, whatever budget a request brings.
+        """vLLM's, doubled: a row holds prompt, kept and decode blocks, whatever the budget is.
 
-        Splitting the length adds one block, but fewer are kept than the prompt has.
+        Splitting the length into prompt and decode adds one block, but fewer blocks are kept than
+        the prompt has.
         """
         return 2 * cdiv(max_len, self.block_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds eviction over a worker whose cache exists, and hooks it into its model runner."""
+"""Builds the evictor of a worker over its allocated KV cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ NO_FULL_ATTENTION = (
 
 @dataclass(frozen=True)
 class EvictedGroup:
-    """Which of a model's layers are evicted: those of full attention, one KV cache group."""
+    """The layers that are evicted: those of full attention, which form one KV cache group."""
 
     index: int
-    """Of the group; block tables are kept by group."""
+    """Index of the group; vLLM keeps one block table per group."""
     layers: dict[str, int]
-    """The pool's layer of each layer name."""
+    """Index in the page pool by vLLM's layer name."""
 
 
 def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
@@ -55,11 +55,11 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
 def build_evictor(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> tuple[Evictor, EvictedGroup]:
-    """The eviction worker of a vLLM worker, and the layers that it evicts.
+    """Build the evictor of a worker, and find the layers that it evicts.
 
     Raises:
-        ValueError: if the cache has no single group of full attention whose pages are
-            interchangeable, which only the allocated cache shows for certain.
+        ValueError: if the cache has no single group of full attention with interchangeable pages.
+            Only the allocated cache shows that for certain.
     """
     groups = kv_cache_config.kv_cache_groups
     index = _evicted_group(groups)
@@ -124,13 +124,13 @@ def evictor_over(
     layer_names: Sequence[str],
     num_heads: int,
 ) -> Evictor:
-    """The eviction worker of a pool.
+    """Build the evictor of a page pool.
 
     Args:
-        pool: of the layers, in order.
-        spec: of each of them.
-        vllm_config: the engine's.
-        layer_names: vLLM's.
+        pool: pages of the layers, in order.
+        spec: the KV cache spec that all layers share.
+        vllm_config: the engine's configuration.
+        layer_names: vLLM's names of the layers, in the order of the pool.
         num_heads: query heads of a layer on this worker.
     """
     assert spec.kv_compress is not None

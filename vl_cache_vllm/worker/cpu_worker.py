@@ -12,10 +12,13 @@ logger = init_logger(__name__)
 
 
 class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
+    """`CPUWorker` with eviction."""
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """The mixin's, and warns where the C++ operators are missing."""
         if not native.is_built():
             logger.warning_once(
                 "KV compression: the C++ operators were not built when vl-cache-vllm was installed "
-                "(is there a C++ compiler?); torch operations serve, which take longer"
+                "(is there a C++ compiler?); the slower torch operations are used"
             )
         super().initialize_from_config(kv_cache_config)

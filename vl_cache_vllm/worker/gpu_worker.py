@@ -20,6 +20,8 @@ from vl_cache_vllm.worker.warmup import (
 
 
 class EvictionGPUWorker(EvictionWorkerMixin):
+    """The GPU `Worker` with eviction."""
+
     def determine_available_memory(self) -> int:
         """vLLM's, with an eviction in the profiling run."""
         runner: Any = self.model_runner
@@ -30,7 +32,7 @@ class EvictionGPUWorker(EvictionWorkerMixin):
             del runner.profile_run
 
     def _profile_run(self, profile_run: Any, *args: Any, **kwargs: Any) -> None:
-        """vLLM's, with an eviction around it."""
+        """vLLM's profiling run between the observation and the eviction of a synthetic prompt."""
         specs = self._evicted_specs()
         rehearsal = self._rehearsal(specs)
         rehearsal.observe()
@@ -40,9 +42,9 @@ class EvictionGPUWorker(EvictionWorkerMixin):
         del activations
 
     def _last_activations(self, specs: dict[str, EvictionAttentionSpec]) -> torch.Tensor:
-        """As many bytes as a step holds while its last layer evicts.
+        """A tensor as large as the activations that a step holds while its last layer evicts.
 
-        The residual, what the layer normalised of it, queries, keys, values and attention's output.
+        These are the residual, its normalised copy, queries, keys, values and attention's output.
         """
         name, spec = next(iter(specs.items()))
         num_heads = self.compilation_config.static_forward_context[name].num_heads

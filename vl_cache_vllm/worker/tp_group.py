@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensor-parallel ranks, each of which holds some KV heads of every layer.
+"""The tensor-parallel group; each rank holds some KV heads of every layer.
 
-They see the same batches in the same order, so that they meet in these sums, and must keep the
-same number of tokens of each layer.
+All ranks run the same batches in the same order, so they reach these sums together. They must keep
+the same number of tokens of each layer.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from vllm.distributed import get_tp_group
 
 @dataclass(frozen=True)
 class TPGroup:
-    """``sum`` adds a tensor of every rank, of any type, in place and returns it."""
+    """Rank and size, and ``sum``, which adds the ranks' tensors in place and returns the result."""
 
     rank: int = 0
     size: int = 1
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The same of a mean of floats."""
+        """The mean over the ranks of float tensors, in place."""
         return self.sum(values) / self.size
 
 

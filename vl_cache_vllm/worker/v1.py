@@ -18,10 +18,11 @@ def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
 
 
 class V1Adapter:
-    """Turns the runner's batch into `BatchRow`s and hands the step to the metadata.
+    """Translates the runner's batch into `BatchRow`s and attaches the step to the metadata.
 
-    V1 tells nobody about restarts after a preemption, but it replaces the request's block ids then
-    (`_update_states`), whereas it extends them in place while the request goes on.
+    V1 does not announce that a request restarts after a preemption. It replaces the request's list
+    of block ids then (`_update_states`), whereas it extends the list in place while the request
+    runs.
     """
 
     def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
@@ -29,8 +30,8 @@ class V1Adapter:
         self._evictor = evictor
         self._group = group
         self._build = runner._build_attention_metadata
-        # The block ids that a request's state belongs to, compared by identity; a reused request
-        # id comes with new ones, too.
+        # The list of block ids that a request's state belongs to, compared by identity. A reused
+        # request id comes with a new list, too.
         self._block_ids: dict[str, object] = {}
 
     def build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +86,7 @@ class V1Adapter:
         return state
 
     def _num_output_tokens(self, req_id: str) -> int:
-        """As the scheduler knows them; the runner of an early pipeline stage may lag behind."""
+        """The scheduler's number; the runner of an early pipeline stage may lag behind."""
         cached = self._evictor.cached_requests
         if cached is not None and req_id in cached.req_ids:
             return cached.num_output_tokens[cached.req_ids.index(req_id)]

@@ -26,9 +26,9 @@ def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
 
 
 class V2Adapter:
-    """V2 announces when requests start and end.
+    """Translates V2's batches; V2 announces when requests start and end.
 
-    Dummy batches borrow the slots of live requests, but not their ids: hence keyed by id.
+    States are keyed by request id, because dummy batches use the slots of live requests.
     """
 
     def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
@@ -44,7 +44,7 @@ class V2Adapter:
         self._gather = runner.gather_batch_req_state
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """A request starts, or starts over after a preemption."""
+        """vLLM's, and starts the request's state; also called when it restarts after a preemption."""
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
@@ -58,13 +58,14 @@ class V2Adapter:
         )
 
     def remove_request(self, req_id: str) -> None:
+        """vLLM's, and forgets the request."""
         self._remove(req_id)
         self._evictor.requests.drop(req_id)
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
     ) -> tuple[Any, int | None]:
-        """Keeps prefills out of full CUDA graphs, where no query could be observed.
+        """vLLM's, but keeps prefills out of full CUDA graphs, where they cannot be observed.
 
         vLLM runs a prefill's last chunk as a decode if it is a single token.
         """
@@ -81,6 +82,7 @@ class V2Adapter:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """vLLM's, with the step attached to the metadata of the evicted layers."""
         metadata = self._prepare(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
         is_capture = bool(kwargs.get("for_capture"))
         rows = [] if is_capture else self._rows(input_batch)
@@ -99,13 +101,13 @@ class V2Adapter:
             graph,
         )
         if is_capture and step is not None and step.tables is not None:
-            step.tables.slot_mapping.fill_(-1)  # as vLLM's: dummies write nothing
+            step.tables.slot_mapping.fill_(-1)  # like vLLM: dummy batches write nothing
         if step is not None:
             step.attach(metadata, self._group.layers)
         return metadata
 
     def _rows(self, input_batch: InputBatch) -> list[BatchRow] | None:
-        """None: a dummy batch."""
+        """The batch; None for a dummy batch."""
         states = [self._evictor.requests.get(req_id) for req_id in input_batch.req_ids]
         if None in states:
             return None

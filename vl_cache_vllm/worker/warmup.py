@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made-up prompt goes through eviction while vLLM profiles memory, before there is a cache.
+"""Evicts a synthetic prompt while vLLM profiles memory, before there is a KV cache.
 
-So vLLM leaves room for what eviction takes at most, whatever the policy is, and the first request
-finds its kernels compiled. That is, per prompt token under observation and layer, 4 bytes for each
-KV head, and what the policy and the selection of one prompt need at once; and the tables of a step,
-4 bytes for each layer, request and block of the longest sequence.
+vLLM then leaves enough memory for the largest eviction, whatever the policy is, and the first
+request finds its kernels compiled. Eviction needs, at most:
+
+- scores: 4 bytes per observed prompt token, layer and KV head;
+- what the policy and the selection of one prompt allocate at once;
+- tables: 4 bytes per layer, request and block of the longest sequence.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ QUERIES = 64  # observed in each of two steps
 
 
 def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
-    """Settings with which a prompt of any length is evicted, and nobody hears of it."""
+    """Settings for the profiling run: evict prompts of any length, write no trace."""
     return dataclasses.replace(
         config,
         budget=0.5,
@@ -37,14 +39,14 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
 
 
 def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
-    """Settings that requests may have besides and for which other kernels are compiled."""
+    """Settings that requests may choose and that need kernels of their own."""
     kinds: tuple[dict[str, Any], ...] = (
         {"sink_tokens": 0, "keep_text": False, "elite_window": 0.0, "diversity": 0.0},
         {"sink_tokens": 1, "elite_window": 0.5, "max_observation_tokens": QUERIES},
         {"elite_window": 0.0, "diversity": 0.5},
     )
     for options in kinds:
-        with contextlib.suppress(ValueError):  # what a policy refuses no request can have
+        with contextlib.suppress(ValueError):  # a policy refuses them, so no request can have them
             policy = dataclasses.replace(config.policy, **options)
             yield dataclasses.replace(config, policy=policy)
 
@@ -57,7 +59,7 @@ def blank_pool(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PagePool:
-    """A pool of one block, packed as those of vLLM's GPU caches are."""
+    """A page pool of one block, packed like vLLM's GPU caches."""
     content = 2 * head_size
     pages = torch.zeros(num_layers, num_kv_heads, block_size * content, dtype=dtype, device=device)
     packing = PagePacking.side_by_side(block_size, head_size, content)
@@ -65,15 +67,15 @@ def blank_pool(
 
 
 class WarmupEviction:
-    """One prompt of the greatest length, and zeros for others under observation.
+    """Observes and evicts one prompt, and allocates scores for others under observation.
 
     Args:
-        worker: over a `blank_pool`, in which all blocks are the same one.
-        tokens: of the prompt.
-        room: tokens under observation at once, of all prompts.
+        worker: over a `blank_pool`, in which all block ids are 0.
+        tokens: length of the prompt.
+        room: tokens of all prompts under observation at once.
         num_heads: query heads on this worker.
         softcap: the layers' logit soft cap, 0 for none.
-        config: the prompt's own settings; None: the worker's.
+        config: the prompt's settings; None: the worker's.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class WarmupEviction:
         config, pool = config or worker.config, worker.pool
         queries = min(QUERIES, tokens // 4)
         self._starts = tokens - 2 * queries, tokens - queries
-        self._state = worker.requests.start("rehearsal", config, self._starts[0], tokens)
+        self._state = worker.requests.start("warm-up", config, self._starts[0], tokens)
         self._num_blocks = cdiv(tokens, pool.block_size)
         self._kept_blocks = min(
             max(1, config.kept_blocks(self._num_blocks)), tokens // pool.block_size
@@ -100,16 +102,16 @@ class WarmupEviction:
         )
 
     def observe(self) -> None:
-        """All but the last step of the prefill."""
+        """Run the prefill without its last step."""
         self._run(*self._starts, self._num_blocks)
 
     def evict(self) -> None:
-        """The last one, and a step of decoding."""
+        """Run the last step of the prefill, which evicts, and one decode step."""
         num_blocks = self._num_blocks + self._kept_blocks
         self._run(self._starts[1], self._tokens, num_blocks)
         self._run(self._tokens, self._tokens + 1, num_blocks + 1)
         for report in self._worker.take_reports():
-            report()  # waits for the device: errors belong here
+            report()  # waits for the device, so that its errors surface here
 
     def _run(self, start: int, end: int, num_blocks: int) -> None:
         pool = self._worker.pool
