@@ -44,7 +44,7 @@ class V2Adapter:
         self._gather = runner.gather_batch_req_state
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """vLLM's, and starts the request's state; also called when it restarts after a preemption."""
+        """vLLM's, and starts the request's state; vLLM also calls it after a preemption."""
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
