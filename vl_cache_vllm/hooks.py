@@ -126,6 +126,13 @@ HOOKS: tuple[Hook, ...] = (
         "the only place that sees the batch and the metadata together",
     ),
     Hook(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        "wrap",
+        "the model runner of CPU workers with eviction, V1, that instance only",
+        "vLLM sets the generator of a seeded request back after each prefill chunk but the last, "
+        "which torch's CPU generators cannot do: the engine would end",
+    ),
+    Hook(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run",
         "wrap",
         "the model runner of GPU workers with eviction, that instance only, at start-up",
@@ -412,6 +419,13 @@ def attach_v1(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:
 
     adapter = V1Adapter(runner, worker, group)
     runner._build_attention_metadata = adapter.build_attention_metadata
+
+
+def attach_generators(runner: Any) -> None:
+    """Let a V1 model runner on CPU set back the generators of seeded requests."""
+    from vl_cache_vllm.worker.generators import RewindingSampler
+
+    runner._sample = RewindingSampler(runner).sample
 
 
 def attach_v2(runner: Any, worker: EvictionWorker, group: EvictedGroup) -> None:

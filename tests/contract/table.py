@@ -684,6 +684,35 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Steps(f"{V1_RUNNER}._prepare_inputs", ("self.query_start_loc.copy_to_gpu()",)),
     ),
+    "worker/generators.py": (
+        Overridden(f"{V1_RUNNER}._sample", "logits, spec_decode_metadata", "SamplerOutput"),
+        Has(V1_RUNNER, "input_batch requests discard_request_mask"),
+        Has("vllm.v1.utils:CpuGpuBuffer", "np"),
+        Has("vllm.v1.worker.gpu_input_batch:CachedRequestState", "generator"),
+        Has("vllm.v1.worker.gpu_input_batch:InputBatch", "generators req_ids num_reqs"),
+        # A request that was preempted returns with the generator of its state.
+        Steps(
+            "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
+            ("self.generators[req_index] = request.generator",),
+        ),
+        Steps(
+            "vllm.v1.worker.gpu_input_batch:InputBatch._make_sampling_metadata",
+            ("generators=self.generators",),
+        ),
+        # The batch, and which samples are discarded, are one step's from sampling to bookkeeping.
+        Steps(
+            f"{V1_RUNNER}.sample_tokens",
+            ("self._sample(logits, spec_decode_metadata)", "self._bookkeeping_sync("),
+        ),
+        Steps(
+            f"{V1_RUNNER}._bookkeeping_sync",
+            (
+                "np.nonzero(self.discard_request_mask.np[:num_reqs])[0]",
+                "gen = self.input_batch.generators.get(int(i))",
+                "gen.set_offset(gen.get_offset() - 4)",
+            ),
+        ),
+    ),
     "worker/v2.py": (
         Has(
             "vllm.v1.core.sched.output:NewRequestData",

@@ -5,6 +5,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vl_cache_vllm import hooks
 from vl_cache_vllm.ops import native
 from vl_cache_vllm.worker.evicting import EvictingWorker
 
@@ -19,3 +20,5 @@ class EvictionCPUWorker(EvictingWorker, CPUWorker):
                 "(is there a C++ compiler?); torch operations serve, which take longer"
             )
         super().initialize_from_config(kv_cache_config)
+        if not self.use_v2_model_runner:
+            hooks.attach_generators(self.model_runner)
