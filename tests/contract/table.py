@@ -266,16 +266,22 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             MANAGER,
-            "block_size block_pool req_to_blocks kv_cache_group_id "
+            "block_size block_pool req_to_blocks kv_cache_group_id num_cached_block "
             "max_admission_blocks_per_request",
         ),
         Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
         Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "is_null"),
-        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
+        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks hash_block_size"),
         Called(
             "vllm.v1.core.block_pool:BlockPool.get_cached_block",
             "block_hash, kv_cache_group_ids",
             "list[KVCacheBlock] | None",
+        ),
+        Called("vllm.v1.core.block_pool:BlockPool.touch", "blocks"),
+        Called("vllm.v1.core.block_pool:BlockPool.free_blocks", "ordered_blocks"),
+        Called(
+            "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+            "block_hashes, hash_block_size, block_size",
         ),
         Called("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "", "int"),
         Overridden(f"{MANAGER}.__init__", "kv_cache_spec, ..."),
@@ -288,6 +294,16 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(
             f"{MANAGER}.cache_blocks",
             "request, num_tokens, retention_interval=, *, replay_boundaries",
+        ),
+        # Blocks before `num_cached_block` are left alone, the others become news.
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
+            (
+                "num_cached_blocks = self.num_cached_block.get(request.request_id, 0)",
+                "if num_cached_blocks >= num_full_blocks:",
+                "self.block_pool.cache_full_blocks(",
+                "self.num_cached_block[request.request_id] = num_full_blocks",
+            ),
         ),
         Overridden(
             f"{MANAGER}.remove_skipped_blocks",
