@@ -65,6 +65,9 @@ _SPECIAL_TOKENS = (
     "</image>",
     "<im_start>",
     "<im_end>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -163,6 +166,64 @@ def _qwen3_vl(architecture: str, model_type: str, **text: Any) -> Kind:
         ),
         placeholder="<|image_pad|>",
         image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
+def _qwen2_5_omni() -> Kind:
+    """Its vision configuration is part of the thinker's; what listens and speaks is not used."""
+    return Kind(
+        config=dict(
+            architectures=["Qwen2_5OmniModel"],
+            model_type="qwen2_5_omni",
+            enable_audio_output=False,
+            thinker_config=dict(
+                model_type="qwen2_5_omni_thinker",
+                text_config=_text("qwen2_5_omni_text", rope_parameters=_MROPE),
+                vision_config=dict(
+                    model_type="qwen2_5_omni_vision_encoder",
+                    depth=2,
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_heads=2,
+                    out_hidden_size=_HIDDEN,
+                    fullatt_block_indexes=[1],
+                ),
+                audio_config=dict(
+                    model_type="qwen2_5_omni_audio_encoder",
+                    d_model=64,
+                    encoder_layers=2,
+                    encoder_attention_heads=2,
+                    encoder_ffn_dim=128,
+                    output_dim=_HIDDEN,
+                ),
+                image_token_index=_ID["<|image_pad|>"],
+                video_token_index=_ID["<|video_pad|>"],
+                audio_token_index=_ID["<|AUDIO|>"],
+                vision_start_token_id=_ID["<|vision_start|>"],
+                vision_end_token_id=_ID["<|vision_end|>"],
+                audio_start_token_id=_ID["<|audio_bos|>"],
+                audio_end_token_id=_ID["<|audio_eos|>"],
+            ),
+        ),
+        processor=lambda tokenizer: transformers.Qwen2_5OmniProcessor(
+            transformers.Qwen2VLImageProcessor(
+                size=dict(shortest_edge=56 * 56, longest_edge=448 * 448)
+            ),
+            transformers.Qwen2VLVideoProcessor(),
+            transformers.WhisperFeatureExtractor(feature_size=128),
+            tokenizer,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=dict(
+            image_token="<|image_pad|>",
+            video_token="<|video_pad|>",
+            audio_token="<|AUDIO|>",
+            vision_bos_token="<|vision_start|>",
+            vision_eos_token="<|vision_end|>",
+            audio_bos_token="<|audio_bos|>",
+            audio_eos_token="<|audio_eos|>",
+        ),
     )
 
 
@@ -602,6 +663,7 @@ _BUILT: dict[str, Kind] = {
         norm_topk_prob=True,
     ),
     "qwen3.5": _qwen3_5(),
+    "qwen2.5-omni": _qwen2_5_omni(),
     "internvl": _internvl(),
     "internvl-chat": _internvl_chat(),
     "idefics3": _idefics3("Idefics3"),

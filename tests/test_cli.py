@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import operator
+import shutil
 import subprocess
 import types
 from collections.abc import Callable
@@ -191,15 +192,16 @@ def _hybrid_in_one_group(vllm_config: VllmConfig) -> None:
 REFUSALS = {
     "decode context parallel": (
         _set("parallel_config.decode_context_parallel_size", 2),
-        "context parallelism",
+        "context parallelism: remove --decode-context-parallel-size 2",
     ),
     "prefill context parallel": (
         _set("parallel_config.prefill_context_parallel_size", 2),
-        "context parallelism",
+        "context parallelism: remove --prefill-context-parallel-size 2",
     ),
-    "micro-batching": (_set("parallel_config.enable_dbo", True), "micro-batching"),
-    "KV connector": (_set("kv_transfer_config", object()), "KV connectors"),
-    "KV offloading": (_set("cache_config.kv_offloading_size", 1.0), "KV connectors"),
+    "micro-batching": (_set("parallel_config.enable_dbo", True), "remove --enable-dbo"),
+    "micro-batches": (_set("parallel_config.ubatch_size", 2), "remove --ubatch-size 2"),
+    "KV connector": (_set("kv_transfer_config", object()), "remove --kv-transfer-config"),
+    "KV offloading": (_set("cache_config.kv_offloading_size", 1.0), "remove --kv-offloading-size"),
     "speculative decoding": (
         _set("speculative_config", SimpleNamespace(method="eagle")),
         "draft model",
@@ -255,14 +257,59 @@ def test_all_reasons_come_in_one_message(model: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("--language-model-only", "text-only serving"),
+        ("--language-model-only", "remove --language-model-only"),
         ("--mm-encoder-only", "encoder-only serving"),
-        ("--kv-offloading-size=1", "KV connectors and offloading"),
+        ("--kv-offloading-size=1", "offloading: remove --kv-offloading-size$"),
     ],
 )
 def test_refused_flag(model: Path, flag: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         config(model, "--kv-compress=vlcache", flag)
+
+
+POLICY_FLAGS = (["--kv-compress=vlcache"], ["--kv-compress=snapkv", "--kv-compress-text"])
+
+
+def _refusal(model: Path, *flags: str) -> str:
+    with pytest.raises(ValueError, match="cannot be used with this configuration") as error:
+        config(model, *flags)
+    (reason,) = str(error.value).split("\n  - ")[1:]
+    return reason
+
+
+@pytest.mark.parametrize("policy", POLICY_FLAGS, ids=["vlcache", "snapkv-text"])
+@pytest.mark.parametrize("limits", ['{"image": 0, "video": 0}', '{"image": {"count": 0}}'])
+def test_a_refusal_names_the_limits_that_were_given(
+    model: Path, policy: list[str], limits: str
+) -> None:
+    reason = _refusal(model, *policy, f"--limit-mm-per-prompt={limits}")
+    assert "at least one image or video in --limit-mm-per-prompt, now {" in reason
+    assert "--language-model-only" not in reason
+    assert '"image": 0' in reason and ('"video": 0' in reason) == ("video" in limits)
+
+
+@pytest.mark.parametrize("policy", POLICY_FLAGS, ids=["vlcache", "snapkv-text"])
+def test_a_refusal_holds_for_policies_that_need_no_image(
+    model: Path, policy: list[str], tmp_path: Path
+) -> None:
+    """Neither a flag that nobody gave, nor a score that the policy does not compute."""
+    only = _refusal(model, *policy, "--language-model-only")
+    assert only == "text-only serving of a vision-language model: remove --language-model-only"
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    text_model = tmp_path / "text"
+    shutil.copytree(model, text_model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (text_model / "config.json").write_text(
+        json.dumps(text | {"architectures": ["LlamaForCausalLM"]})
+    )
+    reason = _refusal(text_model, *policy)
+    assert reason.startswith("a text-only model: only vision-language models are supported")
+    assert "--language-model-only" not in reason and "scores" not in reason
+
+
+def test_models_that_take_embeddings_of_images_are_served(model: Path) -> None:
+    """vLLM's own rule: no image may be encoded, but its embeddings may be sent."""
+    flags = ('--limit-mm-per-prompt={"image": 0}', "--enable-mm-embeds")
+    assert get_kv_compress_config(config(model, "--kv-compress=vlcache", *flags)) is not None
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,13 @@ HOOKS: tuple[Hook, ...] = (
         "the only place that sees the batch and the metadata together",
     ),
     Hook(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        "wrap",
+        "the model runner of CPU workers with eviction, V1, that instance only",
+        "vLLM sets the generator of a seeded request back after each prefill chunk but the last, "
+        "which torch's CPU generators cannot do: the engine would end",
+    ),
+    Hook(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run",
         "wrap",
         "the model runner of GPU workers with eviction, that instance only, at start-up",

@@ -7,6 +7,7 @@ cache groups, page layout) is refused by the worker with the same kind of messag
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -60,15 +61,19 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         f"scheduler {vllm_config.scheduler_config.scheduler_cls}: remove --scheduler-cls, "
         "eviction brings its own subclass of vLLM's scheduler",
     )
+    for phase in ("decode", "prefill"):
+        size = getattr(parallel, f"{phase}_context_parallel_size")
+        refuse(size > 1, f"context parallelism: remove --{phase}-context-parallel-size {size}")
+    refuse(parallel.enable_dbo, "micro-batching: remove --enable-dbo")
     refuse(
-        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-        "context parallelism: use --decode-context-parallel-size 1 "
-        "--prefill-context-parallel-size 1",
+        parallel.ubatch_size > 1 and not parallel.enable_dbo,
+        f"micro-batching: remove --ubatch-size {parallel.ubatch_size}",
     )
-    refuse(parallel.enable_dbo or parallel.ubatch_size > 1, "micro-batching: remove --enable-dbo")
-    refuse(
-        vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
-        "KV connectors and offloading: remove --kv-transfer-config and --kv-offloading-size",
+    offloads = cache.kv_offloading_size is not None
+    refuse(offloads, "KV offloading: remove --kv-offloading-size")
+    refuse(  # vLLM makes offloading a connector
+        vllm_config.kv_transfer_config is not None and not offloads,
+        "KV connectors: remove --kv-transfer-config",
     )
     speculative = vllm_config.speculative_config
     refuse(
@@ -140,11 +145,7 @@ def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
             model.runner_type != "generate",
             f"{model.runner_type} models: there is no decoding to save cache for",
         ),
-        (
-            not model.supports_multimodal_inputs,
-            "text-only serving: the policy scores tokens by the text that follows an image; use a "
-            "vision-language model, without --language-model-only",
-        ),
+        (not model.supports_multimodal_inputs, _text_only_reason(model)),
         (model.use_mla, "multi-head latent attention (MLA)"),
         (model.is_encoder_decoder, "encoder-decoder models (cross attention)"),
         (
@@ -165,3 +166,22 @@ def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
         (model.uses_alibi, "ALiBi position biases"),
     )
     return [reason for condition, reason in checks if condition]
+
+
+def _text_only_reason(model: ModelConfig) -> str:
+    """Why a server that vLLM takes for text-only takes no images; meaningless for others."""
+    multimodal = model.multimodal_config
+    if multimodal is None:
+        return (
+            "a text-only model: only vision-language models are supported; --kv-compress-text "
+            "evicts text-only prompts of such a model"
+        )
+    if multimodal.language_model_only:
+        return "text-only serving of a vision-language model: remove --language-model-only"
+    limits = {name: multimodal.get_limit_per_prompt(name) for name in multimodal.limit_per_prompt}
+    if limits:
+        return (
+            "text-only serving of a vision-language model: allow at least one image or video in "
+            f"--limit-mm-per-prompt, now {json.dumps(limits)}"
+        )
+    return "text-only serving of a vision-language model that vLLM has no image processor for"

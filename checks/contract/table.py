@@ -259,9 +259,20 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Exists("vllm.v1.core.kv_cache_utils:KVCacheBlock"),
         Has("vllm.v1.request:Request", "request_id max_tokens num_output_tokens"),
-        Has(MANAGER, "block_size block_pool req_to_blocks"),
+        Has(MANAGER, "block_size block_pool req_to_blocks kv_cache_group_id num_cached_block"),
         Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
-        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
+        Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks hash_block_size"),
+        Called(
+            "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+            "block_hash, kv_cache_group_ids",
+            "list[KVCacheBlock] | None",
+        ),
+        Called("vllm.v1.core.block_pool:BlockPool.touch", "blocks"),
+        Called("vllm.v1.core.block_pool:BlockPool.free_blocks", "ordered_blocks"),
+        Called(
+            "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+            "block_hashes, hash_block_size, block_size",
+        ),
         Called("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "", "int"),
         Overridden(f"{MANAGER}.__init__", "kv_cache_spec, ..."),
         Overridden(f"{MANAGER}.get_num_blocks_to_allocate", "request_id, num_tokens, ...", "int"),
@@ -273,6 +284,16 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(
             f"{MANAGER}.cache_blocks",
             "request, num_tokens, retention_interval=, *, replay_boundaries",
+        ),
+        # Blocks before `num_cached_block` are left alone, the others become news.
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
+            (
+                "num_cached_blocks = self.num_cached_block.get(request.request_id, 0)",
+                "if num_cached_blocks >= num_full_blocks:",
+                "self.block_pool.cache_full_blocks(",
+                "self.num_cached_block[request.request_id] = num_full_blocks",
+            ),
         ),
         Overridden(
             f"{MANAGER}.remove_skipped_blocks",
@@ -696,6 +717,35 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ("block_ids.extend(new_ids)", "req_state.block_ids = new_block_ids"),
         ),
         Steps(f"{V1_RUNNER}._prepare_inputs", ("self.query_start_loc.copy_to_gpu()",)),
+    ),
+    "worker/generators.py": (
+        Overridden(f"{V1_RUNNER}._sample", "logits, spec_decode_metadata", "SamplerOutput"),
+        Has(V1_RUNNER, "input_batch requests discard_request_mask"),
+        Has("vllm.v1.utils:CpuGpuBuffer", "np"),
+        Has("vllm.v1.worker.gpu_input_batch:CachedRequestState", "generator"),
+        Has("vllm.v1.worker.gpu_input_batch:InputBatch", "generators req_ids num_reqs"),
+        # A request that was preempted returns with the generator of its state.
+        Steps(
+            "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
+            ("self.generators[req_index] = request.generator",),
+        ),
+        Steps(
+            "vllm.v1.worker.gpu_input_batch:InputBatch._make_sampling_metadata",
+            ("generators=self.generators",),
+        ),
+        # The batch, and which samples are discarded, are one step's from sampling to bookkeeping.
+        Steps(
+            f"{V1_RUNNER}.sample_tokens",
+            ("self._sample(logits, spec_decode_metadata)", "self._bookkeeping_sync("),
+        ),
+        Steps(
+            f"{V1_RUNNER}._bookkeeping_sync",
+            (
+                "np.nonzero(self.discard_request_mask.np[:num_reqs])[0]",
+                "gen = self.input_batch.generators.get(int(i))",
+                "gen.set_offset(gen.get_offset() - 4)",
+            ),
+        ),
     ),
     "worker/v2.py": (
         Exists(f"{V2_STATE}.add_request"),

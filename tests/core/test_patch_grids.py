@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch grids from vLLM's features, model family by model family."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import (
     MultiModalFeatureSpec,
     MultiModalFieldConfig,
@@ -13,6 +16,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from testing import model_zoo
 from vl_cache_vllm.core.patch_grids import patch_grids
 from vl_cache_vllm.policy import PatchGrid
 
@@ -27,6 +31,11 @@ LLAVA = model("llava", model_type="clip_vision_model")
 PIXTRAL = model("llava", model_type="pixtral")
 IDEFICS = model("idefics3")
 QWEN = model("qwen2_vl", mrope=True, spatial_merge_size=2)
+UNSAID = model("isaac", mrope=True, pixel_shuffle_scale_factor=2)
+OMNI: Any = SimpleNamespace(
+    hf_config=SimpleNamespace(model_type="qwen2_5_omni", thinker_config=QWEN.hf_config),
+    uses_mrope=True,
+)
 
 
 def feature(
@@ -63,6 +72,67 @@ def test_frames_of_a_video() -> None:
     assert (first, second) == (PatchGrid(4, 2, 3, 3), PatchGrid(10, 2, 3, 3))
     apart = feature(4, "ttvvvvvvttvvvvvv", (2, 4, 6), modality="video")
     assert patch_grids([apart], QWEN) == (PatchGrid(6, 2, 3, 3), PatchGrid(14, 2, 3, 3))
+
+
+@pytest.mark.parametrize("of", [OMNI, UNSAID], ids=["nested", "unsaid"])
+def test_a_merge_that_the_vision_configuration_does_not_say(of: Any) -> None:
+    assert patch_grids([feature(4, "v" * 16, (1, 8, 8))], of) == (PatchGrid(4, 4, 4, 4),)
+
+
+def test_frames_of_a_nested_configuration() -> None:
+    """The sound of a video stands between its frames, and is not visual."""
+    video = feature(4, "svvvvvvaavvvvvvae", (2, 4, 6), modality="video")
+    assert patch_grids([video], OMNI) == (PatchGrid(5, 2, 3, 3), PatchGrid(13, 2, 3, 3))
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_a_merge_counted(merge: int) -> None:
+    image = feature(4, "v" * 6, (1, 2 * merge, 3 * merge))
+    assert patch_grids([image], UNSAID) == (PatchGrid(4, 2, 3, 3),)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"),
+    [
+        (32, (1, 8, 8)),  # two patches a token
+        (48, (1, 8, 8)),  # a fraction of a patch
+        (128, (1, 8, 8)),
+        (16, (4, 4, 4)),  # 2 x 2 patches, or the same patch of four frames
+        (9, (1, 3, 12)),  # rows that do not divide
+        (4, (1, 1, 16)),
+    ],
+)
+def test_numbers_that_leave_doubt(tokens: int, grid: tuple[int, int, int]) -> None:
+    assert patch_grids([feature(4, "v" * tokens, grid)], UNSAID) == ()
+
+
+def test_a_merge_that_is_said_is_not_counted() -> None:
+    """Three quarters of a video's tokens may be pruned: what is left looks like merge 4."""
+    pruned = feature(4, "v" * 16, (1, 16, 16))
+    assert patch_grids([pruned], QWEN) == ()
+    assert patch_grids([pruned], OMNI) == ()
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen2.5-omni", "glm4v", "glm-ocr"]
+)
+def test_processors_with_mrope(kind: str, modality: str, tmp_path: Path) -> None:
+    """Of what vLLM's processor makes, all visual tokens have a place, in grids side by side."""
+    path = str(model_zoo.build(kind, tmp_path / kind))
+    config = ModelConfig(model=path, tokenizer=path, dtype="float32", max_model_len=2048)
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    processed = processor.get_dummy_mm_inputs({modality: 1})
+    (item,), (place,) = (
+        processed["mm_kwargs"][modality],
+        processed["mm_placeholders"][modality],
+    )
+    grids = patch_grids([MultiModalFeatureSpec(item, modality, "hash", place)], config)
+    visual = [p for first, last in place.extract_embeds_range() for p in range(first, last + 1)]
+    assert visual and [p for grid in grids for p in grid.positions("cpu").flatten()] == visual
+    frames, height, width = item[f"{modality}_grid_thw"].data.tolist()
+    assert len(grids) == frames
+    assert all(grid.rows * width == grid.columns * height for grid in grids)
 
 
 @pytest.mark.parametrize("mask", ["v" * 11, "v" * 13, "vvvvvbvvvvvvv"])

@@ -196,6 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.drafts: dict[str, list[int]] = {}
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.of_hash: dict[Any, list[int]] = {}  # the labels that a cached block must hold
+        self.cached_elsewhere: dict[str, set[int]] = {}  # indices of blocks, by request
         self.promised: dict[str, set[int]] = {}  # blocks that get their hash in a step, by request
         self.num_added = 0
         self.num_evicted = 0
@@ -223,7 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             cache.allocate_slots,
             cache.free,
         )
-        take_stats = self.manager.take_stats
+        take_stats, cache_blocks = self.manager.take_stats, self.manager.cache_blocks
         self.scheduler._get_local_prefix_cache_hit = lambda r: self.check_hit(r, hit(r))
         cache.allocate_slots = lambda *args, **kwargs: self.check_allocation(
             allocate, *args, **kwargs
@@ -231,6 +232,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         def freed(request: Request) -> None:
             self.learn(request)
+            self.cached_elsewhere.pop(request.request_id, None)
             # vLLM keeps hashes of blocks that a victim of this very step will never fill.
             self.pool.evict_blocks(self.promised.pop(request.request_id, set()))
             expected = self.expected.pop(request.request_id, None)
@@ -250,8 +252,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.reported.update({f"skip {name}": n for name, n in stats.skipped.items()})
             return stats
 
+        def cached(request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+            start = self.manager.num_cached_block.get(request.request_id, 0)
+            hashes = request.block_hashes[: num_tokens // BLOCK_SIZE]
+            elsewhere = {
+                n
+                for n, block_hash in enumerate(hashes)
+                if n >= start and self.pool.get_cached_block(block_hash, [GROUP])
+            }
+            self.seen["cached elsewhere"] += bool(elsewhere)
+            self.cached_elsewhere.setdefault(request.request_id, set()).update(elsewhere)
+            cache_blocks(request, num_tokens, *args, **kwargs)
+
         cache.free = freed
         self.manager.take_stats = reported
+        self.manager.cache_blocks = cached
 
     # Requests come and go.
 
@@ -748,8 +763,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert block.block_hash is None
             else:
                 assert 0 not in row
-            for block in (self.pool.blocks[i] for i in row[: self.num_cached(expected)]):
-                assert block.is_null or block.block_hash is not None
+            elsewhere = self.cached_elsewhere.get(request_id, set())
+            for n, block in enumerate(
+                self.pool.blocks[i] for i in row[: self.num_cached(expected)]
+            ):
+                assert block.is_null or block.block_hash is not None or n in elsewhere
 
     def num_cached(self, expected: Expected) -> int:
         """Leading blocks of a row that others may share."""
@@ -863,6 +881,7 @@ EVENTS = (
     "abort",
     "allocation failed",
     "cached block reused",
+    "cached elsewhere",
     "draft accepted",
     "draft rejected",
     "evicted",
@@ -901,12 +920,12 @@ def test_random_histories(machine: type[SchedulerMachine], num_examples: int) ->
     assert not missing, f"no history had: {missing} ({dict(seen)})"
 
 
-def story(setup: dict[str, Any], policy: EvictionPolicy) -> SchedulerMachine:
-    """A machine to tell one history with."""
+def story(setup: dict[str, Any], policy: EvictionPolicy, num_blocks: int = 20) -> SchedulerMachine:
+    """A machine to tell one history with, over ``num_blocks`` more blocks than it must have."""
     machine = SchedulerMachine()
     machine.seen = Counter()
     machine.start(
-        num_blocks=20,
+        num_blocks=num_blocks,
         settings={
             "policy": policy,
             "budget": "0.25",

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -121,9 +121,17 @@ class EvictionBlockManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """vLLM's, without the blocks after an evicted prompt: they are no prefix of anything."""
-        plan = self.decisions.decided(request.request_id)
+        plan = self.decisions.plan_of(request.request_id)
         if plan is not None and plan.kept_blocks:
             num_tokens = min(num_tokens, plan.prompt_tokens)
+            for index in self._cached_elsewhere(request, num_tokens):
+                super().cache_blocks(
+                    request,
+                    index * self.block_size,
+                    retention_interval,
+                    replay_boundaries=replay_boundaries,
+                )
+                self.num_cached_block[request.request_id] = index + 1
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -173,6 +181,27 @@ class EvictionBlockManager(FullAttentionManager):
         """Blocks of a request's row without the null blocks in place of its prompt."""
         freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
         return len(self.req_to_blocks.get(request_id, ())) - freed
+
+    def _cached_elsewhere(self, request: Request, num_tokens: int) -> list[int]:
+        """Indices of a request's new full blocks whose contents the prefix cache already has.
+
+        A shortened hit recomputes the observed part of a cached prompt. A second copy in the
+        prefix cache would be announced (KV events) as if it were new, and its removal as if it were
+        the only one. The first copy is touched instead, as a hit would have done.
+        """
+        start = self.num_cached_block.get(request.request_id, 0)
+        hashes = resolve_block_hashes(
+            request.block_hashes, self.block_pool.hash_block_size, self.block_size
+        )
+        indices, copies = [], []
+        for index in range(start, num_tokens // self.block_size):
+            cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
+            if cached is not None:
+                indices.append(index)
+                copies.append(cached[0])
+        self.block_pool.touch(copies)
+        self.block_pool.free_blocks(reversed(copies))
+        return indices
 
     @property
     def blocks_held(self) -> int:

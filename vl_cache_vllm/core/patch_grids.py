@@ -6,6 +6,7 @@ from itertools import pairwise
 from math import isqrt
 
 import torch
+from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
@@ -31,7 +32,6 @@ def patch_grids(
     - square images and tiles (LLaVA-1.5, Idefics3, SmolVLM).
     """
     vision = getattr(model.hf_config, "vision_config", None)
-    merge = getattr(vision, "spatial_merge_size", None) or 1
     grids: list[PatchGrid] = []
     for feature in features:
         if feature.modality not in VISUAL_MODALITIES:
@@ -39,7 +39,7 @@ def patch_grids(
         ranges = feature.mm_position.extract_embeds_range()
         runs = [(first, last - first + 1) for first, last in ranges]
         if model.uses_mrope:
-            grids += _stated(feature, runs, merge)
+            grids += _stated(feature, runs, _stated_merge(model.hf_config))
         elif getattr(vision, "model_type", None) == "pixtral":
             grids += _rows(runs, feature.mm_position.offset + feature.mm_position.length)
         elif model.hf_config.model_type in _SQUARES:
@@ -47,14 +47,44 @@ def patch_grids(
     return tuple(grids)
 
 
-def _stated(feature: MultiModalFeatureSpec, runs: Runs, merge: int) -> list[PatchGrid]:
+def _stated_merge(hf_config: PretrainedConfig) -> int | None:
+    """Patches along each side of a visual token; None where the configuration does not say.
+
+    Qwen2.5-Omni and Qwen3-Omni keep the vision configuration inside that of their thinker.
+    """
+    for config in (hf_config, getattr(hf_config, "thinker_config", None)):
+        vision = getattr(config, "vision_config", None)
+        if merge := getattr(vision, "spatial_merge_size", None):
+            return merge
+    return None
+
+
+def _counted_merge(patches: Sequence[tuple[int, int, int]], num_tokens: int) -> int | None:
+    """The same from the numbers alone: Isaac has another name for it; None where they leave doubt.
+
+    Several frames leave doubt, because a model may also merge patches of consecutive frames.
+    """
+    if not num_tokens or any(frames != 1 for frames, _, _ in patches):
+        return None
+    num_patches = sum(height * width for _, height, width in patches)
+    merge = isqrt(num_patches // num_tokens)
+    return merge if merge**2 * num_tokens == num_patches else None
+
+
+def _stated(feature: MultiModalFeatureSpec, runs: Runs, merge: int | None) -> list[PatchGrid]:
     """Frame by frame; none where the tokens are others than the processor says."""
     element = feature.data.get(f"{feature.modality}_grid_thw") if feature.data else None
     if element is None or not isinstance(element.data, torch.Tensor):
         return []
     positions = [first + i for first, length in runs for i in range(length)]
+    patches = element.data.reshape(-1, 3).tolist()
+    merge = merge or _counted_merge(patches, len(positions))
+    if not merge:
+        return []
     grids, taken = [], 0
-    for frames, height, width in element.data.reshape(-1, 3).tolist():
+    for frames, height, width in patches:
+        if height % merge or width % merge:
+            return []
         rows, columns = height // merge, width // merge
         for _ in range(frames):
             own = positions[taken : taken + rows * columns]

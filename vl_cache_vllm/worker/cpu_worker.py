@@ -6,6 +6,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vl_cache_vllm.ops import native
+from vl_cache_vllm.worker import generators
 from vl_cache_vllm.worker.base_worker import EvictionWorkerMixin
 
 logger = init_logger(__name__)
@@ -22,3 +23,5 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
                 "(is there a C++ compiler?); the slower torch operations are used"
             )
         super().initialize_from_config(kv_cache_config)
+        if not self.use_v2_model_runner:
+            generators.install(self.model_runner)
