@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first four are in place, and they only add flags, look at one
-key of ``additional_config`` and refuse requests that ask for eviction.
+With ``--kv-compress none`` only the first six are in place.
+They only add flags, look at one key of ``additional_config`` and refuse requests that ask for
+eviction.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from packaging.version import Version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
 
     from vl_cache_vllm.worker.attach import EvictedGroup
     from vl_cache_vllm.worker.eviction import EvictionWorker
@@ -61,12 +63,29 @@ HOOKS: tuple[Hook, ...] = (
         "validates, refuses what is unsupported, chooses our worker and scheduler classes",
     ),
     Hook(
+        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
+        "wrap",
+        "processes that create an engine's config; acts on HTTP requests with kv_budget or "
+        "kv_policy_options",
+        "checks a request's own settings before its images are processed: the front end's cache "
+        "must not take images that the engine will not get; every endpoint that generates calls "
+        "this method first",
+    ),
+    Hook(
+        "vllm.entrypoints.common.offline:OfflineInferenceMixin._render_and_add_requests",
+        "wrap",
+        "processes that create an engine's config; acts on requests of LLM with kv_budget or "
+        "kv_policy_options",
+        "the same check before LLM processes the images of the first prompt",
+    ),
+    Hook(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "wrap",
         "processes that create an engine's config; acts on requests with kv_budget or "
-        "kv_policy_options",
-        "checks a request's own settings where an error is still an HTTP 400; custom logits "
-        "processors could check too, but make V1 copy every sampled token to the host",
+        "kv_policy_options, and with eviction on prompts that vLLM refuses",
+        "the same check for callers of AsyncLLM and LLMEngine; a refused prompt's new images are "
+        "taken out of the front end's cache; custom logits processors could check too, but make V1 "
+        "copy every sampled token to the host",
     ),
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
@@ -252,36 +271,116 @@ def _tell(message: str) -> None:
 
 
 def _check_requests() -> None:
-    """Let the front end refuse a request whose own settings are wrong, once per process."""
+    """Let the front end refuse a request whose own settings are wrong, once per process.
+
+    The front end's cache of images mirrors the engine's, entry by entry and in the same order.
+    Processing a prompt changes it, so a request is refused before that wherever vLLM allows it.
+    """
+    from vllm.entrypoints.common.offline import OfflineInferenceMixin
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, settings_of
+    from vl_cache_vllm.config import settings_of
 
     if getattr(InputProcessor, "_vl_cache_installed", False):
         return
     InputProcessor._vl_cache_installed = True  # type: ignore[attr-defined]
+    check_model = GenerateBaseServing._check_model
+    add_requests = OfflineInferenceMixin._render_and_add_requests
     process_inputs = InputProcessor.process_inputs
+
+    async def check_model_with_ours(self: GenerateBaseServing, request: Any) -> Any:
+        error = await check_model(self, request)
+        if error is None:
+            sampling_params = getattr(request, "sampling_params", None)  # /inference/v1/generate
+            extra = (
+                getattr(request, "vllm_xargs", None)
+                if sampling_params is None
+                else sampling_params.extra_args
+            )
+            _check_settings(self.input_processor.vllm_config, extra)
+        return error
+
+    def add_requests_with_ours(
+        self: OfflineInferenceMixin, prompts: Any, params: Sequence[Any], **kwargs: Any
+    ) -> list[str]:
+        for each in params:
+            _check_settings(self.llm_engine.vllm_config, getattr(each, "extra_args", None))
+        return add_requests(self, prompts, params, **kwargs)
 
     def process_inputs_with_ours(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        extra = getattr(params, "extra_args", None) or {}
-        if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
-            config = settings_of(self.vllm_config)
-            try:
-                if config is None:
-                    raise ValueError(
-                        f"{' and '.join(given)} cannot be honoured: this server was started "
-                        "without --kv-compress"
-                    )
-                config.for_request(extra)
-            except ValueError as error:
-                _forget_images(self, prompt)
-                raise VLLMValidationError(str(error), parameter=given[0]) from error
-        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            _check_settings(self.vllm_config, getattr(params, "extra_args", None))
+        except VLLMValidationError:
+            _forget_new_images(self, prompt)
+            raise
+        try:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        except Exception:
+            if settings_of(self.vllm_config) is not None:
+                _forget_new_images(self, prompt)
+            raise
 
+    serving: Any = GenerateBaseServing  # inherits the method
+    serving._check_model = check_model_with_ours
+    OfflineInferenceMixin._render_and_add_requests = (  # type: ignore[method-assign]
+        add_requests_with_ours
+    )
     InputProcessor.process_inputs = process_inputs_with_ours  # type: ignore[method-assign]
+
+
+def _check_settings(vllm_config: VllmConfig, extra: Any) -> None:
+    """Refuse a request whose own settings are wrong.
+
+    Args:
+        extra: ``SamplingParams.extra_args``, or what a client sent as ``vllm_xargs``.
+
+    Raises:
+        VLLMValidationError: over HTTP status 400, with what is wrong.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, settings_of
+
+    if not isinstance(extra, Mapping):  # /v1/chat/completions/batch checks the type later
+        return
+    if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
+        config = settings_of(vllm_config)
+        try:
+            if config is None:
+                raise ValueError(
+                    f"{' and '.join(given)} cannot be honoured: this server was started "
+                    "without --kv-compress"
+                )
+            config.for_request(extra)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=given[0]) from error
+
+
+def _forget_new_images(processor: InputProcessor, prompt: Any) -> None:
+    """Take those images of a refused prompt out of the front end's cache that it put there.
+
+    The engine did not get them, so the next request must send them again. Images that were in the
+    cache before carry no data, and the engine has them. What the new ones pushed out is also the
+    oldest in the engine's cache and leaves that first, so the front end never misses it there.
+    """
+    from vllm.inputs import split_enc_dec_input
+
+    cache = processor.renderer.mm_processor_cache
+    # Only the renderer uses the cache, and notes when; /inference/v1/generate can go without it.
+    if cache is None or not isinstance(prompt, dict) or "arrival_time" not in prompt:
+        return
+    rendered: Any = prompt
+    _, decoder_prompt = split_enc_dec_input(rendered)
+    if decoder_prompt["type"] != "multimodal":
+        return
+    for modality, items in decoder_prompt["mm_kwargs"].items():
+        for item, mm_hash in zip(items, decoder_prompt["mm_hashes"][modality], strict=True):
+            if item is not None:
+                cache.invalidate(mm_hash)
 
 
 def _add_metrics() -> None:
@@ -315,18 +414,6 @@ def _add_metrics() -> None:
             self.stat_loggers.insert(0, ours)
 
     StatLoggerManager.__init__ = init_with_ours  # type: ignore[method-assign]
-
-
-def _forget_images(processor: Any, prompt: Any) -> None:
-    """Of a refused request: the renderer believes that the engine received them.
-
-    As vLLM itself does when the engine reports one missing; the next request sends them.
-    """
-    cache = processor.renderer.mm_processor_cache
-    hashes = prompt.get("mm_hashes") if isinstance(prompt, dict) else None
-    if cache is not None and hashes:
-        for mm_hash in (h for per_modality in hashes.values() for h in per_modality):
-            cache.invalidate(mm_hash)
 
 
 def enable(vllm_config: VllmConfig) -> None:
