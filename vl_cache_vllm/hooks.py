@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first four are in place, and they only add flags, look at one
-key of ``additional_config`` and refuse requests that ask for eviction.
+With ``--kv-compress none`` only the first six are in place.
+They only add flags, look at one key of ``additional_config`` and refuse requests that ask for
+eviction.
 """
 
 from __future__ import annotations
@@ -48,12 +49,29 @@ HOOKS: tuple[Hook, ...] = (
         "validates, refuses what is unsupported, chooses our worker and scheduler classes",
     ),
     Hook(
+        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
+        "wrap",
+        "processes that create an engine's config; acts on HTTP requests with kv_budget or "
+        "kv_policy_options",
+        "checks a request's own settings before its images are processed: the front end's cache "
+        "must not take images that the engine will not get; every endpoint that generates calls "
+        "this method first",
+    ),
+    Hook(
+        "vllm.entrypoints.common.offline:OfflineInferenceMixin._render_and_add_requests",
+        "wrap",
+        "processes that create an engine's config; acts on requests of LLM with kv_budget or "
+        "kv_policy_options",
+        "the same check before LLM processes the images of the first prompt",
+    ),
+    Hook(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "wrap",
         "processes that create an engine's config; acts on requests with kv_budget or "
-        "kv_policy_options",
-        "checks a request's own settings where an error is still an HTTP 400; custom logits "
-        "processors could check too, but make V1 copy every sampled token to the host",
+        "kv_policy_options, and with eviction on prompts that vLLM refuses",
+        "the same check for callers of AsyncLLM and LLMEngine; a refused prompt's new images are "
+        "taken out of the front end's cache; custom logits processors could check too, but make V1 "
+        "copy every sampled token to the host",
     ),
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",

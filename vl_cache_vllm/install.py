@@ -7,12 +7,14 @@ import functools
 import logging
 import multiprocessing
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vl_cache_vllm.hooks import ASYNC_SCHEDULER, SCHEDULER, WORKERS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
 
 
 def install() -> None:
@@ -95,36 +97,116 @@ def _tell(message: str) -> None:
 
 
 def _check_requests() -> None:
-    """Let the front end refuse a request whose own settings are wrong, once per process."""
+    """Let the front end refuse a request whose own settings are wrong, once per process.
+
+    The front end's cache of images mirrors the engine's, entry by entry and in the same order.
+    Processing a prompt changes it, so a request is refused before that wherever vLLM allows it.
+    """
+    from vllm.entrypoints.common.offline import OfflineInferenceMixin
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, get_kv_compress_config
+    from vl_cache_vllm.config import get_kv_compress_config
 
     if getattr(InputProcessor, "_vl_cache_installed", False):
         return
     InputProcessor._vl_cache_installed = True  # type: ignore[attr-defined]
+    check_model = GenerateBaseServing._check_model
+    add_requests = OfflineInferenceMixin._render_and_add_requests
     process_inputs = InputProcessor.process_inputs
+
+    async def check_model_with_ours(self: GenerateBaseServing, request: Any) -> Any:
+        error = await check_model(self, request)
+        if error is None:
+            sampling_params = getattr(request, "sampling_params", None)  # /inference/v1/generate
+            extra = (
+                getattr(request, "vllm_xargs", None)
+                if sampling_params is None
+                else sampling_params.extra_args
+            )
+            _check_settings(self.input_processor.vllm_config, extra)
+        return error
+
+    def add_requests_with_ours(
+        self: OfflineInferenceMixin, prompts: Any, params: Sequence[Any], **kwargs: Any
+    ) -> list[str]:
+        for each in params:
+            _check_settings(self.llm_engine.vllm_config, getattr(each, "extra_args", None))
+        return add_requests(self, prompts, params, **kwargs)
 
     def process_inputs_with_ours(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        extra = getattr(params, "extra_args", None) or {}
-        if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
-            config = get_kv_compress_config(self.vllm_config)
-            try:
-                if config is None:
-                    raise ValueError(
-                        f"{' and '.join(given)} cannot be honoured: this server was started "
-                        "without --kv-compress"
-                    )
-                config.for_request(extra)
-            except ValueError as error:
-                _forget_images(self, prompt)
-                raise VLLMValidationError(str(error), parameter=given[0]) from error
-        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            _check_settings(self.vllm_config, getattr(params, "extra_args", None))
+        except VLLMValidationError:
+            _forget_new_images(self, prompt)
+            raise
+        try:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        except Exception:
+            if get_kv_compress_config(self.vllm_config) is not None:
+                _forget_new_images(self, prompt)
+            raise
 
+    serving: Any = GenerateBaseServing  # inherits the method
+    serving._check_model = check_model_with_ours
+    OfflineInferenceMixin._render_and_add_requests = (  # type: ignore[method-assign]
+        add_requests_with_ours
+    )
     InputProcessor.process_inputs = process_inputs_with_ours  # type: ignore[method-assign]
+
+
+def _check_settings(vllm_config: VllmConfig, extra: Any) -> None:
+    """Refuse a request whose own settings are wrong.
+
+    Args:
+        extra: ``SamplingParams.extra_args``, or what a client sent as ``vllm_xargs``.
+
+    Raises:
+        VLLMValidationError: over HTTP status 400, with what is wrong.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, get_kv_compress_config
+
+    if not isinstance(extra, Mapping):  # /v1/chat/completions/batch checks the type later
+        return
+    if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
+        config = get_kv_compress_config(vllm_config)
+        try:
+            if config is None:
+                raise ValueError(
+                    f"{' and '.join(given)} cannot be honoured: this server was started "
+                    "without --kv-compress"
+                )
+            config.for_request(extra)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=given[0]) from error
+
+
+def _forget_new_images(processor: InputProcessor, prompt: Any) -> None:
+    """Take those images of a refused prompt out of the front end's cache that it put there.
+
+    The engine did not get them, so the next request must send them again. Images that were in the
+    cache before carry no data, and the engine has them. What the new ones pushed out is also the
+    oldest in the engine's cache and leaves that first, so the front end never misses it there.
+    """
+    from vllm.inputs import split_enc_dec_input
+
+    cache = processor.renderer.mm_processor_cache
+    # Only the renderer uses the cache, and notes when; /inference/v1/generate can go without it.
+    if cache is None or not isinstance(prompt, dict) or "arrival_time" not in prompt:
+        return
+    rendered: Any = prompt
+    _, decoder_prompt = split_enc_dec_input(rendered)
+    if decoder_prompt["type"] != "multimodal":
+        return
+    for modality, items in decoder_prompt["mm_kwargs"].items():
+        for item, mm_hash in zip(items, decoder_prompt["mm_hashes"][modality], strict=True):
+            if item is not None:
+                cache.invalidate(mm_hash)
 
 
 def _add_metrics() -> None:
@@ -158,18 +240,6 @@ def _add_metrics() -> None:
             self.stat_loggers.insert(0, ours)
 
     StatLoggerManager.__init__ = init_with_ours  # type: ignore[method-assign]
-
-
-def _forget_images(processor: Any, prompt: Any) -> None:
-    """Of a refused request: the renderer believes that the engine received them.
-
-    As vLLM itself does when the engine reports one missing; the next request sends them.
-    """
-    cache = processor.renderer.mm_processor_cache
-    hashes = prompt.get("mm_hashes") if isinstance(prompt, dict) else None
-    if cache is not None and hashes:
-        for mm_hash in (h for per_modality in hashes.values() for h in per_modality):
-            cache.invalidate(mm_hash)
 
 
 def enable(vllm_config: VllmConfig) -> None:

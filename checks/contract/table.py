@@ -35,6 +35,8 @@ ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 KV_INTERFACE = "vllm.v1.kv_cache_interface"
 BACKENDS = "vllm.v1.attention.backends.registry"
 LOGGERS = "vllm.v1.metrics.loggers"
+GENERATE_SERVING = "vllm.entrypoints.generate.base.serving:GenerateBaseServing"
+OFFLINE = "vllm.entrypoints.common.offline:OfflineInferenceMixin"
 
 
 # What ours adds to a GPU backend, by the names of its classes.
@@ -110,9 +112,61 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "request_id, prompt, params, ...",
         ),
         Has("vllm.v1.engine.input_processor:InputProcessor", "vllm_config renderer"),
+        # Refused before its images are processed, on every endpoint and in LLM ...
+        Overridden(f"{GENERATE_SERVING}._check_model", "request"),
+        Has(GENERATE_SERVING, "input_processor"),
+        *(
+            Extends(f"vllm.entrypoints.{serving}", GENERATE_SERVING)
+            for serving in (
+                "openai.chat_completion.serving:OpenAIServingChat",
+                "openai.completion.serving:OpenAIServingCompletion",
+                "openai.responses.serving:OpenAIServingResponses",
+                "scale_out.token_in_token_out.serving:ServingTokens",
+                "speech_to_text.base.serving:SpeechToTextBaseServing",
+            )
+        ),
+        *(
+            Steps(f"vllm.entrypoints.{function}", ("await self._check_model(request)", render))
+            for function, render in (
+                (
+                    "openai.chat_completion.serving:OpenAIServingChat.render_chat_request",
+                    "self.online_renderer.render_chat(request)",
+                ),
+                (
+                    "openai.chat_completion.batch_serving:"
+                    "OpenAIServingChatBatch.render_batch_chat_request",
+                    "renderer.preprocess_chat(",
+                ),
+                (
+                    "openai.completion.serving:OpenAIServingCompletion.render_completion_request",
+                    "self.online_renderer.render_completion(request)",
+                ),
+                (
+                    "openai.responses.serving:OpenAIServingResponses._create_responses",
+                    "self._render_resolved_response_inputs(",
+                ),
+                (
+                    "scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+                    "self.online_renderer.renderer.render_cmpl_async(",
+                ),
+            )
+        ),
+        Overridden(f"{OFFLINE}._render_and_add_requests", "prompts, params, ..."),
+        Has(OFFLINE, "llm_engine"),
+        Has("vllm.v1.engine.llm_engine:LLMEngine", "vllm_config"),
+        # ... or afterwards; then new images are taken out of the cache that the renderer used.
         Has("vllm.renderers.base:BaseRenderer", "mm_processor_cache"),
+        Steps(
+            "vllm.renderers.base:BaseRenderer.process_for_engine",
+            ("engine_input['arrival_time'] = arrival_time",),
+        ),
+        Steps(
+            "vllm.renderers.base:BaseRenderer.process_for_engine_async",
+            ("engine_input['arrival_time'] = arrival_time",),
+        ),
+        Called("vllm.inputs:split_enc_dec_input", "inputs"),
         Called("vllm.multimodal.cache.base:BaseMultiModalProcessorCache.invalidate", "mm_hash"),
-        Has("vllm.inputs.engine:MultiModalInput", "mm_hashes"),
+        Has("vllm.inputs.engine:MultiModalInput", "type mm_hashes mm_kwargs arrival_time"),
         Called("vllm.exceptions:VLLMValidationError", "message, parameter="),
         Extends("vllm.exceptions:VLLMValidationError", "vllm.exceptions:VLLMClientError"),
         # Metrics.

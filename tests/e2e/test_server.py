@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from evaluation.accuracy import MODEL
 from testing import tiny_models
 from testing.engine import read_trace
 from testing.server import Server, chat_body, image_url, running, stream
@@ -42,6 +43,7 @@ def server(model: Path, trace: Path) -> Iterator[Server]:
         f"--block-size={BLOCK}",
         "--kv-cache-memory-bytes=16M",
         "--max-num-batched-tokens=512",
+        "--enable-scale-out",  # for /inference/v1/generate
     )
     with running(model, trace.with_suffix(".log"), *arguments) as server:
         yield server
@@ -164,6 +166,134 @@ def test_a_requests_bad_settings(
     assert error.value.code == 400
     assert reason in error.value.read().decode()
     assert server.chat(ask(model, 77))["usage"]["completion_tokens"] == 32
+
+
+REFUSED = {"vllm_xargs": {"kv_budget": 7}}
+
+
+def status(server: Server, path: str, body: dict[str, Any]) -> int:
+    """Of the answer; a streamed one is read to its end."""
+    try:
+        with server.post(path, body) as response:
+            response.read()
+            return response.status
+    except urllib.error.HTTPError as error:
+        assert error.code != 400 or "kv_budget" in error.read().decode()
+        return error.code
+
+
+def endpoints(model: Path, url: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Requests about an image to every endpoint that has a place for our settings."""
+    chat = chat_body(model, QUESTION, url, max_tokens=2)
+    messages, source = chat["messages"], {"type": "base64", "media_type": "image/png"}
+    source["data"] = url.partition(",")[2]
+    anthropic = [{"type": "image", "source": source}, {"type": "text", "text": QUESTION}]
+    response = [
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "input_text", "text": QUESTION},
+    ]
+    tokens = {
+        "token_ids": [257, 261, *QUESTION.encode()],  # <s>, <image> and a token a byte
+        "content_parts": [{"type": "image_url", "url": url}],
+    }
+    return {
+        "chat": ("/v1/chat/completions", chat),
+        "streamed": ("/v1/chat/completions", {**chat, "stream": True}),
+        "several answers": ("/v1/chat/completions", {**chat, "n": 2, "temperature": 1}),
+        "batch": ("/v1/chat/completions/batch", {**chat, "messages": [messages, messages]}),
+        "responses": (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": response}], "max_output_tokens": 2},
+        ),
+        "messages": (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": anthropic}], "max_tokens": 2},
+        ),
+        "generate": ("/inference/v1/generate", tokens),
+    }
+
+
+def refused(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    if path == "/inference/v1/generate":
+        return {**body, "sampling_params": {"extra_args": REFUSED["vllm_xargs"]}}
+    return body | REFUSED
+
+
+@pytest.mark.parametrize(
+    "name", ["chat", "streamed", "several answers", "batch", "responses", "messages", "generate"]
+)
+def test_a_refusal_does_not_process_images(server: Server, model: Path, name: str) -> None:
+    """On every endpoint: the cache of processed images is not even asked."""
+
+    def lookups() -> float:
+        server.chat({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1})
+        return server.metric("vllm:mm_cache_queries_total")  # counted with the next answer
+
+    path, body = endpoints(model, image_url(tiny_models.random_image(200)))[name]
+    body = {"model": str(model), **body}
+    before = lookups()
+    assert status(server, path, refused(path, body)) == 400
+    assert lookups() == before
+    if name == "generate":
+        body["sampling_params"] = {"max_tokens": 2}
+    assert status(server, path, body) == 200
+    assert lookups() > before
+
+
+@pytest.fixture(scope="module", params=["vlcache", "none"])
+def small_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The page reader with a cache that holds 14 of its images, with and without our flag."""
+    log = tmp_path_factory.mktemp("small_cache") / f"{request.param}.log"
+    image_bytes = 3 * 280 * 280 * 4  # as processed, in float32
+    arguments = (
+        f"--mm-processor-cache-gb={14.5 * image_bytes / 2**30}",
+        "--dtype=float32",
+        "--enforce-eager",
+        "--max-model-len=2048",
+        "--kv-cache-memory-bytes=16M",
+    )
+    if request.param != "none":
+        arguments += (f"--kv-compress={request.param}",)
+    with running(MODEL, log, *arguments) as server:
+        yield server
+
+
+def page(number: int) -> dict[str, Any]:
+    url = image_url(tiny_models.random_image(number, (224, 224)))
+    return chat_body(MODEL, "What is it?", url, max_tokens=1)
+
+
+def test_an_image_that_is_known_by_its_uuid(small_cache: Server) -> None:
+    """It stays known when another client's request for it is refused."""
+
+    def ask(**part: Any) -> dict[str, Any]:
+        body = page(300)
+        body["messages"][0]["content"][0] |= {"uuid": "u", **part}
+        return body
+
+    chat = "/v1/chat/completions"
+    assert status(small_cache, chat, ask()) == 200
+    assert status(small_cache, chat, ask() | REFUSED) == 400
+    assert status(small_cache, chat, ask(image_url=None) | REFUSED) == 400
+    new = page(301)
+    new["messages"][0]["content"].insert(0, ask()["messages"][0]["content"][0])
+    assert status(small_cache, chat, new | REFUSED) == 400
+    assert status(small_cache, chat, ask(image_url=None)) == 200
+
+
+def test_a_full_cache_of_images(small_cache: Server) -> None:
+    """A refused image pushes no other out, and is not taken for one that the engine has."""
+    chat = "/v1/chat/completions"
+    for refuse in (13, 0, 99):  # the newest, the oldest, a new one
+        for number in range(14):
+            assert status(small_cache, chat, page(number)) == 200
+        assert status(small_cache, chat, page(refuse) | REFUSED) == 400
+        assert status(small_cache, chat, page(100 + refuse)) == 200
+        for number in (0, 1, 13, refuse):
+            assert status(small_cache, chat, page(number)) == 200
+    assert "cache drift" not in small_cache.log.read_text()
 
 
 def test_kv_usage_falls_after_prefill(server: Server, model: Path) -> None:
