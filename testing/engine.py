@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from testing import tiny_models
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
-from vl_cache_vllm.inspector.cli import running
+from vl_cache_vllm.inspector.engine import running
 from vl_cache_vllm.worker.evictor import Evictor
 
 DEFAULTS: dict[str, Any] = {

@@ -743,12 +743,15 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Called("vllm.distributed:get_tp_group", "", "GroupCoordinator"),
         Has("vllm.distributed.parallel_state:GroupCoordinator", "device_group rank_in_group"),
     ),
-    "inspector/cli.py": (
-        Called("vllm:LLM.from_engine_args", "engine_args"),
+    "inspector/engine.py": (
+        Exists("vllm:LLM"),
         Has("vllm:LLM", "llm_engine"),
         Has("vllm.v1.engine.llm_engine:LLMEngine", "engine_core"),
         Called("vllm.v1.engine.core_client:EngineCoreClient.shutdown", ""),
         Called("vllm.distributed:cleanup_dist_env_and_memory", ""),
+    ),
+    "inspector/cli.py": (
+        Called("vllm:LLM.from_engine_args", "engine_args"),
         Called(f"{ENGINE_ARGS}.add_cli_args", "parser"),
         Called(f"{ENGINE_ARGS}.from_cli_args", "args"),
         Has(
