@@ -113,7 +113,9 @@ def install(folder: Path) -> list[str]:
     if any(importlib.metadata.distributions(name="vl-cache-vllm", path=elsewhere)):
         return [str(ROOT)]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    shutil.copytree(ROOT / "vl_cache_vllm", folder / "vl_cache_vllm")
+    # A source tree may have a link to the kernels in the package.
+    ignored = shutil.ignore_patterns("kernels")
+    shutil.copytree(ROOT / "vl_cache_vllm", folder / "vl_cache_vllm", ignore=ignored)
     shutil.copytree(ROOT / "kernels", folder / "vl_cache_vllm" / "kernels")
     info = folder / "vl_cache_vllm-0.dist-info"
     info.mkdir()

@@ -63,7 +63,8 @@ def test_every_stage_fits_into_a_call_and_is_a_valid_command(
     from benchmarks import kernels, offline, turns
     from benchmarks.serving import __main__ as serving
 
-    parsers = {module.__name__: module._parser for module in (offline, serving, turns)}
+    modules = (offline, serving, turns)
+    parsers = {m.__name__.removesuffix(".__main__"): m._parser for m in modules}
     for stage in gpu.STAGES:
         module, *arguments = stage.command
         if module in parsers:
