@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device operations by themselves: right, how fast against their bytes, and as machine code.
+"""The device operations in isolation: correctness, time against the bandwidth bound, machine code.
 
     python -m benchmarks.kernels [--shapes 0.5b] [--tokens 2048 8192] [--json FILE]
     python -m benchmarks.kernels --compile [--json FILE]
 
-Runs what the machine can: with a GPU, Triton's kernels are timed; without one, torch's operations
-and the C++ ones; with ``TRITON_INTERPRET=1`` nothing is timed, the kernels are only compared with
-torch's. Each time stands beside the least time in which its bytes can be moved, at the bandwidth of
-a large copy on the same machine.
+The machine determines what runs. With a GPU, the torch and the Triton operations are timed;
+without one, the torch and the C++ operations. With ``TRITON_INTERPRET=1`` nothing is timed, and the
+Triton kernels are only compared with the torch operations. Each time is reported with its
+memory-bandwidth bound: the bytes of the operation divided by the bandwidth of a large copy on the
+same machine.
 
-``--compile`` needs no GPU: it compiles Triton's kernels for each architecture and reports
-registers, shared memory and what was spilled.
+``--compile`` needs no GPU. It compiles the Triton kernels for several GPU architectures and reports
+registers, shared memory and spilled bytes.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from testing.results import write_report
+from testing.cli import make_parser
+from testing.results import Row, write_report
 from vl_cache_vllm.ops import dispatch, native
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
@@ -38,16 +39,15 @@ from vl_cache_vllm.ops.observe import observe
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
 from vl_cache_vllm.ops.select import select
 
-OBSERVED = 64  # queries
-DECODING = 64  # requests of a step
+OBSERVED = 64  # queries in the observation window
+DECODING = 64  # requests in a decode step
 THRESHOLD, RECENT_RATIO, BUDGET = 0.01, 0.1, 0.1
 ARCHITECTURES = (80, 90, 100)
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a language model's attention."""
+class AttentionShape:
+    """The sizes of a language model's attention."""
 
     num_layers: int
     num_heads: int
@@ -55,31 +55,33 @@ class Shape:
     head_size: int
 
 
-SHAPES = {
-    "0.5b": Shape(24, 14, 2, 64),  # Qwen2-0.5B
-    "7b-mha": Shape(32, 32, 32, 128),  # LLaVA-1.5-7B
-    "7b-gqa": Shape(32, 32, 8, 128),  # LLaVA-NeXT-Mistral-7B
-    "tiny": Shape(3, 6, 2, 80),  # for the interpreter
+ATTENTION_SHAPES = {
+    "0.5b": AttentionShape(24, 14, 2, 64),  # Qwen2-0.5B
+    "7b-mha": AttentionShape(32, 32, 32, 128),  # LLaVA-1.5-7B
+    "7b-gqa": AttentionShape(32, 32, 8, 128),  # LLaVA-NeXT-Mistral-7B
+    "tiny": AttentionShape(3, 6, 2, 80),  # for the interpreter
 }
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a device operation, as an eviction or a step makes it."""
+    """One call of a device operation, as made by an eviction or a step."""
 
     name: str
     run: Callable[[], Any]
     num_bytes: int
-    """Read and written at least."""
+    """Minimum number of bytes that it reads and writes."""
 
 
-class Prompt:
-    """A prompt in a pool of its own, with room for what is kept of it.
+class SyntheticPrompt:
+    """A prompt of random keys and values in its own pool, with blocks for its kept pages.
 
-    Pages are laid out as on a GPU: a token's key and value of a head side by side.
+    Pages have the GPU layout: the key and the value of a token and head are adjacent.
     """
 
-    def __init__(self, shape: Shape, tokens: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: AttentionShape, tokens: int, block_size: int, device: torch.device
+    ) -> None:
         self.shape, self.tokens, self.block_size = shape, tokens, block_size
         on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -180,7 +182,7 @@ class Prompt:
         shape = self.shape
         heads = shape.num_layers * shape.num_kv_heads
         size = self.dtype.itemsize
-        kept = self.total_pages * self.block_size * shape.num_kv_heads  # tokens of heads
+        kept = self.total_pages * self.block_size * shape.num_kv_heads  # (token, head) pairs
         return [
             Operation(
                 "observe",
@@ -200,21 +202,23 @@ class Prompt:
 
 
 # --------------------------------------------------------------------------------------------------
-# Right
+# Correctness
 
 
-def results(shape: Shape, tokens: int, block_size: int, device: torch.device) -> dict[str, Any]:
-    """Of each operation, what it gives."""
-    prompt = Prompt(shape, tokens, block_size, device)
+def results(
+    shape: AttentionShape, tokens: int, block_size: int, device: torch.device
+) -> dict[str, Any]:
+    """The result of each operation, by name."""
+    prompt = SyntheticPrompt(shape, tokens, block_size, device)
     found = {operation.name: operation.run().clone() for operation in prompt.operations()}
     found["dense_entries"] = prompt.dense_entries
     shares = (prompt.kept_pages * block_size).tolist()
     kept = [row[:, :share] for row, share in zip(found["select"], shares, strict=True)]
-    return found | {"select": torch.cat(kept, 1)}  # the rest is meaningless
+    return found | {"select": torch.cat(kept, 1)}  # entries beyond these are undefined
 
 
 def compare(implementation: dispatch.Implementation, device: torch.device) -> list[Row]:
-    """An implementation beside torch's, on a small prompt of odd sizes.
+    """Compare an implementation with torch's on small prompts of odd sizes.
 
     Raises:
         AssertionError: if they differ.
@@ -222,9 +226,9 @@ def compare(implementation: dispatch.Implementation, device: torch.device) -> li
     rows = []
     for block_size, tokens in ((16, 208), (32, 1056), (48, 624)):
         with dispatch.use("torch"):
-            expected = results(SHAPES["tiny"], tokens, block_size, device)
+            expected = results(ATTENTION_SHAPES["tiny"], tokens, block_size, device)
         with dispatch.use(implementation):
-            found = results(SHAPES["tiny"], tokens, block_size, device)
+            found = results(ATTENTION_SHAPES["tiny"], tokens, block_size, device)
         for name, right in expected.items():
             exact = not right.is_floating_point() or name == "compact"
             tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
@@ -234,11 +238,11 @@ def compare(implementation: dispatch.Implementation, device: torch.device) -> li
 
 
 # --------------------------------------------------------------------------------------------------
-# Fast
+# Time
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median of a call, after one that is not counted."""
+    """Median time of a call, after a warm-up call."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -262,7 +266,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[float, list[Row]]:
-    """The bandwidth, and the rows of every shape, length and implementation."""
+    """The bandwidth, and one row for each shape, length, operation and implementation."""
     ceiling = bandwidth(device)
     names: list[dispatch.Implementation] = ["torch"]
     if device.type == "cuda":
@@ -272,7 +276,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[float, l
     rows = []
     for shape in options.shapes:
         for tokens in options.tokens:
-            prompt = Prompt(SHAPES[shape], tokens, options.block_size, device)
+            prompt = SyntheticPrompt(ATTENTION_SHAPES[shape], tokens, options.block_size, device)
             for operation in prompt.operations():
                 for name in names:
                     with dispatch.use(name):
@@ -293,14 +297,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[float, l
 
 
 def line(row: Row) -> str:
+    """A printed line of one row."""
     return (
         f"{row['operation']:<14}{row['shape']:<8}{row['tokens']:>8}{row['implementation']:>8}"
-        f"{row['milliseconds']:>12.3f} ms{row['bound_milliseconds']:>12.4f} ms at least"
+        f"{row['milliseconds']:>12.3f} ms{row['bound_milliseconds']:>12.4f} ms bound"
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# As machine code
+# Machine code
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -314,7 +319,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what it was called with."""
+    """A kernel and its arguments."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -322,7 +327,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Kernels are not run but written down."""
+    """Record kernel launches instead of running the kernels."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -339,10 +344,14 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def compile_for(launch: Launch, architecture: int) -> Row:
-    """Compile a launch as it would be on a GPU; what the machine code needs.
+    """Compile a kernel with the specialisation of a launch and report its resources.
+
+    Args:
+        launch: the kernel with its arguments.
+        architecture: compute capability, such as 90 for sm_90.
 
     Raises:
-        RuntimeError: if the machine code cannot be read.
+        RuntimeError: if the resources of the machine code cannot be read.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -383,7 +392,7 @@ def compile_for(launch: Launch, architecture: int) -> Row:
 
 
 def resources(machine_code: bytes) -> Row:
-    """Registers of a thread and bytes that it spills, by NVIDIA's tool that comes with Triton."""
+    """Registers and spilled bytes of a thread, from the ``cuobjdump`` that Triton includes."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -391,18 +400,18 @@ def resources(machine_code: bytes) -> Row:
         file.write(machine_code)
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", output)
     if match is None:
-        raise RuntimeError(f"{' '.join(command)} said:\n{said}")
+        raise RuntimeError(f"{' '.join(command)} printed:\n{output}")
     registers, stack, local = map(int, match.groups())
     return {"registers": registers, "spilled_bytes": stack + local}
 
 
-def launches(shape: Shape) -> list[Launch]:
-    """Of every kernel, once, as an eviction of a model of this shape makes it."""
-    # As on a GPU, but small: addresses and types matter, not contents.
-    prompt = Prompt(shape, 512, 16, torch.device("cpu"))
+def launches(shape: AttentionShape) -> list[Launch]:
+    """One launch of each kernel, as made by an eviction in a model of this shape."""
+    # Types and layout as on a GPU. The contents do not matter, so the prompt is small.
+    prompt = SyntheticPrompt(shape, 512, 16, torch.device("cpu"))
     prompt.query = prompt.query.bfloat16()
     prompt.pool = replace(prompt.pool, pages=prompt.pool.pages.bfloat16())
     with dispatch.use("triton"), recorded() as found:
@@ -412,9 +421,10 @@ def launches(shape: Shape) -> list[Launch]:
 
 
 def compile_all(options: argparse.Namespace) -> list[Row]:
+    """One row for each shape, kernel and architecture."""
     rows = []
     for shape in options.shapes:
-        for launch in launches(SHAPES[shape]):
+        for launch in launches(ATTENTION_SHAPES[shape]):
             for architecture in options.architectures:
                 row = {"shape": shape, **compile_for(launch, architecture)}
                 rows.append(row)
@@ -428,21 +438,22 @@ def compile_all(options: argparse.Namespace) -> list[Row]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--shapes", nargs="+", choices=sorted(SHAPES), help="default: what fits the machine")
-    add("--tokens", type=int, nargs="+", default=[2048, 8192], help="of the prompt")
+    add(
+        "--shapes",
+        nargs="+",
+        choices=sorted(ATTENTION_SHAPES),
+        help="default: depends on the machine",
+    )
+    add("--tokens", type=int, nargs="+", default=[2048, 8192], help="prompt lengths")
     add("--block-size", type=int, default=32)
-    add("--compile", action="store_true", help="compile Triton's kernels, run nothing")
+    add("--compile", action="store_true", help="only compile the Triton kernels")
     add("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), metavar="SM")
-    add("--json", type=Path, metavar="FILE", help="write the results here")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -452,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = {"compiled": compile_all(options)}
     elif interpreted:
         report = {"agree": compare("triton", device)}
-        print(f"Triton's kernels agree with torch in {len(report['agree'])} cases")
+        print(f"Triton kernels agree with torch in {len(report['agree'])} cases")
     else:
         options.shapes = options.shapes or (
             ["7b-mha", "7b-gqa"] if device.type == "cuda" else ["0.5b"]

@@ -1,34 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latency of one batch: prefill, decode step, end to end, with the bound by bytes beside it.
+"""Latency of one static batch: prefill, decode step and end to end.
 
     python -m benchmarks.offline [--images 1 2 4] [--batch 1 8] [--output-len 64] [--json FILE]
 
-The engines, each in a process of its own:
+Each engine runs in a process of its own:
 
-    stock   vLLM
+    stock   vLLM without eviction (the baseline)
     ours    vLLM with --kv-compress POLICY and a budget
-    whole   the same with budget 1.0: what the plugin costs where nothing is evicted
-    hf      transformers, same architecture and shape
-    snapkv  transformers with kvpress's SnapKV, which keeps as large a share
+    whole   the same with budget 1.0: the overhead of the plugin when nothing is evicted
+    hf      transformers with the same architecture and shape
+    snapkv  transformers with SnapKV of kvpress at the same budget
 
-All are loaded first. Then each row is measured by every engine in turn, ``--repeats`` times, while
-the others sleep, so that what is compared lies seconds apart. With ``--one-at-a-time``, for devices
-that do not hold them all, an engine measures all that it will and goes before the next one loads.
-The slow transformers take part in the first ``--peer-repeats`` only. All times are reported, and
-their medians.
+All engines are loaded first. Every engine then measures each row in turn, while the others are
+idle, so that compared measurements are seconds apart. This is repeated ``--repeats`` times; the
+slow transformers engines take part in the first ``--peer-repeats`` only. With ``--one-at-a-time``
+an engine measures all its rows and exits before the next one is loaded; use it on devices that
+cannot hold all engines. The results contain all times and their medians.
 
-A decode step reads every weight once, and every sequence's KV cache: the bound is the ratio of
-those bytes without and with eviction. Prefill reads no less with eviction: its bound is 1. The pool
-is ample. The model is a LLaVA without weights (`benchmarks.shape`), 1,024 tokens an image.
+The memory-bandwidth bound of a decode step is the ratio of the bytes that it reads without and
+with eviction: all weights once and the KV cache of each sequence. Eviction does not reduce the
+bytes that prefill reads, so its bound is 1. The KV cache pool is ample. The model is a LLaVA with
+dummy weights (`benchmarks.shape`) and 1,024 tokens per image.
 """
 
 import argparse
 import contextlib
 import itertools
 import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,25 +38,25 @@ from typing import Any
 
 from benchmarks import shape
 from testing import tiny_models
-from testing.results import write_report
+from testing.cli import make_parser, set_vllm_environment
+from testing.results import Row, write_report
 
 TRANSFORMERS = ("hf", "snapkv")
 ENGINES = ("stock", "ours", "whole", *TRANSFORMERS)
 TIMES = ("prefill", "decode", "end_to_end")
 SNAPKV_WINDOW = 64  # kvpress's default
 
-Row = dict[str, Any]
-Measure = Callable[[int, int], Row]  # of so many images and such a batch
+Measure = Callable[[int, int], Row]  # (images per prompt, batch size) -> one row
 
 
 def cells(options: argparse.Namespace) -> list[tuple[int, int]]:
-    """Number of images and batch size of each row."""
+    """The number of images per prompt and the batch size of each row."""
     pairs = itertools.product(options.images, options.batch)
     return [(images, batch) for images, batch in pairs if images * batch <= options.max_images]
 
 
-def turns(options: argparse.Namespace, engines: Sequence[str]) -> Iterator[list[str]]:
-    """Of these engines, those of each repeat in their order."""
+def engine_order(options: argparse.Namespace, engines: Sequence[str]) -> Iterator[list[str]]:
+    """The engines of each repeat, in the order in which they measure. It alternates."""
     for repeat in range(options.repeats):
         taking_part = [
             engine
@@ -68,7 +67,7 @@ def turns(options: argparse.Namespace, engines: Sequence[str]) -> Iterator[list[
 
 
 def prompts(images: int, batch: int) -> list[tuple[str, list[Any]]]:
-    """Of each sequence: prompt and images, no two alike."""
+    """Prompt and images of each sequence; no two images are equal."""
     text = tiny_models.prompt_for("llava", shape.QUESTION, num_images=images)
     size = (shape.IMAGE_SIZE, shape.IMAGE_SIZE)
     seeds = itertools.count()
@@ -79,7 +78,7 @@ def prompts(images: int, batch: int) -> list[tuple[str, list[Any]]]:
 
 
 def vllm_requests(images: int, batch: int) -> list[Any]:
-    """`prompts`, as vLLM takes them."""
+    """`prompts` in the form that vLLM expects."""
     return [
         {"prompt": text, "multi_modal_data": {"image": pictures}}
         for text, pictures in prompts(images, batch)
@@ -87,7 +86,11 @@ def vllm_requests(images: int, batch: int) -> list[Any]:
 
 
 def times(ends: Sequence[float]) -> dict[str, float]:
-    """Milliseconds of a batch's prefill, of a decode step and of all, from when steps ended."""
+    """Milliseconds of the prefill, of a decode step (median) and of the whole batch.
+
+    Args:
+        ends: seconds; the start, then the end of each step.
+    """
     steps = [1000 * (end - start) for start, end in itertools.pairwise(ends)]
     return {
         "prefill": steps[0],
@@ -101,9 +104,13 @@ def times(ends: Sequence[float]) -> dict[str, float]:
 
 
 def run_steps(core: Any) -> tuple[list[float], list[Any]]:
-    """When an engine began and when each of its steps gave outputs, and the last outputs.
+    """Run an engine until its requests have finished.
 
-    With async scheduling a call may only schedule a step, whose outputs come with a later one.
+    With async scheduling, a call may schedule a step without returning outputs. It is counted
+    with the call that returns them.
+
+    Returns:
+        The start time and the time of each call with outputs, in seconds; the last outputs.
     """
     ends: list[float] = [time.perf_counter()]
     last: list[Any] = []
@@ -117,11 +124,12 @@ def run_steps(core: Any) -> tuple[list[float], list[Any]]:
 def llm_arguments(
     model: Path, options: argparse.Namespace, engine: str, **settings: Any
 ) -> dict[str, Any]:
-    """What engines that are compared have in common.
+    """Arguments of `vllm.LLM` that all compared engines share.
 
     Args:
-        engine: ``whole`` has budget 1.0, ``ours`` that of the options; others are stock vLLM.
-        settings: further ones of ours.
+        engine: ``whole`` has budget 1.0, ``ours`` the budget of the options; other names stand for
+            vLLM without eviction.
+        settings: further settings of KV compression.
     """
     budgets = {"ours": options.budget, "whole": 1.0}
     settings = {"policy": options.policy, "budget": budgets.get(engine), **settings}
@@ -132,7 +140,7 @@ def llm_arguments(
         "enable_prefix_caching": False,
         "max_num_seqs": max(options.batch),
         "kv_cache_memory_bytes": options.kv_cache_gib << 30,
-        "gpu_memory_utilization": 0.1,  # of the machine's memory: several of them share it
+        "gpu_memory_utilization": 0.1,  # fraction of the memory; several engines share it
         "limit_mm_per_prompt": {"image": max(options.images)},
         "additional_config": {"kv_compress": settings} if engine in budgets else {},
     }
@@ -140,19 +148,19 @@ def llm_arguments(
 
 @contextlib.contextmanager
 def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
-    """One vLLM engine, in this process."""
+    """Run one vLLM engine in this process."""
     from vllm import SamplingParams
 
     from testing.engine import read_trace, running_llm
 
     trace = model / f"{engine}.jsonl"
-    most_tokens = (options.max_images + max(options.batch)) * shape.VISUAL_TOKENS
+    max_batched_tokens = (options.max_images + max(options.batch)) * shape.VISUAL_TOKENS
     params = SamplingParams(temperature=0, max_tokens=options.output_len, ignore_eos=True)
     weight_bytes, token_bytes = step_bytes(model)
     with running_llm(
         **llm_arguments(model, options, engine, trace_path=str(trace)),
         max_model_len=options.max_model_len,
-        max_num_batched_tokens=most_tokens,
+        max_num_batched_tokens=max_batched_tokens,
     ) as llm:
         core = llm.llm_engine
 
@@ -179,9 +187,9 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
 
 
 def step_bytes(model: Path) -> tuple[int, int]:
-    """Bytes of the weights that a decode step reads, and of a token's keys and values.
+    """Bytes of weights that a decode step reads, and of the keys and values of one token.
 
-    Of the checkpoint's shape, not of vLLM's parameters: its CPU kernels pack those away.
+    Computed from the config, because vLLM's CPU kernels repack the parameters.
     """
     import torch
     from transformers import AutoConfig, LlavaForConditionalGeneration
@@ -190,7 +198,7 @@ def step_bytes(model: Path) -> tuple[int, int]:
     with torch.device("meta"):
         network = LlavaForConditionalGeneration(config)
     text = config.text_config
-    # A step reads one row of the table of embeddings, but all of the output layer.
+    # A decode step reads one row per token of the embedding table, but the whole output layer.
     numbers = sum(p.numel() for p in network.model.language_model.layers.parameters())
     numbers += network.lm_head.weight.numel()
     head_size = text.hidden_size // text.num_attention_heads
@@ -205,7 +213,7 @@ def step_bytes(model: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def transformers(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Measure]:
-    """transformers, with or without kvpress: a plain greedy loop."""
+    """Run transformers, with or without kvpress, in a plain greedy loop."""
     import torch
     from transformers import AutoConfig, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
@@ -229,7 +237,7 @@ def transformers(model: Path, options: argparse.Namespace, engine: str) -> Itera
         cache = DynamicCache()
         ends = [time.perf_counter()]
         for step in range(options.output_len):
-            # kvpress asks for the cache position, and evicts only from the prompt.
+            # kvpress needs the cache position. It evicts in the prefill only.
             first = prompt_tokens + step - 1 if step else 0
             position = torch.arange(first, prompt_tokens + step, device=device)
             inputs["position_ids"] = position.expand(batch, -1)
@@ -238,7 +246,7 @@ def transformers(model: Path, options: argparse.Namespace, engine: str) -> Itera
                     **inputs, past_key_values=cache, cache_position=position, logits_to_keep=1
                 ).logits
             inputs = {"input_ids": logits[:, -1].argmax(-1, keepdim=True)}
-            inputs["input_ids"].tolist()  # waits for the device
+            inputs["input_ids"].tolist()  # synchronises with the device
             ends.append(time.perf_counter())
         return {
             "images": images,
@@ -252,11 +260,11 @@ def transformers(model: Path, options: argparse.Namespace, engine: str) -> Itera
 
 
 # --------------------------------------------------------------------------------------------------
-# All of them
+# All engines
 
 
 def serve(connection: Connection, model: Path, options: argparse.Namespace, engine: str) -> None:
-    """A process: loads an engine, then measures what it is asked to, until asked nothing."""
+    """Main function of an engine's process: measure each cell that arrives, until None does."""
     start: Callable[..., AbstractContextManager[Measure]] = (
         transformers if engine in TRANSFORMERS else vllm
     )
@@ -270,10 +278,13 @@ def serve(connection: Connection, model: Path, options: argparse.Namespace, engi
 def run(
     model: Path, options: argparse.Namespace, names: Sequence[str]
 ) -> dict[str, list[list[Row]]]:
-    """Of each of these engines, which are all loaded at once: of each repeat, its rows.
+    """Load the named engines together and measure all rows.
+
+    Returns:
+        For each engine a list of repeats, each a list of rows.
 
     Raises:
-        EOFError: if an engine died; it has said why.
+        EOFError: if the process of an engine died; its output gives the reason.
     """
     context = multiprocessing.get_context("spawn")
     engines: dict[str, Connection] = {}
@@ -287,7 +298,7 @@ def run(
             theirs.close()
             assert engines[engine].recv() == "ready"
         runs: dict[str, list[list[Row]]] = {engine: [] for engine in engines}
-        for order in turns(options, names):
+        for order in engine_order(options, names):
             for engine in order:
                 runs[engine].append([])
             for cell in cells(options):
@@ -306,7 +317,7 @@ def run(
 
 
 def merge(runs: list[list[Row]]) -> list[Row]:
-    """Each row's times: those of every repeat in its order, and their medians."""
+    """One row for the same cell of all repeats: the medians and all times of the repeats."""
     merged = []
     for rows in zip(*runs, strict=True):
         every = {key: [round(row[key], 3) for row in rows] for key in TIMES}
@@ -315,7 +326,8 @@ def merge(runs: list[list[Row]]) -> list[Row]:
     return merged
 
 
-def line(engine: str, row: dict[str, Any]) -> str:
+def line(engine: str, row: Row) -> str:
+    """A printed line of one row."""
     return (
         f"{engine:<8}{row['prompt_tokens']:>8}{row['batch']:>6}{row['kept_tokens']:>8.0f}"
         f"{row['prefill']:>10.0f}{row['decode']:>10.2f}{row['end_to_end']:>11.0f}"
@@ -323,40 +335,34 @@ def line(engine: str, row: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    add("--images", type=int, nargs="+", default=[1, 2, 4], help="of a prompt")
-    add("--batch", type=int, nargs="+", default=[1, 8])
-    add("--max-images", type=int, default=16, help="of a batch: larger ones are left out")
-    add("--output-len", type=int, default=64, help="at least 2")
+    add("--images", type=int, nargs="+", default=[1, 2, 4], help="images per prompt")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes")
+    add("--max-images", type=int, default=16, help="skip batches with more images")
+    add("--output-len", type=int, default=64, help="output tokens, at least 2")
     add("--one-at-a-time", action="store_true", help="do not load all engines at once")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, default=5, help="of the vLLM engines")
     add("--peer-repeats", type=int, default=1, help="of hf and snapkv")
-    add("--shape", choices=shape.SHAPES, default="0.5b", help="of the language model")
+    add("--shape", choices=shape.TEXT_CONFIGS, default="0.5b", help="shape of the language model")
     add("--max-model-len", type=int, default=16384)
     add("--kv-cache-gib", type=int, default=1)
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
-    add("--json", type=Path, metavar="FILE", help="write the results here")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.output_len < 2 or not cells(options):
-        parser.error("--output-len must be at least 2, and --max-images not below --images")
+        parser.error("--output-len must be at least 2 and --max-images at least --images")
     if not 1 <= options.peer_repeats <= options.repeats:
-        parser.error("--repeats must be at least 1, and --peer-repeats between 1 and that")
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1"
-    )
+        parser.error("--repeats must be at least 1 and --peer-repeats between 1 and --repeats")
+    set_vllm_environment()
     print(
-        f"{'':<8}{'prompt':>8}{'batch':>6}{'kept':>8}{'prefill':>10}{'decode':>10}{'all, ms':>11}"
+        f"{'':<8}{'prompt':>8}{'batch':>6}{'kept':>8}{'prefill':>10}{'decode':>10}{'total, ms':>11}"
     )
     with tempfile.TemporaryDirectory() as folder:
         model = shape.build(Path(folder) / "model", options.shape)

@@ -1,40 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What eviction itself costs: the share of prefill and decode steps that is spent in our code.
+"""The overhead of eviction: the fraction of prefill and decode steps spent in this package's code.
 
     python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--budget 0.1 1.0] [--json FILE]
 
-One image is 1,024 visual tokens; the question after them has 64 observed tokens. Every prompt is
-read in one step. At budget 1.0 nothing is evicted. Our code is that in the worker and in the
-scheduler, without what it calls of vLLM's. ``--torch`` measures the torch operations in
-place of the C++ ones, ``--stock`` stock vLLM's steps, too.
+An image has 1,024 visual tokens, and the observation window has 64 tokens. Each prompt is
+prefilled in one step. With budget 1.0 nothing is evicted. The time includes this package's code in
+the worker and in the scheduler, without the vLLM methods that it calls. ``--torch`` uses the torch
+operations instead of the C++ ones. ``--stock`` also measures the steps of vLLM without eviction.
 """
 
-import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from benchmarks import shape
 from benchmarks.own_time import SCHEDULER, Clock, own_time
-from testing.results import write_report
+from testing.cli import make_parser, set_vllm_environment
+from testing.results import Row, write_report
 
-QUESTION = "Describe everything that you can see in it."  # 64 tokens with the template's
+QUESTION = "Describe everything that you can see in it."  # 64 tokens with the chat template
 DECODE_STEPS = 24
 REPEATS = 3
+MAX_IMAGES = 16  # per batch: the KV cache holds no more
 
 
 def steps_of(llm: Any, requests: list[Any], params: Any, clock: Clock) -> dict[str, list]:
-    """Seconds of each step, of our code in it and of that in the scheduler.
+    """Prefill the requests one by one, then decode them together.
 
-    Prefills one by one, then decoding together.
+    Returns:
+        For ``prefill`` and ``decode``, a tuple for each step: seconds of the step, of this
+        package's code in it, and of the part of that in the scheduler.
     """
     engine = llm.llm_engine
     found: dict[str, list] = {"prefill": [], "decode": []}
@@ -56,8 +54,8 @@ def steps_of(llm: Any, requests: list[Any], params: Any, clock: Clock) -> dict[s
     return found
 
 
-def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[dict[str, Any]]:
-    """One engine; medians of each number of images and batch."""
+def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[Row]:
+    """Medians of one engine for each number of images and batch size."""
     from testing import engine as harness
 
     params = harness.greedy(DECODE_STEPS + 8, logprobs=None)
@@ -79,13 +77,13 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
     ):
         for images in options.images:
             for batch in (1, options.batch):
-                if images * batch > 16:  # the cache and the patience end
+                if images * batch > MAX_IMAGES:
                     continue
                 requests = [harness.image_request("llava", QUESTION, range(images))] * batch
-                steps_of(llm, requests[:1], params, clock)  # compiled and warm
+                steps_of(llm, requests[:1], params, clock)  # warm-up and compilation
                 runs = [steps_of(llm, requests, params, clock) for _ in range(REPEATS)]
                 for kind in ("prefill", "decode"):
-                    if kind == "prefill" and batch > 1:  # earlier requests decode in it
+                    if kind == "prefill" and batch > 1:  # earlier requests decode in the same steps
                         continue
                     steps = [step for run in runs for step in run[kind]]
                     whole, own, scheduler = map(statistics.median, zip(*steps, strict=True))
@@ -104,16 +102,17 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--torch", action="store_true", help="without the C++ operators")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[1, 2, 4, 8], help="images per prompt"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="in addition to batches of 1")
+    parser.add_argument("--torch", action="store_true", help="use the torch operations")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.1, 1.0])
-    parser.add_argument("--stock", action="store_true", help="also without eviction")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-
+    parser.add_argument("--stock", action="store_true", help="also measure vLLM without eviction")
+    options = parser.parse_args(arguments)
+    set_vllm_environment()
     from vl_cache_vllm.ops import dispatch
 
     with tempfile.TemporaryDirectory() as folder, dispatch.use("torch" if options.torch else "cpp"):
@@ -130,7 +129,7 @@ def main() -> None:
             if all(row[key] == other[key] for key in ("step", "visual_tokens", "batch")):
                 row["stock_milliseconds"] = other["milliseconds"]
     if options.json:
-        write_report(options.json, "benchmarks.overhead", sys.argv[1:], rows=rows)
+        write_report(options.json, "benchmarks.overhead", arguments, rows=rows)
     for row in rows:
         print(row)
 

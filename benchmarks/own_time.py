@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long an engine in this process spends in our code, in its worker and in its scheduler.
+"""Time that an engine in this process spends in this package's code, in worker and scheduler.
 
-Methods of ours start a clock, and vLLM's that they call on in turn (those they override) stop it.
+A clock runs in the methods of this package. It stops while they call the vLLM methods that they
+override.
 """
 
 import contextlib
@@ -14,12 +15,12 @@ from unittest import mock
 
 import torch
 
-WORKER, SCHEDULER, HOST = "worker", "scheduler", "vllm"
+WORKER, SCHEDULER, VLLM = "worker", "scheduler", "vllm"
 
 
 @contextlib.contextmanager
 def wrapped(targets: list[tuple[type, str]], wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Methods replaced by what ``wrap`` makes of them."""
+    """Replace methods by ``wrap(method)``, and restore them on exit."""
     with contextlib.ExitStack() as stack:
         for cls, name in targets:
             method = getattr(cls, name)
@@ -28,10 +29,10 @@ def wrapped(targets: list[tuple[type, str]], wrap: Callable[[Any], Any]) -> Iter
 
 
 class Clock:
-    """Seconds by whose code runs: that of the innermost method that was wrapped."""
+    """Seconds by category. Time counts for the category of the innermost wrapped method."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys((WORKER, SCHEDULER, HOST), 0.0)
+        self.seconds = dict.fromkeys((WORKER, SCHEDULER, VLLM), 0.0)
         self._running: list[str] = []
         self._since = 0.0
 
@@ -40,27 +41,28 @@ class Clock:
 
     @property
     def own(self) -> float:
+        """Seconds in this package's code since the last reset."""
         return self.seconds[WORKER] + self.seconds[SCHEDULER]
 
-    def _turn(self) -> None:
-        """Write down what has run until now."""
+    def _switch(self) -> None:
+        """Add the time since the last switch to the running category."""
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since
         self._since = now
 
-    def of(self, whose: str) -> Callable[[Any], Any]:
-        """A wrapper of methods that are theirs."""
+    def of(self, category: str) -> Callable[[Any], Any]:
+        """A wrapper for the methods of a category."""
 
         def wrap(method: Any) -> Any:
             @functools.wraps(method)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
-                self._turn()
-                self._running.append(whose)
+                self._switch()
+                self._running.append(category)
                 try:
                     return method(*args, **kwargs)
                 finally:
-                    self._turn()
+                    self._switch()
                     self._running.pop()
 
             return wrapper
@@ -69,24 +71,24 @@ class Clock:
 
 
 def overrides(mixed: type, ours: type) -> Iterator[tuple[str, type]]:
-    """Methods that ``ours`` overrides in ``mixed``, each with the class whose method it hides."""
+    """Methods that ``ours`` overrides in ``mixed``, each with the class that it overrides."""
     classes = mixed.__mro__
     hidden = classes[classes.index(ours) + 1 :]
     for name, method in vars(ours).items():
-        host = next((cls for cls in hidden if name in vars(cls)), None)
-        if callable(method) and not name.startswith("__") and host is not None:
-            yield name, host
+        base = next((cls for cls in hidden if name in vars(cls)), None)
+        if callable(method) and not name.startswith("__") and base is not None:
+            yield name, base
 
 
 @contextlib.contextmanager
 def own_time() -> Iterator[Clock]:
-    """A clock that runs in the methods through which vLLM's worker and scheduler call on ours.
+    """A clock that runs in the methods through which vLLM's worker and scheduler call this package.
 
     Raises:
-        NotImplementedError: on the V2 model runner, where other methods plan the step.
+        NotImplementedError: for the V2 model runner, which plans steps in other methods.
     """
     if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise NotImplementedError("time in our code is taken on the V1 model runner only")
+        raise NotImplementedError("own_time supports the V1 model runner only")
     from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
     from vl_cache_vllm.core.block_manager import EvictionBlockManager
     from vl_cache_vllm.core.scheduler import EvictionScheduler, EvictionSchedulerMixin
@@ -99,19 +101,19 @@ def own_time() -> Iterator[Clock]:
         (PerLayerAttentionMixin, "_layer_view"),
     ]
     scheduler: list[tuple[type, str]] = []
-    host: list[tuple[type, str]] = []
+    vllm: list[tuple[type, str]] = []
     for mixed, ours in (
         (EvictionScheduler, EvictionSchedulerMixin),
         (EvictionBlockManager, EvictionBlockManager),
     ):
         for name, theirs in overrides(mixed, ours):
             scheduler.append((ours, name))
-            host.append((theirs, name))
+            vllm.append((theirs, name))
 
     clock = Clock()
     with (
         wrapped(worker, clock.of(WORKER)),
-        wrapped(host, clock.of(HOST)),
+        wrapped(vllm, clock.of(VLLM)),
         wrapped(scheduler, clock.of(SCHEDULER)),
     ):
         yield clock

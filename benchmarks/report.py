@@ -1,57 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results page, from the committed results.
+"""Generates the results page from the committed results.
 
     python -m benchmarks.report [--check]
 
-Writes ``docs/benchmarks.md`` and the README's tables; with ``--check`` it only says whether they
-are up to date.
+Writes ``docs/benchmarks.md`` from the template ``benchmarks/report.md``. With ``--check`` it writes
+nothing and fails if the page is not up to date.
+
+In the results, ``stock`` is vLLM without eviction (the baseline), ``again`` a second baseline,
+``ours`` eviction with the given budget and ``whole`` eviction with budget 1.0.
 """
 
-import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from testing.cli import make_parser
+from testing.results import Row
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "report.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
-README = ROOT / "README.md"
-# Of waiting, for a median of who runs meanwhile.
-LEAST_SATURATED_SECONDS = 10.0
+# A median over the saturated phase is reported only if the phase lasts this long.
+MIN_SATURATED_SECONDS = 10.0
 NOT_MEASURED = "Not measured yet."
-
-Row = dict[str, Any]
 
 
 def load(name: str) -> Any:
-    """A result; None where it has not been measured."""
+    """A committed result, or None if it has not been measured."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def load_serving() -> dict[str, Row | None]:
-    """The serving results by what they are about."""
-    names = {"limited": "serving", "ample": "serving-ample", "early": "serving-early"}
-    return {about: load(name) for about, name in names.items()}
+@dataclass(frozen=True)
+class Results:
+    """All results of the page. Serving results are None where they have not been measured."""
+
+    limited: Row | None
+    ample: Row | None
+    early: Row | None
+    offline: Row
+    turns: Row
+    overhead: Row
+
+    @classmethod
+    def committed(cls) -> "Results":
+        serving = (load(name) for name in ("serving", "serving-ample", "serving-early"))
+        return cls(*serving, *(load(name) for name in ("offline", "turns", "overhead")))
+
+    @property
+    def serving(self) -> dict[str, Row | None]:
+        return {"limited": self.limited, "ample": self.ample, "early": self.early}
+
+    @property
+    def swept(self) -> tuple[Row, Row]:
+        """Baseline and eviction for the main workload at the highest load, limited pool."""
+        assert self.limited is not None
+        baseline, eviction = (sweep(self.limited["results"][arm])[-1] for arm in ("stock", "ours"))
+        return baseline, eviction
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
+    """A Markdown table. The first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def pairs(results: dict[str, list[Row]], one: str, other: str) -> Iterator[tuple[Row, Row]]:
+    """The rows of two arms for the same workloads."""
     return zip(results[one], results[other], strict=True)
 
 
 def measured_on(report: Row) -> str:
-    """Command, machine and versions of a result."""
+    """Command, machine and versions of a result, one sentence a line."""
     machine = report["machine"]
     versions = ", ".join(
         f"{name} {machine[name]}"
@@ -62,8 +89,9 @@ def measured_on(report: Row) -> str:
         versions += f" at {machine['commit']}"
     processor = ", ".join(machine[name] for name in ("gpu", "processor") if name in machine)
     return (
-        f"`{report['command']}`; {processor}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB; {versions}."
+        f"Command: `{report['command']}`.\n"
+        f"Machine: {processor}, {machine['cores']} cores, {machine['memory_gib']} GiB.\n"
+        f"Versions: {versions}."
     )
 
 
@@ -72,13 +100,13 @@ def measured_on(report: Row) -> str:
 
 
 def lengths(row: Row) -> str:
-    """Of a row's prompts and answers."""
-    most = "up to " if row.get("ends_early") else ""
-    return f"{row['prompt_tokens']:,} in, {most}{row['output_len']} out"
+    """Prompt and output tokens of a workload."""
+    bound = "up to " if row.get("ends_early") else ""
+    return f"{row['prompt_tokens']:,} in, {bound}{row['output_len']} out"
 
 
 def load_of(row: Row) -> str:
-    """The load that was offered."""
+    """The offered load of a row."""
     return "all at once" if row["request_rate"] == "inf" else f"{row['request_rate']} requests/s"
 
 
@@ -87,21 +115,25 @@ def workload(row: Row) -> str:
 
 
 def sweep(rows: list[Row]) -> list[Row]:
-    """Those of the workload that was offered at every load, by load; it comes first."""
+    """The rows of the workload that was offered at every load, ordered by load."""
     first = rows[0]["images"], rows[0]["output_len"]
     return [row for row in rows if (row["images"], row["output_len"]) == first]
 
 
 def running(row: Row) -> float | None:
-    """Sequences that run while others wait, median; None where too few wait for too short."""
+    """Median number of running sequences in the saturated phase; None if it was too short."""
     saturated = row.get("saturated", {"seconds": 0})
-    return saturated["running"] if saturated["seconds"] >= LEAST_SATURATED_SECONDS else None
+    return saturated["running"] if saturated["seconds"] >= MIN_SATURATED_SECONDS else None
 
 
-def more_running(stock: Row, ours: Row) -> float | None:
-    """How many times as many sequences run, where both are saturated."""
-    before, after = running(stock), running(ours)
+def running_ratio(baseline: Row, eviction: Row) -> float | None:
+    """Ratio of the running sequences, or None unless both arms are saturated."""
+    before, after = running(baseline), running(eviction)
     return after / before if before and after else None
+
+
+def throughput_ratio(baseline: Row, eviction: Row) -> float:
+    return eviction["output_throughput"] / baseline["output_throughput"]
 
 
 def number(value: float | None) -> str:
@@ -109,36 +141,29 @@ def number(value: float | None) -> str:
 
 
 def throughput_table(results: dict[str, list[Row]]) -> str:
-    header = ["workload", "requests", "stock tokens/s", "ours", "ratio", "stock running", "ours"]
-    header += ["ratio"]
-    header += [
-        "stock answering, mean",
-        "ours",
-        "stock preemptions",
-        "ours",
-        "stock KV in use, most",
-        "ours",
-    ]
+    header = ["workload", "requests", "baseline tokens/s", "eviction", "ratio"]
+    header += ["baseline running", "eviction", "ratio", "baseline decoding, mean", "eviction"]
+    header += ["baseline preemptions", "eviction", "baseline KV usage, max", "eviction"]
     return table(
         header,
         (
             [
-                workload(ours),
-                str(ours["num_prompts"]),
-                f"{stock['output_throughput']:.1f}",
-                f"{ours['output_throughput']:.1f}",
-                f"{ours['output_throughput'] / stock['output_throughput']:.2f}",
-                number(running(stock)),
-                number(running(ours)),
-                number(more_running(stock, ours)),
-                f"{stock['mean_answering']:.1f}",
-                f"{ours['mean_answering']:.1f}",
-                f"{stock['preemptions']:g}",
-                f"{ours['preemptions']:g}",
-                f"{stock['most_kv_usage']:.0%}",
-                f"{ours['most_kv_usage']:.0%}",
+                workload(eviction),
+                str(eviction["num_prompts"]),
+                f"{baseline['output_throughput']:.1f}",
+                f"{eviction['output_throughput']:.1f}",
+                f"{throughput_ratio(baseline, eviction):.2f}",
+                number(running(baseline)),
+                number(running(eviction)),
+                number(running_ratio(baseline, eviction)),
+                f"{baseline['mean_answering']:.1f}",
+                f"{eviction['mean_answering']:.1f}",
+                f"{baseline['preemptions']:g}",
+                f"{eviction['preemptions']:g}",
+                f"{baseline['most_kv_usage']:.0%}",
+                f"{eviction['most_kv_usage']:.0%}",
             ]
-            for stock, ours in pairs(results, "stock", "ours")
+            for baseline, eviction in pairs(results, "stock", "ours")
         ),
     )
 
@@ -147,31 +172,31 @@ def latency_table(results: dict[str, list[Row]]) -> str:
     header = ["workload"]
     keys = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
     for name in ("TTFT p50, s", "TTFT p99, s", "ITL p50, ms", "ITL p99, ms"):
-        header += [f"stock {name}", "ours"]
+        header += [f"baseline {name}", "eviction"]
     rows = []
-    for stock, ours in pairs(results, "stock", "ours"):
-        cells = [workload(ours)]
+    for baseline, eviction in pairs(results, "stock", "ours"):
+        cells = [workload(eviction)]
         for key in keys:
-            for row in (stock, ours):
+            for row in (baseline, eviction):
                 is_first = key.startswith("ttft")
                 cells.append(f"{row[key] / 1000:.1f}" if is_first else f"{row[key]:.0f}")
         rows.append(cells)
     return table(header, rows)
 
 
-def headline(results: dict[str, list[Row]]) -> str:
-    """The README's table: the swept workload at the highest load."""
-    stock, ours = (sweep(results[arm])[-1] for arm in ("stock", "ours"))
-    forms = (
+def headline(results: Results) -> str:
+    """The summary table: the main workload at the highest load, limited pool."""
+    forms: tuple[tuple[str, Callable[[Row], str]], ...] = (
         ("output tokens per second", lambda row: f"{row['output_throughput']:.1f}"),
-        ("sequences running, median while others wait", lambda row: number(running(row))),
-        ("sequences answering, mean of the whole run", lambda row: f"{row['mean_answering']:.1f}"),
+        ("running sequences, median of the saturated phase", lambda row: number(running(row))),
+        ("decoding sequences, mean of the whole run", lambda row: f"{row['mean_answering']:.1f}"),
         ("time to first token, median", lambda row: f"{row['ttft_p50_ms'] / 1000:.1f} s"),
         ("inter-token latency, median", lambda row: f"{row['itl_p50_ms']:.1f} ms"),
         ("preemptions", lambda row: f"{row['preemptions']:g}"),
     )
-    rows = ([name, form(stock), form(ours)] for name, form in forms)
-    return table([workload(ours), "stock", "evicted"], rows)
+    baseline, eviction = results.swept
+    rows = ([name, form(baseline), form(eviction)] for name, form in forms)
+    return table([workload(eviction), "baseline", "eviction"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,61 +205,64 @@ def headline(results: dict[str, list[Row]]) -> str:
 TIMES = ("prefill", "decode", "end_to_end")
 
 
-def ratio_of(stock: Row, ours: Row, name: str) -> float:
-    """How many times faster ours is, median of the repeats: the two of one lie seconds apart."""
-    return statistics.median(_ratios(stock, ours, name))
+def repeat_ratios(baseline: Row, other: Row, name: str) -> list[float]:
+    """Speed-up of each repeat. The two times of one repeat were measured seconds apart."""
+    both = zip(baseline["repeats"][name], other["repeats"][name], strict=True)
+    return [one / two for one, two in both]
 
 
-def ratio_range(stock: Row, ours: Row, name: str) -> str:
-    """The lowest and the highest ratio of the repeats."""
-    ratios = _ratios(stock, ours, name)
+def ratio_of(baseline: Row, other: Row, name: str) -> float:
+    """Median of `repeat_ratios`."""
+    return statistics.median(repeat_ratios(baseline, other, name))
+
+
+def ratio_range(baseline: Row, other: Row, name: str) -> str:
+    """Range of `repeat_ratios`."""
+    ratios = repeat_ratios(baseline, other, name)
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
-def _ratios(stock: Row, ours: Row, name: str) -> list[float]:
-    both = zip(stock["repeats"][name], ours["repeats"][name], strict=True)
-    return [one / other for one, other in both]
-
-
-def decode_bound(stock: Row, ours: Row) -> float:
-    """How many times fewer bytes a decode step reads."""
-    return stock["decode_bytes"] / ours["decode_bytes"]
+def decode_bound(baseline: Row, other: Row) -> float:
+    """The bandwidth bound of a decode step's speed-up: the ratio of the bytes read."""
+    return baseline["decode_bytes"] / other["decode_bytes"]
 
 
 def batch_table(results: dict[str, list[Row]]) -> str:
-    header = ["prompt tokens", "batch", "stock prefill, ms", "ours", "ratio", "stock decode, ms"]
-    header += ["ours", "ratio", "of the repeats", "bound", "end to end, ratio", "of the repeats"]
+    header = ["prompt tokens", "batch", "baseline prefill, ms", "eviction", "ratio"]
+    header += ["baseline decode, ms", "eviction", "ratio", "range", "bound"]
+    header += ["end to end, ratio", "range"]
     return table(
         header,
         (
             [
-                f"{stock['prompt_tokens']:,}",
-                str(stock["batch"]),
-                f"{stock['prefill']:.0f}",
-                f"{ours['prefill']:.0f}",
-                f"{ratio_of(stock, ours, 'prefill'):.2f}",
-                f"{stock['decode']:.1f}",
-                f"{ours['decode']:.1f}",
-                f"{ratio_of(stock, ours, 'decode'):.2f}",
-                ratio_range(stock, ours, "decode"),
-                f"{decode_bound(stock, ours):.2f}",
-                f"{ratio_of(stock, ours, 'end_to_end'):.2f}",
-                ratio_range(stock, ours, "end_to_end"),
+                f"{baseline['prompt_tokens']:,}",
+                str(baseline["batch"]),
+                f"{baseline['prefill']:.0f}",
+                f"{eviction['prefill']:.0f}",
+                f"{ratio_of(baseline, eviction, 'prefill'):.2f}",
+                f"{baseline['decode']:.1f}",
+                f"{eviction['decode']:.1f}",
+                f"{ratio_of(baseline, eviction, 'decode'):.2f}",
+                ratio_range(baseline, eviction, "decode"),
+                f"{decode_bound(baseline, eviction):.2f}",
+                f"{ratio_of(baseline, eviction, 'end_to_end'):.2f}",
+                ratio_range(baseline, eviction, "end_to_end"),
             ]
-            for stock, ours in pairs(results, "stock", "ours")
+            for baseline, eviction in pairs(results, "stock", "ours")
         ),
     )
 
 
-def whole_table(results: dict[str, list[Row]]) -> str:
+def full_budget_table(results: dict[str, list[Row]]) -> str:
+    """The overhead of the plugin in whole batches when nothing is evicted."""
     header = ["prompt tokens", "batch"]
     for name in TIMES:
-        header += [name.replace("_", " "), "of the repeats"]
+        header += [name.replace("_", " "), "range"]
     rows = []
-    for stock, whole in pairs(results, "stock", "whole"):
-        cells = [f"{stock['prompt_tokens']:,}", str(stock["batch"])]
+    for baseline, full in pairs(results, "stock", "whole"):
+        cells = [f"{baseline['prompt_tokens']:,}", str(baseline["batch"])]
         for name in TIMES:
-            cells += [f"{ratio_of(stock, whole, name):.3f}", ratio_range(stock, whole, name)]
+            cells += [f"{ratio_of(baseline, full, name):.3f}", ratio_range(baseline, full, name)]
         rows.append(cells)
     return table(header, rows)
 
@@ -250,25 +278,25 @@ def peers_table(results: dict[str, list[Row]]) -> str:
     header = ["prompt tokens", "batch"]
     header += [f"{names[name]}: prefill, decode, end to end" for name in engines]
     rows = []
-    for place, first in enumerate(results["stock"]):
+    for index, first in enumerate(results["stock"]):
         cells = [f"{first['prompt_tokens']:,}", str(first["batch"])]
         for name in engines:
-            row = results[name][place]
+            row = results[name][index]
             cells.append(f"{row['prefill']:.0f}, {row['decode']:.1f}, {row['end_to_end']:.0f} ms")
         rows.append(cells)
     return table(header, rows)
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps in turns
+# Interleaved steps
 
-ARMS = {"again": "stock, once more", "whole": "nothing evicted", "ours": "evicted"}
+ARMS = {"again": "second baseline (A/A)", "whole": "budget 1.0", "ours": "eviction"}
 
 
 def turns_table(rows: list[Row]) -> str:
-    header = ["step", "visual tokens", "batch", "beside stock", "stock, ms", "ms", "stock / this"]
+    header = ["step", "visual tokens", "batch", "engine", "baseline, ms", "engine, ms"]
     return table(
-        [*header, "95 % interval", "steps"],
+        [*header, "baseline / engine", "95% interval", "steps"],
         (
             [
                 row["step"],
@@ -286,33 +314,19 @@ def turns_table(rows: list[Row]) -> str:
     )
 
 
-def in_turns(
-    turns: Row, engine: str, step: str, least: float, visual_tokens: int = 0
-) -> tuple[str, bool | str]:
-    """What is said of rows whose ratios must all reach one, and the verdict."""
-    rows = [
-        row
-        for row in turns["rows"]
-        if (row["engine"], row["step"]) == (engine, step) and row["visual_tokens"] >= visual_tokens
-    ]
-    median, low = min(row["ratio"] for row in rows), min(row["interval"][0] for row in rows)
-    said = f"{median:.3f}x at least, {low:.3f}x at an interval's lower end"
-    return said, reached(median, low, least)
-
-
 # --------------------------------------------------------------------------------------------------
-# Our share of a step
+# Time in this package's code
 
 
-def share(row: Row) -> float:
-    """Of a step's time what is spent in our code."""
+def own_share(row: Row) -> float:
+    """Fraction of a step's time that is spent in this package's code."""
     return row["own_milliseconds"] / row["milliseconds"]
 
 
 def overhead_table(rows: list[Row]) -> str:
-    own = ["our code", "of this in the scheduler", "share"]
+    own = ["own code, ms", "of which scheduler", "fraction of the step"]
     return table(
-        ["step", "budget", "visual tokens", "batch", "ms", *own],
+        ["step", "budget", "visual tokens", "batch", "step, ms", *own],
         (
             [
                 row["step"],
@@ -322,7 +336,7 @@ def overhead_table(rows: list[Row]) -> str:
                 f"{row['milliseconds']:.1f}",
                 f"{row['own_milliseconds']:.2f}",
                 f"{row['scheduler_milliseconds']:.2f}",
-                f"{share(row):.1%}",
+                f"{own_share(row):.1%}",
             ]
             for row in rows
         ),
@@ -330,165 +344,216 @@ def overhead_table(rows: list[Row]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Goals and losses
+# Goals
+
+Verdict = bool | str | None  # met or not, a remark, or not measured
+Measured = tuple[str, Verdict]  # the measured value as text
 
 
-def verdict(met: bool | str | None) -> str:
-    if isinstance(met, str):
-        return met
-    if met is None:
-        return ""
+def reached(median: float, worst: float, limit: float) -> bool | str:
+    """Whether a ratio reaches its limit.
+
+    If the median reaches it but the worst value does not, the noise is larger than the difference.
+    """
+    return worst >= limit or ("medians only" if median >= limit else False)
+
+
+def lowest(ratios: list[list[float]], limit: float) -> Measured:
+    """Compare the lowest median and the lowest repeat of several rows with a limit."""
+    median, worst = min(map(statistics.median, ratios)), min(map(min, ratios))
+    return f"lowest median {median:.2f}x, lowest repeat {worst:.2f}x", reached(median, worst, limit)
+
+
+def serving_running(results: Results, limit: float) -> Measured:
+    ratio = running_ratio(*results.swept)
+    return (NOT_MEASURED, None) if ratio is None else (f"{ratio:.1f}x", ratio >= limit)
+
+
+def serving_throughput(results: Results, limit: float) -> Measured:
+    ratio = throughput_ratio(*results.swept)
+    return f"{ratio:.2f}x", ratio >= limit
+
+
+def ample_throughput(results: Results, limit: float) -> Measured:
+    if results.ample is None:
+        return NOT_MEASURED, None
+    rows = pairs(results.ample["results"], "stock", "ours")
+    ratio = min(throughput_ratio(*row) for row in rows)
+    return f"lowest {ratio:.2f}x", ratio >= limit
+
+
+def batch_end_to_end(results: Results, limit: float) -> Measured:
+    rows = pairs(results.offline["results"], "stock", "ours")
+    return lowest([repeat_ratios(*row, "end_to_end") for row in rows], limit)
+
+
+def batch_decode_of_bound(results: Results, limit: float) -> Measured:
+    rows = pairs(results.offline["results"], "stock", "ours")
+    long = [row for row in rows if row[0]["prompt_tokens"] >= 2000]
+    fraction = min(ratio_of(*row, "decode") / decode_bound(*row) for row in long)
+    return f"lowest {fraction:.0%}", fraction >= limit
+
+
+def batch_full_budget(results: Results, limit: float) -> Measured:
+    rows = pairs(results.offline["results"], "stock", "whole")
+    difference = max(abs(1 - ratio_of(*row, "end_to_end")) for row in rows)
+    return f"largest difference {difference:.1%}", difference <= limit
+
+
+def interleaved(
+    results: Results, limit: float, *, engine: str, step: str, visual_tokens: int = 0
+) -> Measured:
+    """The lowest ratio of an engine's interleaved steps, for prompts of at least this length."""
+    rows = [
+        row
+        for row in results.turns["rows"]
+        if (row["engine"], row["step"]) == (engine, step) and row["visual_tokens"] >= visual_tokens
+    ]
+    median, low = min(row["ratio"] for row in rows), min(row["interval"][0] for row in rows)
+    text = f"lowest median {median:.3f}x, lowest interval bound {low:.3f}x"
+    return text, reached(median, low, limit)
+
+
+def own_code(
+    results: Results, limit: float, *, step: str | None = None, budget: float | None = None
+) -> Measured:
+    """The highest fraction of a step that is spent in this package's code."""
+    share = max(
+        own_share(row)
+        for row in results.overhead["rows"]
+        if step in (None, row["step"]) and budget in (None, row["budget"])
+    )
+    return f"highest {share:.1%}", share <= limit
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal with its limit. ``text`` may contain ``{limit}`` and ``{swept}``, the workload."""
+
+    text: str
+    measure: Callable[[Results, float], Measured]
+    limit: float
+
+
+GOALS = (
+    Goal("limited pool, {swept}: at least {limit:g}x the running sequences", serving_running, 4.0),
+    Goal(
+        "limited pool, {swept}: at least {limit:g}x the output throughput", serving_throughput, 1.8
+    ),
+    Goal("ample pool: at least {limit:g}x the output throughput", ample_throughput, 0.98),
+    Goal("one batch, end to end: at least {limit:g}x the speed", batch_end_to_end, 0.98),
+    Goal(
+        "interleaved decode steps, prompts of at least 2K tokens: faster than the baseline",
+        partial(interleaved, engine="ours", step="decode", visual_tokens=2000),
+        1.0,
+    ),
+    Goal(
+        "one batch, decode, prompts of at least 2K tokens: at least {limit:.0%} of the bound",
+        batch_decode_of_bound,
+        0.85,
+    ),
+    Goal("budget 1.0, one batch, end to end: within {limit:.0%}", batch_full_budget, 0.01),
+    Goal(
+        "budget 1.0, interleaved prefill steps: at least {limit:g}x the speed",
+        partial(interleaved, engine="whole", step="prefill"),
+        0.99,
+    ),
+    Goal(
+        "budget 1.0, interleaved decode steps: at least {limit:g}x the speed",
+        partial(interleaved, engine="whole", step="decode"),
+        0.99,
+    ),
+    Goal("budget 1.0: own code at most {limit:.0%} of a step", partial(own_code, budget=1.0), 0.01),
+    Goal("own code at most {limit:.0%} of a prefill step", partial(own_code, step="prefill"), 0.03),
+    Goal("own code at most {limit:.0%} of a decode step", partial(own_code, step="decode"), 0.02),
+)
+
+
+def verdict(met: Verdict) -> str:
+    if met is None or isinstance(met, str):
+        return met or ""
     return "met" if met else "**missed**"
 
 
-def reached(median: float, worst: float, least: float) -> bool | str:
-    """Whether a ratio is reached.
-
-    A median that reaches it while the worst does not resolves nothing: the noise is larger.
-    """
-    return worst >= least or ("medians only" if median >= least else False)
-
-
-def at_least(ratios: list[list[float]], least: float) -> tuple[str, bool | str]:
-    """What is said of rows' repeats that must all reach a ratio, and the verdict."""
-    median, worst = min(map(statistics.median, ratios)), min(map(min, ratios))
-    said = f"{median:.2f}x at least, {worst:.2f}x in the worst repeat"
-    return said, reached(median, worst, least)
+def goals(results: Results) -> str:
+    """Each goal with the measured value and the verdict."""
+    swept = workload(results.swept[1])
+    rows = []
+    for goal in GOALS:
+        measured, met = goal.measure(results, goal.limit)
+        rows.append([goal.text.format(limit=goal.limit, swept=swept), measured, verdict(met)])
+    return table(["goal", "measured", ""], rows)
 
 
-def goals(serving: Row, ample: Row | None, offline: Row, turns: Row, overhead: Row) -> str:
-    """Each goal with what was measured; the comparison decides, not the writer."""
-    shares = {
-        step: max(share(row) for row in overhead["rows"] if row["step"] == step)
-        for step in ("prefill", "decode")
-    }
-    idle = max(share(row) for row in overhead["rows"] if row["budget"] == 1.0)
-    stock, ours = (sweep(serving["results"][arm])[-1] for arm in ("stock", "ours"))
-    sequences = more_running(stock, ours)
-    throughput = ours["output_throughput"] / stock["output_throughput"]
-    lowest = ample and min(
-        ours["output_throughput"] / stock["output_throughput"]
-        for stock, ours in pairs(ample["results"], "stock", "ours")
-    )
-    rows = list(pairs(offline["results"], "stock", "ours"))
-    long = [(stock, ours) for stock, ours in rows if stock["prompt_tokens"] >= 2000]
-    of_bound = min(
-        ratio_of(stock, ours, "decode") / decode_bound(stock, ours) for stock, ours in long
-    )
-    whole = [
-        ratio_of(stock, whole, "end_to_end")
-        for stock, whole in pairs(offline["results"], "stock", "whole")
-    ]
-    apart = max(abs(1 - ratio) for ratio in whole)
-    found = (
-        (
-            f"limited pool, long answers ({workload(ours)}): at least 4x running sequences",
-            f"{sequences:.1f}x" if sequences else NOT_MEASURED,
-            sequences and sequences >= 4,
-        ),
-        ("the same: at least 1.8x output throughput", f"{throughput:.2f}x", throughput >= 1.8),
-        (
-            "ample pool: never below 0.98x of stock's output throughput",
-            f"{lowest:.2f}x at least" if lowest else NOT_MEASURED,
-            lowest and lowest >= 0.98,
-        ),
-        (
-            "one batch, end to end: never below 0.98x of stock",
-            *at_least([_ratios(stock, ours, "end_to_end") for stock, ours in rows], 0.98),
-        ),
-        (
-            "decode at equal batch, prompts of 2K tokens and more: faster than stock",
-            *in_turns(turns, "ours", "decode", 1.0, visual_tokens=2000),
-        ),
-        (
-            "the same, whole batches: within 15 % of the bound by bytes",
-            f"{of_bound:.0%} of it at least",
-            of_bound >= 0.85,
-        ),
-        (
-            "nothing evicted (budget 1.0): within 1 % of stock, end to end",
-            f"{apart:.1%} apart at most",
-            apart <= 0.01,
-        ),
-        *(
-            (
-                f"the same, {step} steps in turns: 1 % slower at most",
-                *in_turns(turns, "whole", step, 0.99),
-            )
-            for step in ("prefill", "decode")
-        ),
-        (
-            "the same, by the time spent in our code: within 1 %",
-            f"{idle:.1%} of a step at most",
-            idle <= 0.01,
-        ),
-        *(
-            (
-                f"our share of a {step} step: at most {most:.0%}",
-                f"{shares[step]:.1%} at most",
-                shares[step] <= most,
-            )
-            for step, most in (("prefill", 0.03), ("decode", 0.02))
-        ),
-    )
-    return table(
-        ["goal", "measured", ""], ([goal, said, verdict(met)] for goal, said, met in found)
-    )
+# --------------------------------------------------------------------------------------------------
+# Losses
 
 
-def losses(reports: dict[str, Row | None], offline: Row, turns: Row) -> str:
-    """Every case in which stock vLLM is ahead, or nothing is gained."""
-    found = []
-    for about, report in reports.items():
-        pool = "ample" if about == "ample" else "limited"
-        for stock, ours in pairs(report["results"], "stock", "ours") if report else ():
-            for name, key, unit in (
-                ("output throughput", "output_throughput", "tokens/s"),
-                *(
-                    (f"{name.upper()} {percentile}", f"{name}_{percentile}_ms", "ms")
-                    for name in ("ttft", "tpot", "itl", "e2el")
-                    for percentile in ("p50", "p99")
-                ),
-            ):
-                worse, better = sorted((ours[key], stock[key]), reverse=unit == "ms")
-                if ours[key] == worse != better:
-                    found.append(
-                        f"- {pool} pool, {workload(ours)}: {name} {worse:.0f} against "
-                        f"{better:.0f} {unit}"
-                    )
-    for engine, how in (("ours", ""), ("whole", ", nothing evicted")):
-        for stock, ours in pairs(offline["results"], "stock", engine):
+def serving_losses(about: str, results: dict[str, list[Row]]) -> Iterator[str]:
+    pool = "ample" if about == "ample" else "limited"
+    measures = [("output throughput", "output_throughput", "tokens/s")]
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        for percentile in ("p50", "p99"):
+            measures.append((f"{name.upper()} {percentile}", f"{name}_{percentile}_ms", "ms"))
+    for baseline, eviction in pairs(results, "stock", "ours"):
+        for name, key, unit in measures:
+            worse, better = sorted((eviction[key], baseline[key]), reverse=unit == "ms")
+            if eviction[key] == worse != better:
+                yield (
+                    f"{pool} pool, {workload(eviction)}: {name} {worse:.0f} {unit}, "
+                    f"baseline {better:.0f} {unit}"
+                )
+
+
+def batch_losses(results: dict[str, list[Row]]) -> Iterator[str]:
+    for engine in ("ours", "whole"):
+        for baseline, other in pairs(results, "stock", engine):
             for name in TIMES:
-                ratio = ratio_of(stock, ours, name)
+                ratio = ratio_of(baseline, other, name)
                 if ratio < 1:
-                    found.append(
-                        f"- one batch of {stock['batch']}, {stock['prompt_tokens']:,} tokens{how}: "
-                        f"{name.replace('_', ' ')} {1 / ratio:.2f} times stock's"
-                    )
-    for row in turns["rows"]:
+                    which = f"batch {baseline['batch']}, {baseline['prompt_tokens']:,} tokens"
+                    time = f"{name.replace('_', ' ')} {1 / ratio:.2f}x"
+                    yield f"one batch, {which}, {ARMS[engine]}: {time} the baseline's time"
+
+
+def interleaved_losses(rows: list[Row]) -> Iterator[str]:
+    for row in rows:
         if row["engine"] in ("ours", "whole") and row["interval"][1] < 1:
             which = f"batch {row['batch']}, {row['visual_tokens']:,} visual tokens"
-            found.append(
-                f"- {which}, {ARMS[row['engine']]}: {row['step']} in turns "
-                f"{1 / row['ratio']:.2f} times stock's"
-            )
-    return "\n".join(found) or "- none"
+            time = f"{row['step']} {1 / row['ratio']:.2f}x"
+            yield f"interleaved, {which}, {ARMS[row['engine']]}: {time} the baseline's time"
+
+
+def losses(results: Results) -> str:
+    """A list of all cases in which the baseline is faster."""
+    found: list[str] = []
+    for about, report in results.serving.items():
+        if report:
+            found += serving_losses(about, report["results"])
+    found += batch_losses(results.offline["results"])
+    found += interleaved_losses(results.turns["rows"])
+    return "\n".join(f"- {line}" for line in found or ["none"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
 
 
 def page() -> str:
-    """The page's text: the template with the tables."""
-    reports = load_serving()
-    serving, offline, overhead = reports["limited"], load("offline"), load("overhead")
-    turns = load("turns")
+    """The text of the page: the template with its tables."""
+    results = Results.committed()
+    serving, offline = results.limited, results.offline
+    assert serving is not None
     sections = {}
-    for about, report in reports.items():
+    for about, report in results.serving.items():
         sections[f"{about}_machine"] = measured_on(report) if report else NOT_MEASURED
         sections[f"{about}_throughput"] = throughput_table(report["results"]) if report else ""
         sections[f"{about}_latency"] = latency_table(report["results"]) if report else ""
     return Template(TEMPLATE.read_text()).substitute(
         policy=serving["policy"],
         budget=serving["budget"],
-        goals=goals(serving, reports["ample"], offline, turns, overhead),
+        headline=headline(results),
+        goals=goals(results),
         blocks=serving["results"]["stock"][0]["num_blocks"],
         **sections,
         output_len=offline["output_len"],
@@ -496,37 +561,25 @@ def page() -> str:
         peer_repeats=offline["peer_repeats"],
         offline_machine=measured_on(offline),
         batch=batch_table(offline["results"]),
-        whole=whole_table(offline["results"]),
+        full_budget=full_budget_table(offline["results"]),
         peers=peers_table(offline["results"]),
-        turns=turns_table(turns["rows"]),
-        turns_machine=measured_on(turns),
-        overhead=overhead_table(overhead["rows"]),
-        overhead_machine=measured_on(overhead),
-        losses=losses(reports, offline, turns),
+        turns=turns_table(results.turns["rows"]),
+        turns_machine=measured_on(results.turns),
+        overhead=overhead_table(results.overhead["rows"]),
+        overhead_machine=measured_on(results.overhead),
+        losses=losses(results),
     )
 
 
-def readme() -> str:
-    """The README's text with its tables: each stands between comments that name it."""
-    text = README.read_text()
-    for name, rows in (
-        ("headline", headline(load("serving")["results"])),
-        ("overhead", overhead_table(load("overhead")["rows"])),
-    ):
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
-        text = before + start + rows + end + rest.partition(end)[2]
-    return text
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
+    parser = make_parser(__doc__, json=False)
+    parser.add_argument("--check", action="store_true", help="only check that it is up to date")
     check = parser.parse_args().check
-    for path, text in ((PAGE, page()), (README, readme())):
-        if check and path.read_text() != text:
-            sys.exit(f"{path.name} is not what the results say")
-        path.write_text(text)
+    text = page()
+    if not check:
+        PAGE.write_text(text)
+    elif PAGE.read_text() != text:
+        sys.exit(f"{PAGE.name} is not up to date: run python -m benchmarks.report")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First numbers of stock vLLM against eviction, same process, same pool, same requests.
+"""A quick comparison of vLLM without and with eviction: one process, one pool, equal requests.
 
     python -m benchmarks.smoke [--json [FILE]] [--budget 0.1] [--requests 24]
 
-Prints the blocks of a request before and after eviction, the most sequences that ran at once,
-output tokens per second, and the share of step time spent in our code. A small model with random
-weights on a CPU: it shows that the mechanism works and what it costs, not what a GPU gains.
+Prints the blocks of a request before and after eviction, the maximum number of decoding sequences,
+output tokens per second and the fraction of step time spent in this package's code. The model is
+small and has random weights. On a CPU this shows that the mechanism works and what it costs, not
+the gain on a GPU.
 """
 
-import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.own_time import own_time
-from testing.results import describe_machine
+from testing.cli import make_parser, set_vllm_environment
+from testing.results import make_report, to_json
 
 BLOCK_SIZE = 32
 POOL_BLOCKS = 160
@@ -30,7 +30,7 @@ QUESTION = "Describe everything that you can see in the picture, from left to ri
 def measure(
     model: Path, kv_compress: dict[str, Any] | None, num_requests: int, trace: Path
 ) -> dict[str, Any]:
-    """One engine over all requests; a warm-up request comes first."""
+    """Run one engine over all requests, after a warm-up request."""
     from testing import engine as harness
 
     requests = [
@@ -67,9 +67,9 @@ def measure(
         "seconds": round(elapsed, 2),
         "steps": len(step_seconds),
         "step_milliseconds_median": round(1000 * statistics.median(step_seconds), 2),
-        "most_decoding_sequences": max(decoding),
+        "max_decoding_sequences": max(decoding),
         "mean_decoding_sequences": round(statistics.mean(decoding), 1),
-        "share_of_step_time_in_our_code": round(clock.own / sum(step_seconds), 4),
+        "fraction_of_step_time_in_own_code": round(clock.own / sum(step_seconds), 4),
     }
     if kv_compress is not None:
         record = json.loads(trace.read_text().splitlines()[-1])
@@ -82,50 +82,48 @@ def measure(
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, json=False)
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON; by default print it"
+    )
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--requests", type=int, default=24)
-    args = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+    options = parser.parse_args(arguments)
+    set_vllm_environment()
     from testing import tiny_models
 
     shape = {"num_layers": 8, "num_heads": 8, "num_kv_heads": 2, "head_size": 64, "image_size": 448}
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.build("llava", Path(folder) / "llava", **shape)
         trace = Path(folder) / "trace.jsonl"
-        settings = {"policy": "vlcache", "budget": args.budget, "trace_path": str(trace)}
-        stock = measure(model, None, args.requests, trace)
-        ours = measure(model, settings, args.requests, trace)
-    result = {
-        "command": "python -m benchmarks.smoke " + " ".join(sys.argv[1:]),
-        "machine": describe_machine(),
-        "model": {"kind": "llava", **shape},
-        "pool_blocks": POOL_BLOCKS,
-        "block_size": BLOCK_SIZE,
-        "requests": args.requests,
-        "output_tokens_per_request": OUTPUT_TOKENS,
-        "budget": args.budget,
-        "stock": stock,
-        "ours": ours,
-    }
-    text = json.dumps(result, indent=2)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n")
-    if args.json == "-":
-        print(text)
+        settings = {"policy": "vlcache", "budget": options.budget, "trace_path": str(trace)}
+        baseline = measure(model, None, options.requests, trace)
+        eviction = measure(model, settings, options.requests, trace)
+    report = make_report(
+        "benchmarks.smoke",
+        arguments,
+        model={"kind": "llava", **shape},
+        pool_blocks=POOL_BLOCKS,
+        block_size=BLOCK_SIZE,
+        requests=options.requests,
+        output_tokens_per_request=OUTPUT_TOKENS,
+        budget=options.budget,
+        stock=baseline,
+        ours=eviction,
+    )
+    if options.json and options.json != "-":
+        Path(options.json).write_text(to_json(report) + "\n")
+    if options.json == "-":
+        print(to_json(report))
         return
-    print(f"{'':38} {'stock':>10} {'ours':>10}")
-    for key in stock:
-        print(f"{key:38} {stock[key]:>10} {ours[key]:>10}")
+    print(f"{'':38} {'baseline':>10} {'eviction':>10}")
+    for key in baseline:
+        print(f"{key:38} {baseline[key]:>10} {eviction[key]:>10}")
     print(
-        f"a prompt of {ours['prompt_tokens']} tokens: {ours['blocks_before']} blocks before, "
-        f"{ours['blocks_after']} after eviction; tokens kept per layer: "
-        f"{ours['kept_tokens_per_layer']}"
+        f"prompt of {eviction['prompt_tokens']} tokens: {eviction['blocks_before']} blocks before "
+        f"eviction, {eviction['blocks_after']} after; tokens kept per layer: "
+        f"{eviction['kept_tokens_per_layer']}"
     )
 
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of vLLM's vision-language architectures are served with eviction, and whether exactly so.
+"""The model matrix: which vision-language architectures are supported, and whether exactly.
 
     python -m checks.matrix [--json [FILE]] [--markdown] [KIND ...]
 
-Each kind of `testing.model_zoo` runs in a process of its own: a tiny model with random weights
-reads prompts with images, is evicted, decodes, and is compared with `testing.attention_recorder`.
-docs/models.md says what "exact" means.
+Each kind of `testing.model_zoo` runs in its own process. A tiny model with random weights prefills
+prompts with images, evicts and decodes, and its attention layers are compared with
+`testing.attention_recorder`. docs/models.md defines "exact".
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testing import model_zoo
+from testing.cli import make_parser, set_vllm_environment
 from testing.results import write_report
 
 if TYPE_CHECKING:
@@ -39,31 +39,32 @@ QUESTION = (
     "Describe everything that you can see in the picture, from left to right: who is there, what "
     "they do, and what will happen next? Answer in a sentence or two."
 )
-TIME_LIMIT = 300  # seconds for one process
+TIME_LIMIT = 300  # seconds per process
 
-# Attention in float32 against float64, relative to a layer's largest output.
+# Largest difference between float32 and float64 attention, relative to a layer's largest output.
 MAX_DISTANCE = 1e-5
 MAX_DENSITY_DISTANCE = 1e-4
-# Ties within float32 rounding have two right answers. Requests that contain one decide nothing.
+# Two scores closer than this may be ranked either way after float32 rounding. A request with such
+# a tie is not compared.
 MIN_SCORE_GAP = 2e-5
-# A run says something if eviction changes what attention gives back by far more than rounding.
+# The comparison is meaningful if eviction changes attention outputs by far more than rounding.
 MIN_EFFECT = 1e-2
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one kind; ``result`` is one of
+class KindResult:
+    """The result of one kind; ``result`` is one of
 
     exact
-        Served, evicted, and all as the oracle says.
+        Served and evicted, equal to the oracle.
     refused
-        The product refuses it at start-up; stock vLLM serves it.
+        The plugin refuses it at start-up; vLLM without eviction serves it.
     not served
-        vLLM itself does not serve it here.
+        vLLM does not serve it on this platform.
     wrong
-        Served and evicted, but not as the oracle says.
+        Served and evicted, but different from the oracle.
     failed
-        Stock vLLM serves it; with eviction it crashes or hangs.
+        vLLM serves it without eviction; with eviction it crashes or hangs.
     """
 
     result: str
@@ -72,11 +73,11 @@ class Outcome:
 
 
 # --------------------------------------------------------------------------------------------------
-# In a process of its own
+# In the process of one kind
 
 
-def evicted(kind: str, folder: Path) -> Outcome:
-    """Serve a kind with eviction, and compare."""
+def evicted(kind: str, folder: Path) -> KindResult:
+    """Serve a kind with eviction and compare it with the oracle."""
     from testing.attention_recorder import recording
     from testing.engine import read_trace
 
@@ -88,7 +89,7 @@ def evicted(kind: str, folder: Path) -> Outcome:
             llm = stack.enter_context(_engine(kind, folder, settings))
         except ValueError as error:
             if "--kv-compress" in str(error) or "KV compression" in str(error):
-                return Outcome("refused", _reasons(str(error)))
+                return KindResult("refused", _reasons(str(error)))
             raise
         requests = []
         for num_images in range(1, model_zoo.max_images(kind) + 1):
@@ -101,28 +102,31 @@ def evicted(kind: str, folder: Path) -> Outcome:
                 try:
                     request = compare(layers, len(output.prompt_token_ids), start, record)
                 except AssertionError as error:
-                    return Outcome("wrong", str(error))
+                    return KindResult("wrong", str(error))
                 if request is not None:
                     requests.append(request)
                     break
             else:
-                return Outcome("wrong", "a near tie with every seed")
-    return Outcome("exact", requests=requests)
+                return KindResult("wrong", "every seed gives a near tie")
+    return KindResult("exact", requests=requests)
 
 
 def compare(
     layers: Sequence["Record"], prompt_tokens: int, first: int, trace: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """One request: the engine against the oracle. None where it hinges on rounding.
+    """Compare an engine with the oracle for one request.
 
     Args:
-        layers: what the attention layers were given and gave back.
-        prompt_tokens: of the request.
-        first: position of the text after its last image.
-        trace: the engine's record of the eviction.
+        layers: recorded inputs and outputs of the attention layers.
+        prompt_tokens: length of the prompt.
+        first: position of the first token after the last image.
+        trace: the engine's trace record of the eviction.
+
+    Returns:
+        The row of the request, or None if it contains a near tie.
 
     Raises:
-        AssertionError: if they differ, or if the request would not tell.
+        AssertionError: if they differ, or if the request cannot show a difference.
     """
     from testing.oracle import Settings, decide
 
@@ -143,8 +147,8 @@ def compare(
         distance = max(distance, layer.distance(layer.expected(prompt_tokens, evicted)))
         effect = max(effect, layer.distance(layer.expected(prompt_tokens)))
     assert distance < MAX_DISTANCE, f"attention outputs differ by {distance:.1e}"
-    assert effect > MIN_EFFECT, "the request does not tell eviction from none"
-    assert len(set(expected.kept_tokens)) > 1, "the request does not tell layers apart"
+    assert effect > MIN_EFFECT, "the request does not distinguish eviction from a full cache"
+    assert len(set(expected.kept_tokens)) > 1, "the request does not distinguish the layers"
     return {
         "prompt_tokens": prompt_tokens,
         "observed_tokens": prompt_tokens - first,
@@ -158,12 +162,12 @@ def compare(
     }
 
 
-def stock(kind: str, folder: Path) -> Outcome:
+def stock(kind: str, folder: Path) -> KindResult:
     """Serve a kind without eviction."""
-    # The only type that all of vLLM's CPU kernels know.
+    # The only type that all CPU kernels of vLLM support.
     with _engine(kind, folder, None, dtype="bfloat16") as llm:
         _generate(llm, kind, 1, 0)
-    return Outcome("served")
+    return KindResult("served")
 
 
 def _engine(
@@ -180,7 +184,7 @@ def _engine(
         block_size=BLOCK_SIZE,
         max_model_len=4096,
         limit_mm_per_prompt={"image": model_zoo.max_images(kind)},
-        enable_prefix_caching=False,  # a request's record must hold its whole prompt
+        enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=True,
     )
 
@@ -198,7 +202,7 @@ def _generate(llm: "LLM", kind: str, num_images: int, seed: int) -> "RequestOutp
 
 
 def _text_start(llm: "LLM", kind: str, prompt_token_ids: Sequence[int]) -> int:
-    """Where the text after the last image begins."""
+    """Position of the first text token after the last image."""
     text = model_zoo.text_after_images(kind, QUESTION)
     tokens = llm.get_tokenizer().encode(text, add_special_tokens=False)
     starts = range(len(prompt_token_ids) - len(tokens), -1, -1)
@@ -206,25 +210,25 @@ def _text_start(llm: "LLM", kind: str, prompt_token_ids: Sequence[int]) -> int:
 
 
 def _reasons(message: str) -> str:
-    """The reasons of a refusal without its headline, on one line."""
+    """The reasons of a refusal on one line, without the headline."""
     lines = message.splitlines()
     return "; ".join(line.removeprefix("  - ") for line in lines[1:]) or message
 
 
-def _child(task: Any, kind: str, folder: Path, log: Path, answer: Connection) -> None:
+def _child(task: Any, kind: str, folder: Path, log: Path, connection: Connection) -> None:
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     import torch
 
-    # vLLM's MiniCPM-V asks for it on every device; torch's CPU build has none.
+    # vLLM's MiniCPM-V calls it on every device, but torch's CPU build lacks it.
     torch.cuda.is_current_stream_capturing = lambda: False
     try:
         outcome = task(kind, folder)
     except Exception as error:
         traceback.print_exc()
-        outcome = Outcome("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-    answer.send(outcome)
+        outcome = KindResult("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+    connection.send(outcome)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def _child(task: Any, kind: str, folder: Path, log: Path, answer: Connection) ->
 
 
 def run(kind: str, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
-    """One row: the outcome of a kind, with what its configuration says."""
+    """The row of one kind: its result, architecture and language model."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -240,7 +244,7 @@ def run(kind: str, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
         if outcome.result in ("refused", "failed"):
             without = _in_a_process(stock, kind, folder, time_limit)
             if without.result != "served":
-                outcome = Outcome("not served", without.reason)
+                outcome = KindResult("not served", without.reason)
         config = json.loads((folder / "model" / "config.json").read_text())
     return {
         "architecture": config["architectures"][0],
@@ -252,7 +256,7 @@ def run(kind: str, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
     }
 
 
-def _in_a_process(task: Any, kind: str, folder: Path, time_limit: float) -> Outcome:
+def _in_a_process(task: Any, kind: str, folder: Path, time_limit: float) -> KindResult:
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     log = folder / "log"
@@ -264,16 +268,16 @@ def _in_a_process(task: Any, kind: str, folder: Path, time_limit: float) -> Outc
         if receiver.poll(time_limit):
             outcome = receiver.recv()
         else:
-            outcome = Outcome("failed", f"no answer after {time_limit} s")
+            outcome = KindResult("failed", f"no answer after {time_limit} s")
             process.kill()
     except EOFError:
         process.join()
-        outcome = Outcome("failed", f"the process ended with code {process.exitcode}")
+        outcome = KindResult("failed", f"the process ended with code {process.exitcode}")
     process.join(10)
-    process.kill()  # unless it has ended
+    process.kill()  # if it is still running
     process.join()
     if outcome.result in ("failed", "wrong"):
-        # After "nanobind:" come complaints of the interpreter's end.
+        # Messages after "nanobind:" belong to the shutdown of the interpreter.
         sys.stderr.write(log.read_text(errors="replace").partition("nanobind:")[0][-4000:])
     return outcome
 
@@ -294,24 +298,28 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, json=False)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(model_zoo.KINDS))
-    parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=RESULTS,
+        type=Path,
+        metavar="FILE",
+        help="write the results here; by default to the committed file",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.kinds) - set(model_zoo.KINDS))
     if unknown:
         parser.error(f"unknown kind(s) {', '.join(unknown)}; known: {', '.join(model_zoo.KINDS)}")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    set_vllm_environment()
     rows = {}
     for kind in options.kinds or model_zoo.KINDS:
         rows[kind] = row = run(kind)
         print(f"{kind:20} {row['seconds']:6} s  {row['result']}", row["reason"] or "", flush=True)
     if options.json:
-        given = sys.argv[1:] if arguments is None else arguments
-        write_report(options.json, "checks.matrix", given, results=rows)
+        write_report(options.json, "checks.matrix", arguments, results=rows)
     if options.markdown:
         print(markdown(rows), end="")
     if any(row["result"] in ("wrong", "failed") for row in rows.values()):

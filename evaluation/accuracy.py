@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against the budget of the KV cache, for each policy, through vLLM.
+"""Accuracy of policies at several budgets, measured through vLLM.
 
     python -m evaluation.accuracy --json benchmarks/results/accuracy.json
     python -m evaluation.accuracy --policies vlcache random vlcache:pooling=31,uniform_mix=0.8 \\
         --budgets 0.05 0.1 1.0 --tasks lookup row
     python -m evaluation.accuracy --model MODEL --data questions.jsonl --score anls
 
-Without --model and --data it is the embedded page reader on its held-out pages. Of each cell: the
-mean score with its 95 % interval, the share of the prompt's KV cache that was kept (`retained`),
-and, where the generator knows them, the share of the answer's visual tokens that was kept
-(`kept_answer`: mean over layers and KV heads; `reached_answer`: by any KV head of any layer).
+By default the model is the embedded page reader and the data are its held-out pages. Each cell of
+the results contains the mean score with its 95% interval and the fraction of the prompt's KV cache
+that was kept (`retained`). If the visual tokens of the answer are known, it also contains the kept
+fraction of them: averaged over layers and KV heads (`kept_answer`), and counting tokens kept by any
+KV head of any layer (`reached_answer`).
 """
 
 import argparse
 import contextlib
 import json
-import os
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +26,8 @@ from typing import Any
 
 from evaluation.cases import SPLITS, Case, answer_positions, jsonl_cases, page_reader_cases
 from evaluation.scoring import SCORES, interval
-from testing.results import write_report
+from testing.cli import make_parser, set_vllm_environment
+from testing.results import to_json, write_report
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy import POLICIES
@@ -36,13 +36,14 @@ MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 DEFAULT_POLICIES = tuple(POLICIES)
 WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
-# Scores of the post-vision queries, then of the last window; sparsity, then uniform budgets.
+# Two observation windows (post-vision queries, last 32 queries) times two kinds of layer budgets
+# (from sparsity, uniform).
 ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")
 
 
 @dataclass
 class Cell:
-    """Results of one policy at one budget on one task."""
+    """The results of one policy at one budget on one task: one entry for each case."""
 
     scores: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
@@ -61,22 +62,23 @@ class Cell:
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """``name`` or ``name:parameter=value,...`` as the settings of ``KVCompressConfig``.
+    """Settings of `KVCompressConfig` from ``name`` or ``name:setting=value,...``.
 
-    Raises ValueError for what the product would refuse.
+    Raises:
+        ValueError: for settings that are not valid.
     """
-    name, _, parameters = text.partition(":")
+    name, _, values = text.partition(":")
     settings: dict[str, Any] = {"policy": name}
-    for item in filter(None, parameters.split(",")):
+    for item in filter(None, values.split(",")):
         key, sign, value = item.partition("=")
         if not sign:
-            raise ValueError(f"{text!r}: expected parameter=value, got {item!r}")
+            raise ValueError(f"{text!r}: expected setting=value, got {item!r}")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
     if name == "none":
-        raise ValueError("the full cache is measured as budget 1.0, not as a policy")
+        raise ValueError("the full cache is measured with budget 1.0, not as a policy")
     KVCompressConfig.from_dict(settings)
     return settings
 
@@ -106,11 +108,21 @@ def run(
     budgets: Sequence[float],
     options: argparse.Namespace,
 ) -> dict[float, dict[str, Cell]]:
-    """Answer all cases at all budgets with one engine; ``settings`` None is stock vLLM.
+    """Run all cases at all budgets with one engine.
 
-    A case's budgets are asked one after another, so that they share the pages' prefill.
+    The budgets of a case follow each other, so that they share the prefill of the pages.
+
+    Args:
+        model: path or name.
+        cases: the questions.
+        settings: of KV compression; None stands for vLLM without eviction.
+        budgets: of the requests.
+        options: of the command line.
+
+    Returns:
+        Cells by budget and task.
     """
-    # vLLM reads its environment when it is imported: after `measure` has set it, not before.
+    # vLLM reads environment variables when it is imported, so `measure` sets them first.
     from vllm import SamplingParams
 
     from testing.engine import read_trace, running_llm
@@ -151,7 +163,7 @@ def run(
             positions = answer_positions(
                 case.answer_cells, output.prompt_token_ids, image_token, len(case.load_images())
             )
-            kept, reached = _kept_share(record, positions)
+            kept, reached = _kept_fraction(record, positions)
             cell.kept_answer.append(kept)
             cell.reached_answer.append(reached)
     return cells
@@ -166,37 +178,35 @@ def _conversation(case: Case) -> list[dict[str, Any]]:
 
 
 def _retained(record: dict[str, Any] | None) -> float:
-    """Share of a prompt's blocks that stayed; 1 for a request that was not evicted."""
+    """Fraction of a prompt's blocks that was kept; 1 for a request that was not evicted."""
     return 1.0 if record is None else record["kept_blocks"] / record["prompt_blocks"]
 
 
-def _kept_share(record: dict[str, Any], positions: Sequence[int]) -> tuple[float, float]:
-    """Of these positions: kept share over layers and heads; share that any head kept."""
+def _kept_fraction(record: dict[str, Any], positions: Sequence[int]) -> tuple[float, float]:
+    """Kept fraction of positions: the mean over layers and heads, and that kept by any head."""
     wanted = set(positions)
     found: set[int] = set()
-    shares = []
+    fractions = []
     for layer in record["kept_positions"]:
         for head in layer:
             here = wanted.intersection(head)
             found |= here
-            shares.append(len(here) / len(wanted))
-    return sum(shares) / len(shares), len(found) / len(wanted)
+            fractions.append(len(here) / len(wanted))
+    return sum(fractions) / len(fractions), len(found) / len(wanted)
 
 
 def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
-    """All policies at all budgets: ``{policy: {budget: {task: summary}}}``, full cache first."""
-    if options.model == MODEL:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    """Results of all policies: ``{policy: {budget: {task: summary}}}``, the full cache first."""
+    offline = "1" if options.model == MODEL else "0"
+    set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE=offline)
     results: dict[str, Any] = {}
     budgets = sorted({b for b in options.budgets if b < 1.0})
     jobs: list[tuple[str, Sequence[float]]] = [("full cache", (1.0,))] * (1.0 in options.budgets)
     jobs += [(policy, budgets) for policy in options.policies if budgets]
-    for number, (policy, asked) in enumerate(jobs, 1):
+    for number, (policy, job_budgets) in enumerate(jobs, 1):
         settings = None if policy == "full cache" else parse_policy(policy)
         began = time.perf_counter()
-        cells = run(str(options.model), cases, settings, asked, options)
+        cells = run(str(options.model), cases, settings, job_budgets, options)
         results[policy] = {
             str(budget): {task: cell.summary() for task, cell in by_task.items()}
             for budget, by_task in cells.items()
@@ -205,12 +215,13 @@ def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any
         for budget, by_task in results[policy].items():
             scores = "  ".join(f"{task} {cell['score']:.3f}" for task, cell in by_task.items())
             print(f"  {float(budget):>4.0%}: {scores}", flush=True)
-        if options.json:  # a run of hours keeps what it has
+        if options.json:  # after each policy, because a run takes hours
             write(options, results)
     return results
 
 
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the results to ``--json``."""
     split = options.split if options.data is None else str(options.data.name)
     write_report(
         options.json, "evaluation.accuracy", options.arguments, split=split, results=results
@@ -218,10 +229,14 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:
-    """The results of earlier runs of other policies or budgets, also written as one."""
+    """The merged results of several result files; also written to ``--json``.
+
+    Raises:
+        ValueError: if the files belong to different splits or data.
+    """
     reports = [json.loads(path.read_text()) for path in options.report]
     if len({report.get("split") for report in reports}) > 1:
-        raise ValueError("--report: these are of different splits or data, and cannot be one table")
+        raise ValueError("--report: the files have different splits or data and cannot be merged")
     results: dict[str, Any] = {}
     for report in reports:
         for policy, cells in report["results"].items():
@@ -229,12 +244,12 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
             results[policy] = dict(sorted(budgets.items(), key=lambda item: float(item[0])))
     if options.json:
         parts = {"command": [r["command"] for r in reports], "results": results}
-        options.json.write_text(json.dumps(reports[0] | parts, indent=1) + "\n")
+        options.json.write_text(to_json(reports[0] | parts) + "\n")
     return results
 
 
 def table(results: dict[str, Any]) -> str:
-    """One table for each task: policies by budgets, in per cent with half the interval's width."""
+    """A text table for each task: score in percent ± half the interval, by policy and budget."""
     tasks = list(next(iter(next(iter(results.values())).values())))
     budgets = sorted({float(b) for cells in results.values() for b in cells})
     lines = []
@@ -254,7 +269,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], budget: float) -> str:
-    """The table of one budget, full cache first, in per cent."""
+    """A Markdown table of one budget: scores in percent, the full cache first."""
     tasks = list(next(iter(next(iter(results.values())).values())))
     lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
     for policy, cells in results.items():
@@ -266,7 +281,10 @@ def markdown(results: dict[str, Any], budget: float) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """One panel for each task: score against budget, a line for each policy, intervals shaded."""
+    """Plot the score against the budget: a panel for each task, a line for each policy.
+
+    The shaded areas are 95% intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,36 +324,42 @@ def _budget(text: str) -> float:
     value = float(text)
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(
-            f"{text} is no budget: it is the kept share of the KV cache, above 0 and at most 1"
+            f"{text} is not a budget: a budget is a fraction of the KV cache above 0, at most 1"
         )
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--policies", nargs="+", default=list(DEFAULT_POLICIES), metavar="NAME[:KEY=VALUE,...]")
-    add("--ablation", action="store_true", help="also the 2x2: scores x layer budgets")
+    add(
+        "--ablation",
+        action="store_true",
+        help="add the 2x2 ablation: observation windows x layer budgets",
+    )
     add("--budgets", nargs="+", type=_budget, default=list(DEFAULT_BUDGETS))
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the page reader")
-    add("--samples", type=int, default=500, help="cases of each task (page reader)")
+    add("--samples", type=int, default=500, help="cases per task of the page reader")
     add("--split", choices=SPLITS, default="test", help="tune: to choose settings; test: to report")
-    add("--model", type=Path, default=MODEL, help="path or name of any model that vLLM serves")
+    add("--model", type=Path, default=MODEL, help="path or name of a model that vLLM serves")
     add("--data", type=Path, help='JSONL of {"images": [...], "question": ..., "answers": [...]}')
-    add("--max-tokens", type=int, default=64, help="of an answer to --data")
-    add("--score", choices=sorted(SCORES), help="default: exact, characters for dumps")
-    add("--json", type=Path, metavar="OUT", help="write the results here")
-    add("--plot", type=Path, metavar="OUT", help="default: beside --json, as .png")
+    add("--max-tokens", type=int, default=64, help="maximum output tokens for --data")
+    add("--score", choices=sorted(SCORES), help="default: exact; characters for dumps")
+    add("--plot", type=Path, metavar="FILE", help="default: the --json file with suffix .png")
     add(
         "--report",
         nargs="+",
         type=Path,
-        metavar="JSON",
-        help="measure nothing: report earlier runs, in one where they are parts",
+        metavar="FILE",
+        help="measure nothing: merge and report earlier result files",
     )
-    add("--markdown", type=_budget, metavar="BUDGET", help="print this budget's table as Markdown")
+    add(
+        "--markdown",
+        type=_budget,
+        metavar="BUDGET",
+        help="print the table of this budget as Markdown",
+    )
     add("--dtype", default="auto")
     add("--block-size", type=int, default=32)
     add("--max-num-seqs", type=int, default=16)
@@ -347,7 +371,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = arguments
@@ -371,7 +394,7 @@ def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
         if options.data is not None:
             return jsonl_cases(options.data, options.max_tokens)
         if options.model != MODEL:
-            raise ValueError("--model needs --data: the page reader's tasks are its own")
+            raise ValueError("--model needs --data: the built-in tasks are for the page reader")
         return page_reader_cases(options.split, options.tasks, options.samples)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an accuracy benchmark asks: questions about images with their right answers."""
+"""Questions about images with their expected answers."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ from training.render import render
 
 LAYOUT = Layout()
 MAX_ANSWER_TOKENS = {"lookup": 12, "hop": 12, "row": 40, "dump": 160, "which": 8}
-# A dump of about 100 characters cannot be kept in a tenth of a short prompt by any policy; "which
-# page" needs a choice.
+# A tenth of a short prompt has fewer tokens than a dump of about 100 characters, so dumps need long
+# prompts. "Which page" needs several pages.
 MIN_PAGES = {"lookup": 1, "hop": 1, "row": 1, "dump": 4, "which": 2}
 SPLITS = ("tune", "test")
 
@@ -25,9 +25,9 @@ SPLITS = ("tune", "test")
 class Case:
     """A question about images.
 
-    ``group`` names what is shared with other cases (a document); confidence intervals resample
-    groups. ``answer_cells`` are the answer's visual tokens as (image, index within the image), or
-    empty where unknown.
+    ``group`` is the document that a case shares with others; confidence intervals resample groups.
+    ``answer_cells`` are the visual tokens of the answer as (image, index within the image), empty
+    if unknown.
     """
 
     task: str
@@ -50,8 +50,11 @@ def _open(paths: Sequence[Path]) -> list[Image.Image]:
 def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case]:
     """``count`` cases of each task from held-out documents of one to four pages.
 
-    Documents are shared between the tasks; training never sees these splits. Document i has
-    1 + i % 4 pages. Raises ValueError for an unknown task.
+    All tasks share the documents. Document i has 1 + i % 4 pages. The splits are not used in
+    training.
+
+    Raises:
+        ValueError: for an unknown task.
     """
     tasks = list(tasks)
     unknown = [task for task in tasks if task not in TASKS]
@@ -88,8 +91,10 @@ def page_reader_cases(split: str, tasks: Iterable[str], count: int) -> list[Case
 def jsonl_cases(path: Path, max_tokens: int) -> list[Case]:
     """Cases from lines of ``{"images": [...], "question": ..., "answers": [...], "task": ...}``.
 
-    Image paths are relative to the file; ``task`` and ``group`` are optional. Raises ValueError
-    with the number of the line that is wrong.
+    Image paths are relative to the file; ``task`` and ``group`` are optional.
+
+    Raises:
+        ValueError: with the number of the first invalid line.
     """
     cases = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -123,7 +128,7 @@ def jsonl_cases(path: Path, max_tokens: int) -> list[Case]:
             )
         )
     if not cases:
-        raise ValueError(f"{path} holds no cases")
+        raise ValueError(f"{path} contains no cases")
     return cases
 
 
@@ -140,8 +145,15 @@ def answer_positions(
     image_token: int,
     num_images: int,
 ) -> list[int]:
-    """Positions in the prompt of an answer's visual tokens; images have equally many tokens."""
+    """Prompt positions of an answer's visual tokens.
+
+    Args:
+        cells: (image, index within the image) of each token.
+        prompt_token_ids: the prompt.
+        image_token: id of the placeholder token.
+        num_images: images in the prompt, all with the same number of tokens.
+    """
     visual = [i for i, token in enumerate(prompt_token_ids) if token == image_token]
     per_image, rest = divmod(len(visual), num_images)
-    assert rest == 0, "images of unequal length"
+    assert rest == 0, "images have different numbers of tokens"
     return [visual[image * per_image + index] for image, index in cells]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: the embedded page reader behind a real server, whole cache against a tenth of it.
+"""`make demo`: the embedded page reader behind a server, with the full cache and a tenth of it.
 
-Four pages, one question of each task; every answer is right or wrong, and what became of the cache
-is read from the server itself.
+The document has four pages, and one question of each task is asked. Every output is checked, and
+the number of blocks is read from the server's metrics.
 """
 
-import argparse
 import json
 import random
 import shlex
@@ -17,6 +16,7 @@ from PIL import Image
 
 from evaluation.accuracy import MODEL
 from evaluation.cases import LAYOUT, MAX_ANSWER_TOKENS
+from testing.cli import make_parser
 from testing.server import Server, chat_body, command, image_url, program, running, stream
 from training.pages import TASKS, Document, Page, Question, generate
 from training.render import render
@@ -33,15 +33,19 @@ COMMON = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
+    """An output, and the number of blocks that the request held."""
+
     text: str
-    held: str  # blocks, by the server's own metric; empty for an answer too short to measure
+    held: str  # as text; empty if the output was too short to read the metric
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, json=False)
     parser.add_argument("--document", type=int, default=3, help="index of the held-out document")
-    parser.add_argument("--pages", type=Path, default=Path("build/demo"), help="folder of pictures")
+    parser.add_argument(
+        "--pages", type=Path, default=Path("build/demo"), help="folder for the page images"
+    )
     options = parser.parse_args(arguments)
 
     document = generate("demo", options.document, LAYOUT.of_pages(4))
@@ -51,25 +55,25 @@ def main(arguments: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        evicting = (
+        eviction = (
             f"--kv-compress={POLICY}",
             f"--kv-compress-budget={BUDGET}",
             "--kv-compress-config=" + json.dumps({"trace_path": str(trace)}),
         )
         log = Path(folder) / "server.log"
-        full = answers(log, (), questions, pictures)
-        tenth = answers(log, evicting, questions, pictures)
+        full = completions(log, (), questions, pictures)
+        tenth = completions(log, eviction, questions, pictures)
         record = json.loads(trace.read_text().splitlines()[0])
 
     for question, whole, kept in zip(questions, full, tenth, strict=True):
         print(f"\n{question.task:<12} {question.text}")
-        print(f"  right      {question.answer}")
+        print(f"  expected   {question.answer}")
         for name, answer in (("full cache", whole), (f"{BUDGET:.0%} cache", kept)):
-            mark = "right" if answer.text == question.answer else "WRONG"
+            mark = "correct" if answer.text == question.answer else "WRONG"
             print(f"  {name:<10} {answer.text}  [{mark}{answer.held}]")
     print(f"\n{POLICY} at {BUDGET:.0%}: {record['prompt_tokens']} prompt tokens,", end=" ")
     print(f"{record['prompt_blocks']} blocks after prefill -> {record['kept_blocks']} kept")
-    print("layer        density   tokens kept of each KV head")
+    print("layer        density   kept tokens per KV head")
     most = max(record["kept_tokens"])
     for layer, (density, count) in enumerate(
         zip(record["density"], record["kept_tokens"], strict=True)
@@ -81,48 +85,49 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def ask(document: Document) -> list[Question]:
-    """One question of each task that the document allows."""
+    """One question of each task that is possible for the document."""
     rng = random.Random(0)
     return [q for task in TASKS for q in document.questions(task, rng, 1)]
 
 
 def show(document: Document, pictures: list[Image.Image], folder: Path) -> None:
-    """Print the pages as text, side by side, and save them as pictures."""
+    """Print the pages side by side as text, and save them as images."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         picture.resize((560, 560)).save(folder / f"page{i + 1}.png")
-    print(f"The pages, as text (pictures: {folder}/page*.png):\n")
+    print(f"The pages as text (images: {folder}/page*.png):\n")
     for line in zip(*(lines_of(page) for page in document.pages), strict=True):
         print("  " + " | ".join(line))
     print()
 
 
 def lines_of(page: Page) -> list[str]:
-    """The page's text; of a large glyph only the top left quarter's cell has its letter."""
+    """The lines of a page. A large glyph appears in its top left cell only."""
     text = "".join(c if part < 2 else " " for c, part in zip(page.text, page.part, strict=True))
     return [text[i : i + page.grid] for i in range(0, len(text), page.grid)]
 
 
-def answers(
+def completions(
     log: Path, arguments: tuple[str, ...], questions: list[Question], pictures: list[Image.Image]
-) -> list[Answer]:
-    """Start a server, ask it everything, stop it."""
+) -> list[Completion]:
+    """Start a server, send all questions, and stop it."""
     shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[len(program()) :]]
     print("$", shlex.join(part for part in shown if "trace_path" not in part))
     urls = [image_url(picture) for picture in pictures]
     with running(MODEL, log, *arguments, *COMMON) as server:
-        return [answer(server, question, urls) for question in questions]
+        return [complete(server, question, urls) for question in questions]
 
 
-def answer(server: Server, question: Question, urls: list[str]) -> Answer:
+def complete(server: Server, question: Question, urls: list[str]) -> Completion:
+    """Send one question."""
     body = chat_body(MODEL, question.text, *urls, max_tokens=MAX_ANSWER_TOKENS[question.task])
     text, held = "", ""
     for delta in stream(server, body):
         text += delta
-        if len(text) >= 10 and not held:  # blocks leave one step after the prefill
+        if len(text) >= 10 and not held:  # blocks are freed one step after the prefill
             usage = server.metric("vllm:kv_cache_usage_perc")
             held = f", {usage * (server.num_blocks() - 1):.0f} blocks held"
-    return Answer(text, held)
+    return Completion(text, held)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--kv-compress-when`` at growing load: what it keeps of accuracy and of capacity.
+"""Accuracy and capacity at increasing load for each value of ``--kv-compress-when``.
 
-    python -m evaluation.pressure [--json OUT] [--concurrency 1 2 4 8 16 32] [--requests 200]
+    python -m evaluation.pressure [--json FILE] [--concurrency 1 2 4 8 16 32] [--requests 200]
 
-So many clients ask the embedded page reader, each its next question when its last is answered, in
-a small block pool: stock vLLM, then eviction always and under pressure. Every question is about
-other pages (tuning split, all tasks), so that nothing is shared. Of each: the score, the share of
-requests that were evicted, requests and output tokens per second, the median time to an answer,
-and the most sequences that decoded at once.
+Concurrent clients ask the embedded page reader, each its next question after the previous output.
+The block pool is small. The engines are vLLM without eviction ("stock"), eviction of every request
+("always") and eviction under pressure ("pressure"). Every question is about other pages of the
+tuning split, so that no prefixes are shared. Each row contains the score, the fraction of evicted
+requests, requests and output tokens per second, the median time of a request and the maximum
+number of decoding sequences.
 """
 
 import argparse
 import itertools
-import os
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from evaluation.accuracy import MODEL, parse_policy
 from evaluation.cases import Case, page_reader_cases
 from evaluation.scoring import SCORES
+from testing.cli import make_parser, set_vllm_environment
 from testing.results import write_report
 
 MODES = ("stock", "always", "pressure")
@@ -31,13 +30,24 @@ TASKS = ("lookup", "row", "which", "hop", "dump")
 
 
 def serve(llm: Any, cases: Iterator[Case], clients: int, num_requests: int) -> dict[str, float]:
-    """Answer so many cases with so many clients; the figures of a table's row."""
+    """Run cases with concurrent clients.
+
+    Args:
+        llm: an engine in this process.
+        cases: the questions, at least ``num_requests``.
+        clients: number of requests in flight.
+        num_requests: total number of requests.
+
+    Returns:
+        The figures of one row.
+    """
     from vllm import SamplingParams
+
+    from testing.engine import num_evicted
 
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    manager = getattr(scheduler, "_eviction_manager", None)
-    evicted_before = manager.num_evicted if manager else 0
+    evicted_before = num_evicted(engine)
     tokenizer = llm.get_tokenizer()
     asked: dict[str, tuple[Case, float]] = {}
     scores: list[float] = []
@@ -70,10 +80,9 @@ def serve(llm: Any, cases: Iterator[Case], clients: int, num_requests: int) -> d
             scores.append(score(answer.text, case.answers))
         most = max(most, sum(r.num_output_tokens > 0 for r in scheduler.running))
     elapsed = time.perf_counter() - start
-    evicted = manager.num_evicted - evicted_before if manager else 0
     return {
         "score": statistics.mean(scores),
-        "evicted": evicted / num_requests,
+        "evicted": (num_evicted(engine) - evicted_before) / num_requests,
         "requests_per_second": num_requests / elapsed,
         "output_tokens_per_second": tokens / elapsed,
         "median_seconds": statistics.median(seconds),
@@ -82,7 +91,7 @@ def serve(llm: Any, cases: Iterator[Case], clients: int, num_requests: int) -> d
 
 
 def questions(count: int) -> list[Case]:
-    """So many cases, equally of all tasks, each of another document."""
+    """``count`` cases, spread evenly over all tasks, each about another document."""
     by_group: dict[str, dict[str, Case]] = {}
     for case in page_reader_cases("tune", TASKS, 4 * count):
         by_group.setdefault(case.group, {}).setdefault(case.task, case)
@@ -96,12 +105,12 @@ def questions(count: int) -> list[Case]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures by mode and number of clients."""
+    """The figures by mode and number of clients."""
     from testing.engine import running_llm
 
     cases = questions(options.requests)
     for case in cases:
-        case.load_images()  # drawn before the clock starts
+        case.load_images()  # drawing is not measured
     results: dict[str, dict[str, dict[str, float]]] = {}
     for mode in MODES:
         settings = None
@@ -114,7 +123,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
             block_size=options.block_size,
             max_num_seqs=max(options.concurrency),
             limit_mm_per_prompt={"image": 4},
-            mm_processor_cache_gb=0,  # or the first row alone would pay for the images
+            mm_processor_cache_gb=0,  # otherwise only the first row would process images
             kv_cache_memory_bytes=64 << 20,
             num_gpu_blocks_override=options.pool_blocks,
             additional_config={"kv_compress": settings} if settings else {},
@@ -125,11 +134,12 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
                 llm.reset_prefix_cache()
                 figures = serve(llm, itertools.cycle(cases), clients, options.requests)
                 results[mode][str(clients)] = figures
-                print(row(mode, clients, figures), flush=True)
+                print(line(mode, clients, figures), flush=True)
     return results
 
 
-def row(mode: str, clients: int, figures: dict[str, float]) -> str:
+def line(mode: str, clients: int, figures: dict[str, float]) -> str:
+    """A printed line of one row."""
     return (
         f"{mode:<10}{clients:>8}{100 * figures['score']:>8.1f}{figures['evicted']:>9.0%}"
         f"{figures['requests_per_second']:>9.1f}{figures['output_tokens_per_second']:>9.0f}"
@@ -138,22 +148,22 @@ def row(mode: str, clients: int, figures: dict[str, float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--policy", default="vlcache-plus", metavar="NAME[:KEY=VALUE,...]")
     add("--budget", type=float, default=0.1)
-    add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="clients")
-    add("--requests", type=int, default=200, help="of each row")
+    add(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="numbers of clients",
+    )
+    add("--requests", type=int, default=200, help="per row")
     add("--pool-blocks", type=int, default=200)
     add("--block-size", type=int, default=32)
-    add("--json", type=Path, metavar="OUT", help="write the results here")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_vllm_environment()
     print(
         f"{'':<10}{'clients':>8}{'score':>8}{'evicted':>9}{'req/s':>9}{'tok/s':>9}{'ms':>9}"
         f"{'decoding':>9}"

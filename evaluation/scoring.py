@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of answers, and confidence intervals that respect shared documents."""
+"""Scores of outputs, and confidence intervals that account for shared documents."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,25 +7,25 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 
-def exact(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones, surrounding white space aside."""
-    return float(any(answer.strip() == r.strip() for r in right))
+def exact(output: str, expected: Sequence[str]) -> float:
+    """1 if the output equals an expected answer, without surrounding white space."""
+    return float(any(output.strip() == answer.strip() for answer in expected))
 
 
-def characters(answer: str, right: Sequence[str]) -> float:
-    """Character accuracy: 1 - edit distance / length of the longer text, best of the right ones."""
-    return max(Levenshtein.normalized_similarity(answer.strip(), r.strip()) for r in right)
+def characters(output: str, expected: Sequence[str]) -> float:
+    """Character accuracy: 1 - edit distance / length of the longer text; best expected answer."""
+    return max(Levenshtein.normalized_similarity(output.strip(), e.strip()) for e in expected)
 
 
-def anls(answer: str, right: Sequence[str]) -> float:
-    """Normalised Levenshtein similarity, case ignored, 0 below one half (DocVQA's ANLS)."""
-    best = characters(answer.lower(), [r.lower() for r in right])
+def anls(output: str, expected: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity, ignoring case, 0 below one half (ANLS of DocVQA)."""
+    best = characters(output.lower(), [answer.lower() for answer in expected])
     return best if best >= 0.5 else 0.0
 
 
-def contains(answer: str, right: Sequence[str]) -> float:
-    """1 if a right answer occurs in the answer, case ignored."""
-    return float(any(r.strip().lower() in answer.lower() for r in right))
+def contains(output: str, expected: Sequence[str]) -> float:
+    """1 if the output contains an expected answer, ignoring case."""
+    return float(any(answer.strip().lower() in output.lower() for answer in expected))
 
 
 SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -39,11 +39,19 @@ SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
 def interval(
     values: Sequence[float], groups: Sequence[str], resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean and its 95 % confidence interval.
+    """Mean with its 95% confidence interval.
 
-    A bootstrap over groups, because answers about one document are not independent. Where all
-    values are equal the bootstrap would claim certainty: then the interval is that of a binomial
-    share with as many observations as groups (the rule of three).
+    The interval is a bootstrap over groups, because outputs about one document are not
+    independent. If all values are equal, the bootstrap interval would have no width. In that case
+    the rule of three for a binomial proportion applies, with the groups as observations.
+
+    Args:
+        values: one score for each case.
+        groups: the group of each case.
+        resamples: number of bootstrap samples.
+
+    Returns:
+        Mean, lower end and upper end.
     """
     value = np.asarray(values, dtype=np.float64)
     _, group = np.unique(np.asarray(groups), return_inverse=True)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many settings of a policy on the page reader's tuning split, without vLLM.
+"""Search for policy settings on the tuning split of the page reader, without vLLM.
 
     python -m evaluation.sweep vlcache:max_observation_tokens=1,recent_ratio=0.02 \\
         --grid shared_scores=0.4,0.55,0.7 lookahead=60,80,100 lookahead_share=0.7,0.8
 
-The pages of a document are read once, every setting evicts from the same cache with the product's
-own operations, and the answer is decoded with the right answer given so far: exact answers are
-those that greedy decoding gives; of a dump it is the share of right characters, which flatters it,
-because nothing can derail. Use it to choose settings, and `evaluation.accuracy` to report them.
+The pages of a document are prefilled once. Every setting then evicts from the same cache, with the
+operations of the product. The output is decoded with teacher forcing. An output that is exact this
+way is exact in greedy decoding, too. For dumps the score is the fraction of correct characters,
+which overestimates it, because an error does not affect later characters. Use this module to choose
+settings and `evaluation.accuracy` to report them.
 """
 
-import argparse
 import itertools
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from evaluation.accuracy import MODEL, parse_policy
 from evaluation.cases import SPLITS, Case, page_reader_cases
+from testing.cli import make_parser
 from testing.results import write_report
 from training.data import Encoder, normalised, patches
 from training.model import Reader, Shape, causal_mask, rotary
@@ -39,19 +39,19 @@ from vl_cache_vllm.policy import PatchGrid, Prompt
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import select_kept
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [kv_heads, tokens, head_size]
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [KV heads, tokens, head size]
 
 
 @dataclass
-class Asked:
-    """A question after its pages: what eviction works on."""
+class PrefilledPrompt:
+    """Pages and question after prefill: the input of eviction."""
 
     cache: Cache
-    queries: list[Tensor]  # of the question, each layer's [tokens, heads, head_size]
-    pages: int  # tokens up to the last visual one
+    queries: list[Tensor]  # of the question, for each layer [tokens, heads, head size]
+    pages: int  # tokens up to and including the last visual one
     visual: tuple[tuple[int, int], ...]  # (first, end) positions of each page
-    grids: tuple[PatchGrid, ...]  # their patches
-    first: int  # the answer's first token, as the model says it
+    grids: tuple[PatchGrid, ...]  # patch grid of each page
+    first: int  # the first output token
 
     @property
     def tokens(self) -> int:
@@ -59,19 +59,19 @@ class Asked:
 
 
 class OfflineReader:
-    """The page reader in float32, with its cache in our hands."""
+    """The page reader in float32, with access to its KV cache."""
 
     def __init__(self, folder: Path) -> None:
         tokenizer = build_tokenizer()
         self.encoder = Encoder(tokenizer)
         self.model = Reader(Shape(vocab=len(tokenizer)))
         weights = load_file(folder / "model.safetensors")
-        wanted = self.model.state_dict()  # transformers has a norm more, of the unused class token
+        wanted = self.model.state_dict()  # without the norm of the unused class token
         self.model.load_state_dict({name: weights[name].float() for name in wanted})
 
     @torch.no_grad()
     def read(self, case: Case) -> Cache:
-        """The cache of a case's pages, up to the last visual token."""
+        """The KV cache of a case's pages, up to the last visual token."""
         images = case.load_images()
         pixels = np.stack([patches(np.asarray(image)) for image in images])
         features = self.model.features(normalised(torch.from_numpy(pixels)))
@@ -81,7 +81,8 @@ class OfflineReader:
         return self._run(x[: positions[-1] + 1], [])[1]
 
     @torch.no_grad()
-    def ask(self, pages: Cache, case: Case) -> Asked:
+    def ask(self, pages: Cache, case: Case) -> PrefilledPrompt:
+        """Prefill the question of a case after its pages."""
         asked = [self.encoder.newline, *self._tokens(case)[0]]
         x = self.model.model.language_model.embed_tokens(torch.tensor(asked))
         hidden, own, queries = self._run(x, pages)
@@ -95,17 +96,17 @@ class OfflineReader:
         visual = tuple((end - each + 1, end) for end in range(each, num_read + 1, each))
         side = isqrt(each - 1)
         grids = tuple(PatchGrid(begin, side, side, side) for begin, _ in visual)
-        return Asked(cache, queries, num_read, visual, grids, first)
+        return PrefilledPrompt(cache, queries, num_read, visual, grids, first)
 
     @torch.no_grad()
-    def score(self, prompt: Asked, cache: Cache, case: Case) -> float:
-        """Of the answer decoded from ``cache``, a part of the prompt's."""
-        answer = self._tokens(case)[1]
-        x = self.model.model.language_model.embed_tokens(torch.tensor(answer[:-1]))
+    def score(self, prompt: PrefilledPrompt, cache: Cache, case: Case) -> float:
+        """The score of the output that is decoded from ``cache``, the kept part of the prompt's."""
+        expected = self._tokens(case)[1]
+        x = self.model.model.language_model.embed_tokens(torch.tensor(expected[:-1]))
         hidden = self._run(x, cache, prompt.tokens)[0]
-        said = torch.cat([torch.tensor([prompt.first]), self.model.lm_head(hidden).argmax(-1)])
-        right = (said == torch.tensor(answer)).float()
-        return float(right.mean() if case.task == "dump" else right.min())
+        output = torch.cat([torch.tensor([prompt.first]), self.model.lm_head(hidden).argmax(-1)])
+        correct = (output == torch.tensor(expected)).float()
+        return float(correct.mean() if case.task == "dump" else correct.min())
 
     def _tokens(self, case: Case) -> tuple[list[int], list[int]]:
         question = SimpleNamespace(text=case.question, answer=case.answers[0])
@@ -114,7 +115,13 @@ class OfflineReader:
     def _run(
         self, x: Tensor, cache: Cache, position: int | None = None
     ) -> tuple[Tensor, Cache, list[Tensor]]:
-        """Final hidden states, keys and values, and queries of tokens that follow ``cache``."""
+        """Final hidden states, keys and values, and queries of tokens that follow ``cache``.
+
+        Args:
+            x: embeddings, [tokens, width].
+            cache: of the preceding tokens; empty for none.
+            position: of the first token; by default the length of the cache.
+        """
         language = self.model.model.language_model
         n = x.shape[0]
         start = position if position is not None else (cache[0][0].shape[1] if cache else 0)
@@ -135,10 +142,14 @@ class OfflineReader:
         return language.norm(x[0]), own, queries
 
 
-def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tensor] | None:
-    """Kept positions of each layer, [kv_heads, kept]; None where nothing would be saved.
+def evict(
+    prompt: PrefilledPrompt, config: KVCompressConfig, block_size: int
+) -> list[Tensor] | None:
+    """Kept positions of each layer, [KV heads, kept]; None if no block would be freed.
 
-    Raises ValueError for a policy that observes queries of the pages: they are not recorded.
+    Raises:
+        ValueError: for a policy whose observation window includes the pages, because their queries
+            are not recorded.
     """
     policy, tokens, num_layers = config.policy, prompt.tokens, len(prompt.cache)
     plan = plan_eviction(config, block_size, tokens, prompt.pages)
@@ -146,14 +157,14 @@ def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tens
         return None
     start = policy.observation_start(prompt.pages, tokens)
     if start < prompt.pages:
-        raise ValueError(f"{policy.name}: only settings that observe the question can be swept")
+        raise ValueError(f"{policy.name}: the observation window must not include the pages")
     num_kv_heads = prompt.cache[0][0].shape[0]
     observed = AttentionStats(policy, num_layers, num_kv_heads, tokens, torch.device("cpu"))
     for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
         scale = keys.shape[-1] ** -0.5
         observed.add(i, queries[start - prompt.pages :], keys, start, scale, 0.0)
     num_heads = prompt.queries[0].shape[1]
-    choice = select_kept(
+    selection = select_kept(
         policy,
         config.budget,
         observed,
@@ -164,12 +175,12 @@ def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tens
         plan.kept_blocks,
         block_size,
     )
-    sizes = (choice.kept_pages * block_size).tolist()
-    return [row[:, :size] for row, size in zip(choice.positions, sizes, strict=True)]
+    sizes = (selection.kept_pages * block_size).tolist()
+    return [row[:, :size] for row, size in zip(selection.positions, sizes, strict=True)]
 
 
 def kept(cache: Cache, positions: list[Tensor]) -> Cache:
-    """The cache of these positions alone."""
+    """The cache of these positions only."""
     return [
         tuple(t.gather(1, p[..., None].expand(-1, -1, t.shape[-1])) for t in layer)
         for layer, p in zip(cache, positions, strict=True)
@@ -182,18 +193,18 @@ def sweep(
     configs: dict[str, KVCompressConfig],
     block_size: int,
 ) -> dict[str, dict[str, float]]:
-    """Mean score by setting and task, the whole cache first."""
+    """Mean scores by setting and task, the full cache first."""
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     document, pages = "", []
     for case in cases:
         if case.group != document:
             document, pages = case.group, reader.read(case)
         prompt = reader.ask(pages, case)
-        whole = reader.score(prompt, prompt.cache, case)
-        scores["full cache"][case.task].append(whole)
+        full = reader.score(prompt, prompt.cache, case)
+        scores["full cache"][case.task].append(full)
         for name, config in configs.items():
             positions = evict(prompt, config, block_size)
-            score = whole
+            score = full
             if positions is not None:
                 score = reader.score(prompt, kept(prompt.cache, positions), case)
             scores[name][case.task].append(score)
@@ -204,12 +215,16 @@ def sweep(
 
 
 def settings(policies: Sequence[str], grid: Sequence[str]) -> list[str]:
-    """Each policy with every combination of the grid's values."""
+    """Each policy with every combination of the grid's values.
+
+    Raises:
+        ValueError: for an entry of the grid without ``=`` and values.
+    """
     axes = []
     for axis in grid:
         name, sign, values = axis.partition("=")
         if not (sign and values):
-            raise ValueError(f"{axis!r}: expected parameter=value,value,...")
+            raise ValueError(f"{axis!r}: expected setting=value,value,...")
         axes.append([f"{name}={value}" for value in values.split(",")])
     result = []
     for policy in policies:
@@ -220,19 +235,21 @@ def settings(policies: Sequence[str], grid: Sequence[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("policies", nargs="+", metavar="NAME[:KEY=VALUE,...]")
-    add("--grid", nargs="+", default=[], metavar="KEY=VALUE,...", help="every combination of these")
+    add(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="use every combination of these values",
+    )
     add("--budget", type=float, default=0.1)
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--samples", type=int, default=500, help="cases of each task")
+    add("--samples", type=int, default=500, help="cases per task")
     add("--split", choices=SPLITS, default="tune")
     add("--block-size", type=int, default=32)
-    add("--json", type=Path, metavar="OUT", help="write the results here")
     options = parser.parse_args(arguments)
     try:
         configs = {}
@@ -249,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     def gap(name: str) -> float:
         return min(results[name][task] - full[task] for task in full)
 
-    print("worst gap, then per cent of " + ", ".join(full))
+    print("worst difference to the full cache, then percent of " + ", ".join(full))
     ranked = sorted(results, key=gap, reverse=True)
     for name in ranked:
         scores = " ".join(f"{100 * score:6.1f}" for score in results[name].values())

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Shared by tests, checks, evaluation and benchmarks: models, engines, oracles, result files."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine's attention layers were given and gave back, and what they should have.
+"""Records inputs and outputs of an engine's attention layers, and computes the expected outputs.
 
-An oracle for any architecture, because it needs no second implementation of the model: queries,
-keys and values are those that vLLM's own layers hand to attention. From the prompt's follows which
-positions must be kept (`testing.oracle`), and from those and the generated tokens' what every layer
-must give back. Letters: T tokens of a request, E of them prompt, H query heads, D head size.
+This is an oracle for any architecture, because it needs no second implementation of the model. The
+queries, keys and values are those that vLLM's layers pass to attention. Those of the prompt
+determine which positions must be kept (`testing.oracle`). Together with those of the generated
+tokens they determine the expected output of every layer. Letters: T tokens of a request, E prompt
+tokens, H query heads, D head size.
 """
 
 import contextlib
@@ -20,13 +21,13 @@ from vllm.model_executor.layers.attention import Attention
 
 @dataclass
 class Record:
-    """One attention layer over one request. Float32; lists have one tensor a step."""
+    """One attention layer during one request. Float32; lists have one tensor per step."""
 
     scale: float
     softcap: float
     window: int | None
-    """Tokens that a query sees at most, itself among them; None: all before it. Layers with a
-    window keep their whole cache."""
+    """Maximum number of tokens that a query attends to, including its own; None: no limit. Layers
+    with a window are not evicted."""
     query: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
     key: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
     value: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
@@ -50,11 +51,11 @@ class Record:
     def expected(
         self, prompt_tokens: int, kept: Sequence[Sequence[int]] | None = None
     ) -> torch.Tensor:
-        """What attention must give back, float64 [T, H, D].
+        """The expected outputs of attention, float64 [T, H, D].
 
         Args:
             prompt_tokens: E.
-            kept: the prompt's positions that tokens after it attend to, by KV head; None: all.
+            kept: by KV head, the prompt positions that later tokens attend to; None: all.
         """
         value = torch.cat(self.value).double()
         logits = self.logits(0, len(value))
@@ -69,14 +70,14 @@ class Record:
         return torch.einsum("hqk,khd->qhd", logits.softmax(dim=-1), value)
 
     def distance(self, expected: torch.Tensor) -> float:
-        """Largest difference to the recorded outputs, relative to the largest output."""
+        """Largest difference to the recorded outputs, relative to the largest expected output."""
         output = torch.cat(self.output).double()
         return float((output - expected).abs().max() / expected.abs().max())
 
 
 @contextlib.contextmanager
 def recording(llm: LLM) -> Iterator[list[Record]]:
-    """Record every attention layer of the language model, in order, for one request at a time."""
+    """Record all attention layers of the language model, in order. One request at a time."""
     engine = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     context = engine.vllm_config.compilation_config.static_forward_context
     layers = [layer for layer in context.values() if isinstance(layer, Attention)]
@@ -86,7 +87,7 @@ def recording(llm: LLM) -> Iterator[list[Record]]:
     ]
     with contextlib.ExitStack() as stack:
         for layer, record in zip(layers, records, strict=True):
-            # Not a hook of PyTorch's: vLLM's Transformers backend calls ``forward`` itself.
+            # A PyTorch hook would not run: vLLM's Transformers backend calls ``forward`` directly.
             stack.enter_context(mock.patch.object(layer, "forward", _recorded(layer, record)))
         yield records
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM engines for tests: in this process, one at a time, everything reachable."""
+"""vLLM engines in this process, one at a time, with access to their scheduler and worker."""
 
 import contextlib
 import gc
@@ -15,10 +15,11 @@ from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from testing import tiny_models
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
-from vl_cache_vllm.inspector.cli import running
+from vl_cache_vllm.inspector.engine import running
 from vl_cache_vllm.worker.evictor import Evictor
 
 DEFAULTS: dict[str, Any] = {
@@ -30,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 8,
     "limit_mm_per_prompt": {"image": 2},
 }
-if torch.cuda.is_available():  # FlashAttention has no float32, in which tests compare exactly
+if torch.cuda.is_available():  # exact comparisons need float32, which FlashAttention lacks
     DEFAULTS["attention_backend"] = "TRITON_ATTN"
 
 
@@ -41,14 +42,21 @@ def engine(
     async_scheduling: bool = False,
     **kwargs: Any,
 ) -> Iterator[LLM]:
-    """An engine that is gone afterwards; ``kv_compress`` None is stock vLLM."""
+    """Run an engine and shut it down on exit.
+
+    Args:
+        model: path of the checkpoint.
+        kv_compress: settings of KV compression; None stands for vLLM without eviction.
+        async_scheduling: also on CPU, where vLLM's platform disables it.
+        kwargs: arguments of `vllm.LLM`; they replace `DEFAULTS`.
+    """
     if kv_compress is not None:
         kwargs["additional_config"] = {"kv_compress": kv_compress}
     if not async_scheduling:
-        kwargs["async_scheduling"] = False  # GPUs have it by default
+        kwargs["async_scheduling"] = False  # the default on GPUs
     with contextlib.ExitStack() as stack:
         with _allow_async_scheduling() if async_scheduling else contextlib.nullcontext():
-            gc.freeze()  # an engine's start collects repeatedly; spare it what exists already
+            gc.freeze()  # engine start-up collects repeatedly; skip existing objects
             llm = stack.enter_context(running_llm(model=str(model), **{**DEFAULTS, **kwargs}))
         assert isinstance(scheduler(llm), AsyncScheduler) == async_scheduling
         yield llm
@@ -56,7 +64,7 @@ def engine(
 
 @contextlib.contextmanager
 def _allow_async_scheduling() -> Iterator[None]:
-    """vLLM's CPU platform turns async scheduling off, although its runners can do it."""
+    """Undo that vLLM's CPU platform disables async scheduling; its runners support it."""
     original = CpuPlatform.__dict__["check_and_update_config"]
 
     def check_and_update_config(cls: type[CpuPlatform], vllm_config: VllmConfig) -> None:
@@ -75,7 +83,14 @@ def scheduler(llm: LLM) -> Scheduler:
 
 
 def manager(llm: LLM) -> EvictionBlockManager:
+    """The block manager of an engine with eviction."""
     return scheduler(llm)._eviction_manager  # type: ignore[attr-defined]
+
+
+def num_evicted(engine: LLMEngine) -> int:
+    """Evictions that an engine has decided since it started; 0 without KV compression."""
+    manager = getattr(engine.engine_core.engine_core.scheduler, "_eviction_manager", None)
+    return manager.num_evicted if manager else 0
 
 
 def eviction_worker(llm: LLM) -> Evictor:
@@ -91,7 +106,14 @@ def greedy(max_tokens: int, logprobs: int | None = 1, **kwargs: Any) -> Sampling
 def image_request(
     kind: str, question: str, image_seeds: Sequence[int] = (0,), size: tuple[int, int] = (448, 336)
 ) -> dict[str, Any]:
-    """A request with one image per seed."""
+    """A request with one random image per seed.
+
+    Args:
+        kind: of `testing.tiny_models.KINDS`.
+        question: the text after the images.
+        image_seeds: one for each image.
+        size: width and height in pixels.
+    """
     images = [tiny_models.random_image(seed, size) for seed in image_seeds]
     return {
         "prompt": tiny_models.prompt_for(kind, question, num_images=len(images)),
@@ -114,11 +136,11 @@ def logprobs(output: RequestOutput) -> list[float]:
 
 
 def running_llm(**arguments: Any) -> AbstractContextManager[LLM]:
-    """``LLM(**arguments)``, gone afterwards; one at a time in a process."""
+    """Run ``LLM(**arguments)`` and shut it down on exit; one at a time in a process."""
     return running(lambda: LLM(**arguments))
 
 
 def read_trace(path: Path) -> dict[str, dict[str, Any]]:
-    """Evictions by request id; the engine appends a random suffix to the ids of `LLM`."""
+    """Trace records by request id. The engine appends a random suffix to the ids of `LLM`."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["request_id"]: record for record in records}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny vision-language models of many architectures: configuration, processor and tokenizer.
+"""Tiny vision-language models of many architectures: config, processor and tokenizer.
 
-Without weights: `testing.random_weights` makes them up when vLLM has built the model. The kinds
-of `testing.tiny_models` are among them.
+They have no weights; `testing.random_weights` generates them when vLLM loads the model. The kinds
+of `testing.tiny_models` are included.
 """
 
 import json
@@ -82,7 +82,7 @@ _VISION = dict(
 
 
 def _text(model_type: str, **changed: Any) -> dict[str, Any]:
-    """Four layers; two query heads share a KV head."""
+    """Text config with four layers, in which two query heads share a KV head."""
     return (
         dict(
             model_type=model_type,
@@ -110,14 +110,15 @@ class Kind:
     """One architecture.
 
     Attributes:
-        config: of the checkpoint.
-        processor: over a tokenizer; the tokenizer itself where vLLM makes the processor.
-        placeholder: the text that the processor replaces by an image's tokens; none where it puts
+        config: contents of ``config.json``.
+        processor: creates the processor from a tokenizer, or returns the tokenizer if vLLM creates
+            the processor.
+        placeholder: text that the processor replaces by the tokens of an image; empty if it puts
             them before all text.
-        image: the whole text of an image.
-        tokens: that the processor asks the tokenizer for by name.
-        max_images: of a prompt, at most two.
-        files: more JSON files of the checkpoint.
+        image: the complete text of an image.
+        tokens: special tokens that the processor needs by name.
+        max_images: maximum number of images in a prompt, at most two.
+        files: further JSON files of the checkpoint.
     """
 
     config: Mapping[str, Any]
@@ -565,7 +566,7 @@ def _phi4_siglip() -> Kind:
         config=dict(
             architectures=["Phi4ForCausalLMV"],
             auto_map={"AutoConfig": "remote_code.Phi4SiglipConfig"},
-            # The image token's id is fixed in vLLM.
+            # vLLM hard-codes the id of the image token.
             **_text("phi4-siglip", vocab_size=100352, sliding_window=None),
             vision_config=_vision("siglip2_vision_model", patch_size=16, num_patches=256),
             mm_hidden_size=64,
@@ -692,11 +693,12 @@ KINDS = (*tiny_models.KINDS, *_BUILT)
 
 
 def max_images(kind: str) -> int:
-    """Images of a prompt, at most two."""
+    """Maximum number of images in a prompt: one or two."""
     return _BUILT[kind].max_images if kind in _BUILT else 2
 
 
 def prompt_for(kind: str, question: str, num_images: int) -> str:
+    """A prompt with images before the question."""
     if kind not in _BUILT:
         return tiny_models.prompt_for(kind, question, num_images)
     image = _BUILT[kind].image.format(_BUILT[kind].placeholder)
@@ -704,7 +706,7 @@ def prompt_for(kind: str, question: str, num_images: int) -> str:
 
 
 def text_after_images(kind: str, question: str) -> str:
-    """What follows the last image, or all text where the processor puts images before it."""
+    """The text after the last image, or all text if the processor puts images first."""
     if kind in _BUILT:
         placeholder = _BUILT[kind].placeholder
     else:
@@ -714,13 +716,13 @@ def text_after_images(kind: str, question: str) -> str:
 
 
 def language_model(config: Mapping[str, Any]) -> str:
-    """Model type of the language model of a config.json."""
+    """The model type of the language model in a ``config.json``."""
     text = config.get("text_config") or config.get("llm_config") or config.get("language_config")
     return (text or config)["model_type"].removesuffix("_text")
 
 
 def build(kind: str, path: Path) -> Path:
-    """Write a model to ``path``."""
+    """Write a model of one of `KINDS` to a folder."""
     if kind not in _BUILT:
         return tiny_models.build(kind, path)
     found = _BUILT[kind]

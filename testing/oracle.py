@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method as a readable program: what eviction must do, on top of transformers' eager attention.
+"""A reference implementation of VL-Cache on the eager attention of transformers.
 
-Written from the method's description alone (sections "Sparsity of a layer", "Layer budgets", "Token
-score") and shares no code with the product. It materialises attention and loops; it is slow and
-plain on purpose. Letters: E prompt tokens, P post-vision tokens, L layers, H query heads.
+It follows the description of the method (docs/method.md) and shares no code with the product. For
+clarity it materialises attention and uses plain loops, so it is slow. Letters: E prompt tokens, P
+post-vision tokens, L layers, H query heads.
 """
 
 import copy
@@ -26,26 +26,26 @@ from testing import tiny_models
 
 Floats = NDArray[np.float64]
 
-ROW_FILTER = 0.01  # p: an attention entry counts from this share of its row's maximum on
-RECENT_SHARE = 0.1  # of a layer's kept tokens: the prompt's last ones, kept whatever their score
-MIN_WEIGHT, MAX_WEIGHT = 0.01, 1.0  # the clip of Algorithm 1
+ROW_FILTER = 0.01  # p: density threshold, as a fraction of the row's maximum
+RECENT_RATIO = 0.1  # fraction of a layer's kept tokens reserved for the last prompt tokens
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1.0  # clipping bounds of Algorithm 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chooses."""
+    """Settings of eviction."""
 
     budget: float
     block_size: int
     pooling: int = 1
     uniform_mix: float = 0.0
     max_observation_tokens: int | None = None
-    """Only this many of the post-vision tokens, the last ones, make up P. None: all."""
+    """Use only this many of the last post-vision tokens as P; None: all."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is kept of one prompt."""
+    """The layer budgets and the kept positions of a prompt."""
 
     density: list[float]  # [L]
     weights: list[float]  # [L]
@@ -53,13 +53,13 @@ class Decision:
     kept_tokens: list[int]  # [L]
     kept_positions: list[list[list[int]]]  # [L][KV heads], sorted
     score_gap: float
-    """Smallest relative distance between the scores of the last token kept and the first one not
-    kept, over layers and KV heads. Below float32 rounding either choice is right."""
+    """Smallest relative distance between the lowest kept and the highest evicted score, over layers
+    and KV heads. If it is below float32 rounding, either choice is correct."""
 
 
 @dataclass(frozen=True)
 class Eviction(Decision):
-    """One prompt read, and what is kept of it."""
+    """A decision with the results of the prefill."""
 
     prompt_token_ids: list[int]
     logits: torch.Tensor  # [vocabulary], of the first generated token
@@ -68,7 +68,7 @@ class Eviction(Decision):
 
 @dataclass(frozen=True)
 class Continuation:
-    """Greedy tokens with their logprobs, and how far ahead of the second best each was."""
+    """Greedy tokens with their logprobs, and the gaps to the logprobs of the second best tokens."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -80,7 +80,7 @@ class Continuation:
 
 
 def layer_density(attention: torch.Tensor, first: int) -> float:
-    """Share of causal entries that pass the row filter (section 1).
+    """Fraction of causal entries that pass the row filter.
 
     Args:
         attention: probabilities [H, P, E] of the queries at positions first, first + 1, ...
@@ -96,32 +96,35 @@ def layer_density(attention: torch.Tensor, first: int) -> float:
 
 
 def layer_weights(density: Sequence[float], budget: float, uniform_mix: float) -> list[float]:
-    """beta of each layer (section 2); ``uniform_mix`` 0 is the paper."""
+    """The weight beta of each layer. ``uniform_mix`` 0 is the method of the paper."""
     num_layers = len(density)
     weights = []
     for d in density:
-        share = d / sum(density)
-        share = (1 - uniform_mix) * share + uniform_mix / num_layers
-        weights.append(min(max(share * budget * num_layers, MIN_WEIGHT), MAX_WEIGHT))
+        fraction = d / sum(density)
+        fraction = (1 - uniform_mix) * fraction + uniform_mix / num_layers
+        weights.append(min(max(fraction * budget * num_layers, MIN_WEIGHT), MAX_WEIGHT))
     return weights
 
 
 def kept_blocks(prompt_tokens: int, settings: Settings) -> int:
-    """M, exactly: 0.1 of 30 blocks is 3, whatever 0.1 is in binary."""
+    """M, in exact arithmetic: 0.1 of 30 blocks is 3, although 0.1 is not exact in binary."""
     num_blocks = math.ceil(Fraction(prompt_tokens, settings.block_size))
     return math.ceil(Fraction(str(settings.budget)) * num_blocks)
 
 
-def deal_pages(weights: Sequence[float], total: int, most: int) -> list[int]:
-    """Whole pages proportional to the weights, 1 to ``most`` a layer, ``total`` exactly."""
-    assert len(weights) <= total <= most * len(weights)
+def apportion_pages(weights: Sequence[float], total: int, max_pages: int) -> list[int]:
+    """Distribute exactly ``total`` pages in proportion to the weights.
+
+    Every layer gets 1 to ``max_pages`` pages.
+    """
+    assert len(weights) <= total <= max_pages * len(weights)
 
     def quotas(scale: float) -> list[float]:
-        return [min(max(scale * weight, 1.0), float(most)) for weight in weights]
+        return [min(max(scale * weight, 1.0), float(max_pages)) for weight in weights]
 
-    # The scale at which the quotas add up: they grow with it, so halve the interval until it is a
-    # single number. Floors and caps that bind are paid for by the other layers this way.
-    low, high = 0.0, most / min(weights)
+    # Find the scale at which the quotas add up to the total, by bisection, because they grow with
+    # it. If a bound applies to a layer, the other layers get the difference.
+    low, high = 0.0, max_pages / min(weights)
     for _ in range(200):
         middle = (low + high) / 2
         if sum(quotas(middle)) < total:
@@ -129,7 +132,7 @@ def deal_pages(weights: Sequence[float], total: int, most: int) -> list[int]:
         else:
             high = middle
     quota = quotas(high)
-    # Quotas that are whole numbers but for rounding are whole numbers.
+    # Quotas that differ from whole numbers only by rounding are whole numbers.
     quota = [float(round(q)) if abs(q - round(q)) < 1e-9 else q for q in quota]
 
     pages = [math.floor(q) for q in quota]
@@ -141,12 +144,12 @@ def deal_pages(weights: Sequence[float], total: int, most: int) -> list[int]:
 
 
 def token_scores(attention: torch.Tensor, num_kv_heads: int, pooling: int) -> Floats:
-    """psi [KV heads, E] (section 3): what each prompt token received from the post-vision queries.
+    """The scores psi [KV heads, E]: attention of each token from the post-vision queries.
 
     Args:
-        attention: probabilities [H, P, E]; query heads of one KV head are neighbours.
-        num_kv_heads: H / num_kv_heads query heads read one KV head.
-        pooling: odd kernel of a moving average over positions; 1 is the paper.
+        attention: probabilities [H, P, E]; query heads of a KV head are adjacent.
+        num_kv_heads: H / num_kv_heads query heads share a KV head.
+        pooling: odd kernel size of a moving average over positions; 1 is the method of the paper.
     """
     received = attention.double().sum(dim=1)  # [H, E]
     num_heads, prompt_tokens = received.shape
@@ -158,12 +161,13 @@ def token_scores(attention: torch.Tensor, num_kv_heads: int, pooling: int) -> Fl
 
 
 def kept_of_head(scores: Floats, count: int) -> tuple[list[int], float]:
-    """The ``count`` positions that one KV head keeps, sorted, and the gap at the threshold.
+    """The ``count`` positions that a KV head keeps, sorted, and the score gap of `Decision`.
 
-    The last ceil(count / 10) tokens always, then by score, ties to the lower position.
+    These are the last ceil(count / 10) tokens and those with the highest scores among the others.
+    With equal scores, the lower position is kept.
     """
     end = len(scores)
-    num_recent = math.ceil(Fraction(str(RECENT_SHARE)) * count)
+    num_recent = math.ceil(Fraction(str(RECENT_RATIO)) * count)
     old = end - num_recent
     best_first = sorted(range(old), key=lambda position: (-scores[position], position))
     chosen = count - num_recent
@@ -177,21 +181,21 @@ def kept_of_head(scores: Floats, count: int) -> tuple[list[int], float]:
 def decide(
     attention: Sequence[torch.Tensor], first: int, num_kv_heads: int, settings: Settings
 ) -> Decision:
-    """What is kept of a prompt.
+    """Decide what to keep of a prompt.
 
     Args:
-        attention: of each layer, probabilities [H, P, E] of the queries from ``first`` on.
-        first: position of the first query that is observed.
+        attention: for each layer, probabilities [H, P, E] of the queries from ``first`` on.
+        first: position of the first query in the observation window.
         num_kv_heads: see `token_scores`.
-        settings: what the user chose.
+        settings: budget and other settings.
     """
     prompt_tokens = attention[0].shape[2]
     density = [layer_density(a, first) for a in attention]
     weights = layer_weights(density, settings.budget, settings.uniform_mix)
     blocks = kept_blocks(prompt_tokens, settings)
     full_blocks = prompt_tokens // settings.block_size
-    assert blocks < full_blocks, "this prompt is not evicted"
-    pages = deal_pages(weights, blocks * len(attention), full_blocks)
+    assert blocks < full_blocks, "this prompt would not be evicted"
+    pages = apportion_pages(weights, blocks * len(attention), full_blocks)
     kept_tokens = [n * settings.block_size for n in pages]
 
     gaps: list[float] = []
@@ -209,7 +213,7 @@ def decide(
 
 
 class Oracle:
-    """One checkpoint in transformers, float32, eager attention."""
+    """A checkpoint in transformers, float32, with eager attention."""
 
     def __init__(self, path: Path) -> None:
         self.model: PreTrainedModel = tiny_models.load_transformers(path)
@@ -218,7 +222,7 @@ class Oracle:
         self.image_token: int = self.processor.image_token_id
         self.num_kv_heads: int = config.get_text_config().num_key_value_heads
         language_model: Any = self.model.get_submodule("model.language_model")
-        # Of a hybrid model, the layers of full attention; the others are left alone.
+        # The layers with full attention. Other layers of hybrid models are not evicted.
         self.attentions = [
             layer.self_attn
             for layer in language_model.layers
@@ -230,7 +234,7 @@ class Oracle:
 
     @torch.inference_mode()
     def evict(self, prompt: str, images: Sequence[Image.Image], settings: Settings) -> Eviction:
-        """Read the prompt and decide what to keep."""
+        """Prefill the prompt and decide what to keep."""
         inputs = self.inputs(prompt, images)
         ids: list[int] = inputs["input_ids"][0].tolist()
         prompt_tokens = len(ids)
@@ -246,13 +250,13 @@ class Oracle:
         return Eviction(**vars(decision), prompt_token_ids=ids, logits=logits, cache=cache)
 
     def decode(self, eviction: Eviction, num_tokens: int) -> Continuation:
-        """Generate greedily from what was kept of the prompt."""
+        """Generate greedily with the evicted cache."""
         with self._hidden_evicted(eviction.kept_positions, len(eviction.prompt_token_ids)):
             return self.decode_full(eviction, num_tokens)
 
     @torch.inference_mode()
     def decode_full(self, eviction: Eviction, num_tokens: int) -> Continuation:
-        """Generate greedily from the whole prompt, as if nothing had been evicted."""
+        """Generate greedily with the full cache."""
         cache = copy.deepcopy(eviction.cache)
         logits = eviction.logits
         token_ids: list[int] = []
@@ -270,7 +274,7 @@ class Oracle:
 
     @contextmanager
     def _recorded_attention(self, first: int) -> Iterator[list[torch.Tensor]]:
-        """Collect, layer by layer, the attention probabilities of the queries from ``first`` on."""
+        """Collect the attention probabilities of the queries from ``first`` on, for each layer."""
         recorded: list[torch.Tensor] = []
 
         def record(module: Any, arguments: Any, output: Any) -> None:
@@ -286,10 +290,10 @@ class Oracle:
 
     @contextmanager
     def _hidden_evicted(self, kept: list[list[list[int]]], prompt_tokens: int) -> Iterator[None]:
-        """Hide evicted prompt tokens from decoding, by a mask for each layer and head.
+        """Mask evicted prompt tokens in decode steps, for each layer and head.
 
-        The cache keeps everything, so its length, and with it every position, stays what it is
-        without eviction.
+        The cache still contains all tokens, so that lengths and positions are the same as without
+        eviction.
         """
         handles = []
         for attention, of_layer in zip(self.attentions, kept, strict=True):
@@ -305,7 +309,7 @@ class Oracle:
                 hidden: torch.Tensor = hidden,
             ) -> tuple[Any, dict[str, Any]]:
                 cache: DynamicCache = keywords["past_key_values"]
-                # Generated tokens: those in the cache and the one that asks.
+                # Generated tokens: those in the cache and the current one.
                 generated = cache.get_seq_length(module.layer_idx) - prompt_tokens + 1
                 visible = F.pad(hidden, (0, generated))[None, :, None]  # [1, H, 1, keys]
                 return arguments, keywords | {"attention_mask": visible}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other side of the parity tests: NVIDIA's kvpress on transformers, its own classes and hooks.
+"""Runs the presses of NVIDIA's kvpress on transformers, for parity tests.
 
-Nothing of kvpress is copied or replaced. What a press keeps is read from the cache it leaves.
+The classes and hooks of kvpress are used unchanged. The kept positions are read from the resulting
+cache.
 """
 
 # ruff: noqa: E402
@@ -18,10 +19,12 @@ from transformers import BatchFeature, DynamicCache
 
 from testing.oracle import Oracle
 
-# kvpress's __init__ imports all presses, with packages that none of these needs, and wraps the
-# attention functions of every model in the process. Its modules by themselves do neither.
+# kvpress/__init__.py imports all presses, with packages that these do not need, and wraps the
+# attention functions of every model in the process. The modules themselves do neither.
 _spec = importlib.util.find_spec("kvpress")
-assert _spec is not None, "kvpress is not installed: `make env` does it, without its dependencies"
+assert _spec is not None, (
+    "kvpress is not installed: `make env` installs it without its dependencies"
+)
 sys.modules["kvpress"] = importlib.util.module_from_spec(_spec)
 
 from kvpress.presses.base_press import BasePress
@@ -47,28 +50,35 @@ __all__ = [
 
 
 def ratio(kept_tokens: int, prompt_tokens: int) -> float:
-    """The compression ratio with which a press keeps so many tokens.
+    """The compression ratio with which a press keeps ``kept_tokens``.
 
-    Presses truncate or round ``tokens * (1 - ratio)``: a quarter of a token above is safe in both.
+    Presses truncate or round ``tokens * (1 - ratio)``. A quarter of a token more gives the same
+    number in both cases.
     """
     return 1 - (kept_tokens + 0.25) / prompt_tokens
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a press made of one prompt."""
+    """The positions that a press keeps of a prompt, and its scores."""
 
     positions: list[list[list[int]]]
-    """[layers][KV heads], sorted."""
+    """Sorted positions by layer and KV head."""
     scores: list[torch.Tensor]
-    """Of each layer, ``[KV heads, tokens]``."""
+    """``[KV heads, tokens]`` for each layer."""
 
 
 class Presser:
-    """One checkpoint in transformers, float32."""
+    """A checkpoint in transformers, float32."""
 
     def __init__(self, path: Path, attention: str = "eager") -> None:
-        """``attention``: "eager" shows presses the model's own, with "sdpa" they compute theirs."""
+        """Load a checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            attention: with "eager", presses use the attention of the model; with "sdpa" they
+                compute it themselves.
+        """
         oracle = Oracle(path)
         self.model, self.processor = oracle.model, oracle.processor
         self.model.set_attn_implementation(attention)
@@ -77,7 +87,7 @@ class Presser:
         return self.processor(text=prompt, images=list(images) or None, return_tensors="pt")
 
     def press(self, press: BasePress, inputs: BatchFeature) -> Kept:
-        """Read a prompt under a press."""
+        """Prefill a prompt with a press."""
         whole, pressed = DynamicCache(), DynamicCache()
         self._read(inputs, whole)
         scores: list[torch.Tensor] = []
@@ -103,14 +113,14 @@ class Presser:
 
     @torch.inference_mode()
     def _read(self, inputs: BatchFeature, cache: DynamicCache) -> None:
-        # kvpress's hook asks for the cache position, which transformers no longer hands to
-        # attention layers unless its caller gives it.
+        # The hook of kvpress needs the cache position. transformers passes it to attention layers
+        # only if the caller provides it.
         position = torch.arange(inputs["input_ids"].shape[1])
         self.model(**inputs, past_key_values=cache, cache_position=position, logits_to_keep=1)
 
 
 def _found(kept: torch.Tensor, every: torch.Tensor) -> list[list[int]]:
-    """Where each head's kept keys, ``[KV heads, kept, size]``, are among all of the prompt's."""
+    """Positions, for each head, of kept keys ``[KV heads, kept, size]`` among all of the prompt."""
     same = (kept[:, :, None] == every[:, None]).all(-1)  # [KV heads, kept, tokens]
-    assert (same.sum(-1) == 1).all(), "keys of different positions are different"
+    assert (same.sum(-1) == 1).all(), "keys of different positions must differ"
     return [sorted(head.nonzero()[:, 1].tolist()) for head in same]

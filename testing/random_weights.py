@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM weight loader that makes weights up, for any architecture: ``load_format="random"``.
+"""A vLLM weight loader for any architecture that generates weights: ``load_format="random"``.
 
-Unlike vLLM's own dummy weights, which are next to zero, they make attention that is far from
-uniform and whose density differs between layers. Parameters are functions of their name and shape.
+vLLM's dummy weights are close to zero. With these weights attention is far from uniform, and its
+density differs between layers. A parameter depends only on its name and shape.
 """
 
 import math
@@ -19,6 +19,8 @@ from testing.tiny_models import logit_std
 
 @register_model_loader("random")
 class RandomLoader(BaseModelLoader):
+    """Fills all parameters with `_value`, and scales attention logits by `logit_std`."""
+
     def download_model(self, model_config: ModelConfig) -> None:
         pass
 
@@ -32,11 +34,11 @@ class RandomLoader(BaseModelLoader):
 
 
 def _value(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Outputs of unit variance where inputs have it, or near it."""
+    """Random values such that outputs have about unit variance if inputs have."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     if like.ndim < 2:
-        return (1 if name.endswith("weight") else 0) + 0.1 * noise  # norms; biases and the like
+        return (1 if name.endswith("weight") else 0) + 0.1 * noise  # norms and biases
     if "embed" in name and like.ndim == 2:
         return noise
     inputs = like.shape[-1] if like.ndim == 3 else like[0].numel()  # 3: experts

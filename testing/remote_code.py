@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints of `testing.model_zoo` bring as their own code, where the published ones do.
+"""Custom code for checkpoints of `testing.model_zoo` whose published versions have custom code.
 
-Copied into such a checkpoint. No more of the published code than vLLM asks for.
+It is copied into such a checkpoint and contains only what vLLM requires.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class MiniCPMVConfig(Qwen2Config):
 
 
 class MiniCPMVImageProcessor(BaseImageProcessor):
-    """Every image is one slice: a row of ``size`` x ``size`` pixels, cut into patches."""
+    """Every image is a single slice of ``size`` x ``size`` pixels, cut into patches."""
 
     def __init__(self, size=224, patch_size=14, image_feature_size=64, **kwargs):
         super().__init__(**kwargs)
@@ -71,7 +71,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         )
 
     def _patches(self, image: Image.Image) -> torch.Tensor:
-        """[3, patch_size, columns of all patches, one after the other]"""
+        """The patches of an image, concatenated: [3, patch size, columns of all patches]."""
         n = self.patch_size
         pixels = pil_to_tensor(image.resize((self.size, self.size))) / 127.5 - 1
         rows = pixels.unfold(1, n, n)  # [3, rows, size, n]

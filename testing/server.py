@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ``vllm serve`` process with eviction, for the demo, the tests and the benchmarks."""
+"""Runs ``vllm serve`` in a process and sends requests to it."""
 
 import base64
 import contextlib
@@ -40,7 +40,7 @@ class Server:
             return response.read().decode()
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Open a POST request; the caller reads and closes the response.
+        """Send a POST request; the caller reads and closes the response.
 
         Raises:
             urllib.error.HTTPError: for a status of 400 and above.
@@ -53,30 +53,30 @@ class Server:
         return urllib.request.urlopen(request, timeout=300)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A whole chat completion."""
+        """The body of a chat completion without streaming."""
         with self.post("/v1/chat/completions", body) as response:
             return json.load(response)
 
     def metric(self, name: str, label: str = "") -> float:
-        """Sum of a metric's samples, of those with a label such as ``layer="0"``."""
+        """The sum of a metric's samples, or of those with a label such as ``layer="0"``."""
         return metric_of(self.get("/metrics"), name, label)
 
     def num_blocks(self) -> int:
-        """Blocks of the KV cache pool."""
+        """Number of blocks in the KV cache pool."""
         match = re.search(r'vllm:cache_config_info{.*num_gpu_blocks="(\d+)"', self.get("/metrics"))
         assert match is not None
         return int(match[1])
 
 
 def metric_of(page: str, name: str, label: str = "") -> float:
-    """`Server.metric` of a page that has been read."""
+    """`Server.metric` for the text of ``/metrics``."""
     labels = rf"(?:{{.*{re.escape(label)}.*}})" + ("" if label else "?")
     pattern = rf"^{re.escape(name)}{labels} ([0-9.e+-]+)$"
     return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))
 
 
 def program() -> list[str]:
-    """The ``vllm`` command, or what it runs where vLLM was only unpacked."""
+    """The ``vllm`` command, or its module if vLLM was unpacked without installing scripts."""
     script = Path(sys.executable).parent / "vllm"
     if script.exists():
         return [str(script)]
@@ -84,12 +84,12 @@ def program() -> list[str]:
 
 
 def command(model: Path, *arguments: str) -> list[str]:
-    """The command line of a server, as a user would type it."""
+    """The command line of a server."""
     return [*program(), "serve", str(model), *arguments]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a server: no hub if not asked for, engine core in its own process."""
+    """The environment of a server: offline by default, with the engine core in its own process."""
     return {
         "HF_HUB_OFFLINE": "1",
         **os.environ,
@@ -107,14 +107,17 @@ def running(
     port: int | None = None,
     start_timeout: float = START_TIMEOUT_SECONDS,
 ) -> Iterator[Server]:
-    """Start ``vllm serve MODEL ARGUMENTS``, wait until it answers, stop it afterwards.
+    """Start ``vllm serve MODEL ARGUMENTS``, wait until it is healthy, and stop it on exit.
 
     Args:
-        port: a free one by default.
+        model: path of the checkpoint.
+        log: file for the output of the server.
+        arguments: further arguments of ``vllm serve``.
+        port: by default a free one.
         start_timeout: seconds.
 
     Raises:
-        RuntimeError: if it exits or does not answer in time, with the end of its log.
+        RuntimeError: if it exits or is not healthy in time; includes the end of its log.
     """
     if port is None:
         with socket.socket() as probe:
@@ -128,7 +131,7 @@ def running(
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         deadline = time.monotonic() + start_timeout
-        while not _answers(server):
+        while not _is_healthy(server):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-6000:]}")
             time.sleep(0.5)
@@ -142,7 +145,7 @@ def running(
             process.wait()
 
 
-def _answers(server: Server) -> bool:
+def _is_healthy(server: Server) -> bool:
     try:
         server.get("/health")
     except (urllib.error.URLError, ConnectionError):
@@ -158,7 +161,7 @@ def image_url(image: Image.Image) -> str:
 
 
 def chat_content(question: str, *image_urls: str) -> list[dict[str, Any]]:
-    """What a user says about images: these first, then the question."""
+    """The content of a user message: images, then the question."""
     images = [{"type": "image_url", "image_url": {"url": url}} for url in image_urls]
     return [*images, {"type": "text", "text": question}]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random-weight vision-language checkpoints that stock vLLM and transformers both load.
+"""Tiny vision-language checkpoints with random weights that vLLM and transformers can load.
 
-The weights answer no questions; they exercise a KV cache the way a trained model does: attention is
-far from uniform, its density differs clearly between layers, the greedy continuation depends on the
-image and does not settle on one token. A checkpoint is a function of its parameters only.
+The models are not trained, but they use a KV cache like a trained model. Attention is far from
+uniform, its density differs between layers, and greedy outputs depend on the image and do not
+repeat one token. A checkpoint depends only on its parameters.
 
     python -m testing.tiny_models llava /tmp/tiny-llava
 """
@@ -54,7 +54,8 @@ from transformers.initialization import no_init_weights
 _STAMP = "tiny_model.json"
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizer: one token a byte (its id) or special token, so n ASCII characters are n tokens.
+# Tokenizer: one token per byte, with the byte as its id, and special tokens. Text of n ASCII
+# characters has n tokens.
 
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 _IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
@@ -79,7 +80,7 @@ _PRINTABLE = range(0x20, 0x7F)
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """Byte-level BPE's character for each byte: itself if printable, else the next from U+0100."""
+    """The character of byte-level BPE for each byte: itself if printable, else from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_in = iter(range(0x100, 0x200))
     return {chr(b if b in printable else next(stand_in)): b for b in range(256)}
@@ -88,9 +89,12 @@ def _byte_vocabulary() -> dict[str, int]:
 def byte_tokenizer(
     special_tokens: Sequence[str], eos_token: str, named: Mapping[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """Ids: a byte's its value, a special token's 256 plus its index.
+    """A tokenizer without merges. The id of a byte is its value, of a special token 256 + index.
 
-    ``named`` are those that a processor asks for by name ("image_token").
+    Args:
+        special_tokens: in the order of their ids.
+        eos_token: one of them.
+        named: special tokens that a processor needs by name, such as "image_token".
     """
     tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -164,12 +168,12 @@ _MERGE_SIZE = 2
 _VISION_HIDDEN = 64
 _VISION_HEADS = 2
 _VISION_LAYERS = 2
-_WINDOW = 100  # tokens, of sliding-window layers
+_WINDOW = 100  # tokens in the window of sliding-window layers
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Everything the caller can choose; also what the stamp stores."""
+class _ModelShape:
+    """The parameters of a checkpoint; also the contents of its stamp."""
 
     kind: str
     num_layers: int
@@ -186,7 +190,7 @@ class _Shape:
         return self.num_heads * self.head_size
 
 
-def _text_config(shape: _Shape, eos_token: str) -> dict[str, Any]:
+def _text_config(shape: _ModelShape, eos_token: str) -> dict[str, Any]:
     return dict(
         vocab_size=_VOCAB_SIZE,
         hidden_size=shape.hidden_size,
@@ -203,7 +207,7 @@ def _text_config(shape: _Shape, eos_token: str) -> dict[str, Any]:
     )
 
 
-def _llava_arguments(shape: _Shape) -> dict[str, Any]:
+def _llava_arguments(shape: _ModelShape) -> dict[str, Any]:
     vision = CLIPVisionConfig(
         hidden_size=_VISION_HIDDEN,
         intermediate_size=2 * _VISION_HIDDEN,
@@ -225,12 +229,12 @@ def _llava_arguments(shape: _Shape) -> dict[str, Any]:
     )
 
 
-def _llava_config(shape: _Shape) -> PreTrainedConfig:
+def _llava_config(shape: _ModelShape) -> PreTrainedConfig:
     return LlavaConfig(**_llava_arguments(shape), architectures=["LlavaForConditionalGeneration"])
 
 
-def _hybrid_llava_config(shape: _Shape) -> PreTrainedConfig:
-    """Every second layer attends within a window that any prompt with an image exceeds."""
+def _hybrid_llava_config(shape: _ModelShape) -> PreTrainedConfig:
+    """Every second layer has a sliding window, which is shorter than any prompt with an image."""
     kinds = ("sliding_attention", "full_attention")
     text = MinistralConfig(
         **_text_config(shape, _EOS),
@@ -245,13 +249,13 @@ def _hybrid_llava_config(shape: _Shape) -> PreTrainedConfig:
     )
 
 
-def _pinpoints(shape: _Shape) -> list[list[int]]:
-    """Tilings of LLaVA-NeXT as [height, width], the first three of LLaVA-1.6: up to 2 x 2 tiles."""
+def _pinpoints(shape: _ModelShape) -> list[list[int]]:
+    """Tilings as [height, width]: the first three of LLaVA-1.6, with up to 2 x 2 tiles."""
     n = shape.image_size
     return [[n, 2 * n], [2 * n, n], [2 * n, 2 * n]]
 
 
-def _llava_next_config(shape: _Shape) -> PreTrainedConfig:
+def _llava_next_config(shape: _ModelShape) -> PreTrainedConfig:
     return LlavaNextConfig(
         **_llava_arguments(shape),
         image_grid_pinpoints=_pinpoints(shape),
@@ -259,7 +263,7 @@ def _llava_next_config(shape: _Shape) -> PreTrainedConfig:
     )
 
 
-def _qwen_arguments(shape: _Shape) -> dict[str, Any]:
+def _qwen_arguments(shape: _ModelShape) -> dict[str, Any]:
     half = shape.head_size // 2
     time = half // 4
     height = (half - time) // 2
@@ -283,7 +287,7 @@ def _qwen_arguments(shape: _Shape) -> dict[str, Any]:
     )
 
 
-def _qwen2_vl_config(shape: _Shape) -> PreTrainedConfig:
+def _qwen2_vl_config(shape: _ModelShape) -> PreTrainedConfig:
     vision = dict(
         depth=_VISION_LAYERS,
         embed_dim=_VISION_HIDDEN,
@@ -300,7 +304,7 @@ def _qwen2_vl_config(shape: _Shape) -> PreTrainedConfig:
     )
 
 
-def _qwen2_5_vl_config(shape: _Shape) -> PreTrainedConfig:
+def _qwen2_5_vl_config(shape: _ModelShape) -> PreTrainedConfig:
     vision = dict(
         depth=_VISION_LAYERS,
         hidden_size=_VISION_HIDDEN,
@@ -309,7 +313,7 @@ def _qwen2_5_vl_config(shape: _Shape) -> PreTrainedConfig:
         num_heads=_VISION_HEADS,
         patch_size=_PATCH_SIZE,
         spatial_merge_size=_MERGE_SIZE,
-        # One layer attends within windows, the last one everywhere, as in the real tower.
+        # As in the published tower, some layers have full and the others windowed attention.
         fullatt_block_indexes=[_VISION_LAYERS - 1],
         window_size=112,
     )
@@ -320,7 +324,7 @@ def _qwen2_5_vl_config(shape: _Shape) -> PreTrainedConfig:
     )
 
 
-def _llava_processor(shape: _Shape) -> ProcessorMixin:
+def _llava_processor(shape: _ModelShape) -> ProcessorMixin:
     n = shape.image_size
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -334,7 +338,7 @@ def _llava_processor(shape: _Shape) -> ProcessorMixin:
     )
 
 
-def _llava_next_processor(shape: _Shape) -> ProcessorMixin:
+def _llava_next_processor(shape: _ModelShape) -> ProcessorMixin:
     n = shape.image_size
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
@@ -352,8 +356,8 @@ def _llava_next_processor(shape: _Shape) -> ProcessorMixin:
 
 def _qwen_processor(
     processor_class: type[Qwen2VLProcessor] | type[Qwen2_5_VLProcessor],
-) -> Callable[[_Shape], ProcessorMixin]:
-    def make(shape: _Shape) -> ProcessorMixin:
+) -> Callable[[_ModelShape], ProcessorMixin]:
+    def make(shape: _ModelShape) -> ProcessorMixin:
         pixels = {
             "shortest_edge": (shape.image_size // 2) ** 2,
             "longest_edge": shape.image_size**2,
@@ -377,10 +381,10 @@ def _qwen_processor(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What differs between architectures. ``image_size`` is the default: pixels a side."""
+    """What differs between architectures. ``image_size`` is the default, in pixels a side."""
 
-    config: Callable[[_Shape], PreTrainedConfig]
-    processor: Callable[[_Shape], ProcessorMixin]
+    config: Callable[[_ModelShape], PreTrainedConfig]
+    processor: Callable[[_ModelShape], ProcessorMixin]
     prompt: Callable[[str, int], str]
     image_size: int
     image_size_multiple: int
@@ -410,10 +414,11 @@ KINDS: tuple[str, ...] = tuple(_KINDS)
 # --------------------------------------------------------------------------------------------------
 # Weights
 
-# Standard deviations of attention logits (before `sharpen`): nearly uniform ... a few tokens.
+# Standard deviations of attention logits (before `sharpen`): from almost uniform attention to
+# attention to a few tokens.
 _LOGIT_STD = (1.1, 5.0)
-# Gains over unit variance, so that what attention and the MLP add competes with the token embedding
-# and the next token is not a function of the last one alone.
+# Gains relative to unit variance. They make the outputs of attention and MLP large compared with
+# the token embedding, so that the next token does not depend on the last one alone.
 _GAINS = {
     "o_proj.weight": 1.4,
     "down_proj.weight": 4.0,
@@ -427,8 +432,8 @@ _GAINS = {
 def logit_std(num_layers: int, sharpen: float = 1.0) -> list[float]:
     """Intended standard deviation of each decoder layer's attention logits.
 
-    Geometric between the two ends of ``_LOGIT_STD``, ordered so that neighbours differ:
-    4 layers get the second, the fourth, the first and the third value.
+    The values form a geometric sequence between the bounds of ``_LOGIT_STD``. They are ordered such
+    that adjacent layers differ: 4 layers get the second, fourth, first and third value.
     """
     low, high = _LOGIT_STD
     steps = max(num_layers - 1, 1)
@@ -441,8 +446,8 @@ def _layer_index(name: str) -> int:
 
 
 def _initial_value(name: str, like: torch.Tensor, seed: int, qk_std: list[float]) -> torch.Tensor:
-    """Random float32 value of one parameter, a function of its name, shape and the seed only."""
-    # The CPU generator looks at the lower 32 bits of its seed only.
+    """Random float32 values of a parameter; they depend on its name, its shape and the seed."""
+    # The CPU generator uses only the lower 32 bits of its seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     if name.endswith(".bias"):
@@ -453,18 +458,22 @@ def _initial_value(name: str, like: torch.Tensor, seed: int, qk_std: list[float]
     if like.ndim == 1 or "embed_tokens" in name or "position_embedding" in name:
         return gain * noise
     if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
-        # q.k / sqrt(head_size) of unit-variance q and k has unit variance.
+        # q.k / sqrt(head_size) has unit variance if q and k have.
         gain = math.sqrt(qk_std[_layer_index(name)])
     return gain * noise / math.sqrt(like[0].numel())
 
 
 def _varied_head(lm_head: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Output head that neither ends early nor repeats itself. Both arguments: [vocab, hidden].
+    """An output layer whose greedy outputs neither end early nor repeat one token.
 
-    Each row points away from the token's own embedding, which the residual stream still carries:
-    the last token is an unlikely next one. Rows of all tokens but printable ASCII are zero, so
-    their logit is 0, far below the largest: greedy text never ends early, and equal text means
-    equal tokens.
+    The token's own embedding, which the residual stream still contains, is subtracted from each
+    row, so that the last token is an unlikely next token. Rows of tokens other than printable ASCII
+    are zero, and a logit of 0 is far below the maximum. Therefore greedy outputs do not end early,
+    and equal text means equal tokens.
+
+    Args:
+        lm_head: [vocabulary, hidden].
+        embedding: [vocabulary, hidden].
     """
     scale = lm_head.norm(dim=1, keepdim=True) / embedding.norm(dim=1, keepdim=True)
     printable = torch.zeros(lm_head.shape[0], 1)
@@ -472,8 +481,8 @@ def _varied_head(lm_head: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor
     return printable * (lm_head - scale * embedding)
 
 
-def _state_dict(config: PreTrainedConfig, shape: _Shape) -> dict[str, torch.Tensor]:
-    """Weights under the names of the transformers model's own parameters."""
+def _state_dict(config: PreTrainedConfig, shape: _ModelShape) -> dict[str, torch.Tensor]:
+    """Weights by the names of the parameters in transformers."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config)
     qk_std = logit_std(shape.num_layers, shape.sharpen)
@@ -487,9 +496,10 @@ def _state_dict(config: PreTrainedConfig, shape: _Shape) -> dict[str, torch.Tens
 
 
 def _checkpoint_name(name: str) -> str:
-    """Name on disk: transformers 5 dropped a level of the CLIP tower that vLLM still has.
+    """The name of a parameter in the checkpoint.
 
-    transformers accepts the published name too (its CLIPVisionModel removes the prefix on load).
+    transformers 5 removed a level of the CLIP tower that vLLM expects. transformers also accepts
+    the published name, because its CLIPVisionModel removes the prefix on load.
     """
     return name.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
 
@@ -511,20 +521,26 @@ def build(
     max_position: int = 8192,
     sharpen: float = 1.0,
 ) -> Path:
-    """Write a checkpoint of one of ``KINDS`` to ``path`` unless the same one is there already.
+    """Write a checkpoint to ``path``, unless it contains the same checkpoint already.
 
-    ``image_size`` (pixels a side) fixes the visual tokens of an image:
-        llava: (image_size / 14) ** 2, whatever the image;
-        llava-next: the same for the overview, plus up to 2 x 2 tiles by the image's aspect ratio;
-        qwen: an image of up to image_size ** 2 pixels keeps its size, one token per 28 x 28 pixels.
-    ``sharpen`` multiplies the standard deviation of all attention logits (see ``logit_std``).
+    The number of visual tokens of an image depends on ``image_size``:
+        llava: (image_size / 14) ** 2, for every image;
+        llava-next: the same for the overview, plus up to 2 x 2 tiles depending on the aspect ratio;
+        qwen: one token per 28 x 28 pixels, for images of up to image_size ** 2 pixels.
 
-    Raises ValueError for an unknown kind or impossible sizes, FileExistsError if ``path`` holds
-    anything that this module did not write.
+    Args:
+        kind: one of ``KINDS``.
+        path: folder to write.
+        image_size: pixels a side.
+        sharpen: factor of the standard deviation of all attention logits (see `logit_std`).
+
+    Raises:
+        ValueError: for an unknown kind or impossible sizes.
+        FileExistsError: if ``path`` contains anything that this module did not write.
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
-    shape = _Shape(
+    shape = _ModelShape(
         kind=kind,
         num_layers=num_layers,
         num_heads=num_heads,
@@ -537,7 +553,7 @@ def build(
     )
     _check(shape)
     path = Path(path)
-    # The module's own text stands for the version of the generator.
+    # A hash of this file identifies the version of the generator.
     stamp = asdict(shape) | {"source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     if _read_stamp(path) != stamp:
         _replace(path, shape, stamp)
@@ -545,7 +561,11 @@ def build(
 
 
 def load_transformers(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a checkpoint into transformers with eager attention, every weight accounted for."""
+    """Load a checkpoint into transformers with eager attention.
+
+    Raises:
+        RuntimeError: if weights are missing or unused.
+    """
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
@@ -557,12 +577,12 @@ def load_transformers(path: str | Path, dtype: torch.dtype = torch.float32) -> P
 
 
 def prompt_for(kind: str, question: str, num_images: int = 1) -> str:
-    """Prompt for ``LLM.generate``, images first; the same text that the chat template gives."""
+    """A prompt for ``LLM.generate`` with images first, equal to that of the chat template."""
     return _KINDS[kind].prompt(question, num_images)
 
 
 def random_image(seed: int, size: tuple[int, int] = (448, 336)) -> Image.Image:
-    """RGB picture of ``size`` (width, height): shaded background, blocks, ellipses, some grain."""
+    """A random RGB image of ``size`` (width, height): gradient, rectangles, ellipses and noise."""
     rng = np.random.default_rng(seed)
     width, height = size
     corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
@@ -581,10 +601,12 @@ def random_image(seed: int, size: tuple[int, int] = (448, 336)) -> Image.Image:
 # Files
 
 
-def _check(shape: _Shape) -> None:
+def _check(shape: _ModelShape) -> None:
     multiple = _KINDS[shape.kind].image_size_multiple
     if shape.image_size % multiple:
-        raise ValueError(f"{shape.kind}: image_size {shape.image_size}, no multiple of {multiple}")
+        raise ValueError(
+            f"{shape.kind}: image_size {shape.image_size} is not a multiple of {multiple}"
+        )
     if shape.num_heads % shape.num_kv_heads:
         raise ValueError(f"{shape.num_heads} heads cannot share {shape.num_kv_heads} KV heads")
 
@@ -596,8 +618,8 @@ def _read_stamp(path: Path) -> dict[str, object] | None:
         return None
 
 
-def _replace(path: Path, shape: _Shape, stamp: dict[str, object]) -> None:
-    """Write beside ``path`` and rename, so that nobody loads a half-written checkpoint."""
+def _replace(path: Path, shape: _ModelShape, stamp: dict[str, object]) -> None:
+    """Write to a temporary folder and rename it: other processes see only complete checkpoints."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         fresh = Path(scratch) / "model"
@@ -608,12 +630,14 @@ def _replace(path: Path, shape: _Shape, stamp: dict[str, object]) -> None:
         try:
             os.rename(fresh, path)
         except OSError as error:
-            # Another process may have been faster with the same parameters.
+            # Another process may have written the same checkpoint in the meantime.
             if _read_stamp(path) != stamp:
-                raise FileExistsError(f"{path} exists and is no tiny model of ours") from error
+                raise FileExistsError(
+                    f"{path} exists and was not written by this module"
+                ) from error
 
 
-def _write(path: Path, shape: _Shape) -> None:
+def _write(path: Path, shape: _ModelShape) -> None:
     kind = _KINDS[shape.kind]
     config = kind.config(shape)
     config.dtype = torch.float32
@@ -632,7 +656,7 @@ def _write(path: Path, shape: _Shape) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     for name, default in {
         "num-layers": 4,
         "num-heads": 4,

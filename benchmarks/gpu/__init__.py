@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU machine is asked, without a network: ``python -m benchmarks.gpu``."""
+"""All measurements that need a GPU, without network access: ``python -m benchmarks.gpu``."""

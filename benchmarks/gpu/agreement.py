@@ -1,70 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that must evict alike: other operations, other attention, with and without graphs.
+"""Engines with different operations, attention backends and CUDA graphs evict the same tokens.
 
     python -m benchmarks.gpu.agreement [--json FILE]
 
-A tiny LLaVA with random weights. Every engine must evict all requests and keep the tokens that the
-first one keeps, up to what 16 bits leave undecided; how many answers are the same is reported, not
-required, for the same reason. The last engine runs our code under torch's check that nothing waits
-for the device, and without a trace, which does: of it only the number of evictions is compared. On
-a CPU there is one attention and there are no graphs.
+The model is a tiny LLaVA with random weights. Every engine must evict all requests and keep the
+same tokens as the first engine, up to the rounding of 16-bit types. The number of equal outputs is
+reported but not required, for the same reason. The last engine runs this package's code with
+torch's check for device synchronisation. It writes no trace, because that synchronises, so only
+its number of evictions is compared. On a CPU there is one attention backend and there are no
+graphs.
 """
 
-import argparse
 import contextlib
 import operator
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 from benchmarks import shape
 from benchmarks.own_time import wrapped
 from testing import tiny_models
-from testing.results import write_report
+from testing.cli import make_parser, set_vllm_environment
+from testing.results import Row, write_report
 from vl_cache_vllm.ops import dispatch
 
 BUDGET, OUTPUT_LEN = 0.25, 32
-LEAST_OVERLAP = 0.97  # of kept tokens; what 16 bits leave undecided
-Row = dict[str, Any]
+MIN_OVERLAP = 0.97  # fraction of kept tokens; 16-bit rounding may change the rest
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One of those compared."""
+class EngineSetup:
+    """One of the compared engines."""
 
     name: str
     operations: dispatch.Implementation
     backend: str | None = None
     eager: bool = False
-    must_not_wait: bool = False
+    forbid_sync: bool = False
 
 
-def engines() -> list[Engine]:
-    """Those that this machine can run."""
+def engines() -> list[EngineSetup]:
+    """The engines that this machine can run."""
     if not torch.cuda.is_available():
-        return [Engine("torch", "torch"), Engine("cpp", "cpp")]
+        return [EngineSetup("torch", "torch"), EngineSetup("cpp", "cpp")]
     return [
-        Engine("torch operations, eager", "torch", "FLASH_ATTN", eager=True),
-        Engine("Triton operations, eager", "triton", "FLASH_ATTN", eager=True),
-        Engine("Triton operations, graphs", "triton", "FLASH_ATTN"),
-        Engine("Triton attention, graphs", "triton", "TRITON_ATTN"),
-        Engine("nothing waits", "triton", "FLASH_ATTN", must_not_wait=True),
+        EngineSetup("torch operations, eager", "torch", "FLASH_ATTN", eager=True),
+        EngineSetup("Triton operations, eager", "triton", "FLASH_ATTN", eager=True),
+        EngineSetup("Triton operations, graphs", "triton", "FLASH_ATTN"),
+        EngineSetup("Triton attention, graphs", "triton", "TRITON_ATTN"),
+        EngineSetup("no synchronisation", "triton", "FLASH_ATTN", forbid_sync=True),
     ]
 
 
 @contextlib.contextmanager
-def forbidden_to_wait() -> Iterator[None]:
-    """Our code raises where it waits for the device."""
+def synchronisation_forbidden() -> Iterator[None]:
+    """Raise where this package's code synchronises with the device."""
     from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
     from vl_cache_vllm.worker.evictor import Evictor
 
@@ -86,7 +80,7 @@ def forbidden_to_wait() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[str]]:
-    """Ids of the requests that are evicted."""
+    """Collect the ids of evicted requests."""
     from vl_cache_vllm.worker.evictor import Evictor
 
     ids: list[str] = []
@@ -104,17 +98,17 @@ def counted() -> Iterator[list[str]]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of an engine after two rounds of requests."""
+class EngineRun:
+    """What an engine did with two rounds of requests."""
 
     num_evicted: int
     records: list[dict[str, Any]]
-    """What the trace says; empty if there is none."""
+    """Trace records; empty if no trace was written."""
     answers: list[list[int]]
 
 
-def run(model: Path, engine: Engine) -> Outcome:
-    """Send an engine the requests."""
+def run(model: Path, engine: EngineSetup) -> EngineRun:
+    """Start an engine and run the requests."""
     from vllm import SamplingParams
 
     from testing.engine import read_trace, running_llm
@@ -122,7 +116,7 @@ def run(model: Path, engine: Engine) -> Outcome:
     trace = model / "trace.jsonl"
     trace.unlink(missing_ok=True)
     settings: dict[str, Any] = {"policy": "vlcache", "budget": BUDGET}
-    if not engine.must_not_wait:  # the trace does
+    if not engine.forbid_sync:  # writing the trace synchronises
         settings |= {"trace_path": str(trace), "trace_positions": True}
     arguments: dict[str, Any] = {}
     if engine.backend:
@@ -131,8 +125,8 @@ def run(model: Path, engine: Engine) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(dispatch.use(engine.operations))
         evicted = stack.enter_context(counted())
-        if engine.must_not_wait:
-            stack.enter_context(forbidden_to_wait())
+        if engine.forbid_sync:
+            stack.enter_context(synchronisation_forbidden())
         llm = stack.enter_context(
             running_llm(
                 model=str(model),
@@ -165,12 +159,12 @@ def run(model: Path, engine: Engine) -> Outcome:
             ]
             outputs = llm.generate(requests, params, use_tqdm=False)
             answers += [list(output.outputs[0].token_ids) for output in outputs]
-    records = [] if engine.must_not_wait else list(read_trace(trace).values())
-    return Outcome(len(evicted), records, answers)
+    records = [] if engine.forbid_sync else list(read_trace(trace).values())
+    return EngineRun(len(evicted), records, answers)
 
 
 def overlap(record: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Share of the tokens that both keep, of those that the second one keeps."""
+    """Fraction of the tokens kept in ``expected`` that ``record`` keeps too."""
     both = total = 0
     for layer, other in zip(record["kept_positions"], expected["kept_positions"], strict=True):
         for head, right in zip(layer, other, strict=True):
@@ -180,13 +174,13 @@ def overlap(record: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def compare(model: Path) -> list[Row]:
-    """A row of each engine beside the first one.
+    """One row for each engine, compared with the first one.
 
     Raises:
-        AssertionError: if one evicts otherwise.
+        AssertionError: if an engine evicts other tokens.
     """
     rows: list[Row] = []
-    first: Outcome | None = None
+    first: EngineRun | None = None
     for engine in engines():
         found = run(model, engine)
         first = first or found
@@ -196,26 +190,23 @@ def compare(model: Path) -> list[Row]:
             "same_answers": sum(map(operator.eq, found.answers, first.answers)),
             "answers": len(found.answers),
         }
-        if not engine.must_not_wait:
+        if not engine.forbid_sync:
             pairs = zip(found.records, first.records, strict=True)
             row["least_overlap"] = round(min(overlap(*pair) for pair in pairs), 4)
         rows.append(row)
         print(row, flush=True)
         assert row["evictions"] == row["answers"], row
-        assert row.get("least_overlap", 1.0) >= LEAST_OVERLAP, row
+        assert row.get("least_overlap", 1.0) >= MIN_OVERLAP, row
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser(__doc__).parse_args(arguments)
+    set_vllm_environment()
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(tiny_models.build("llava", Path(folder) / "model", image_size=336))
     if options.json:
-        write_report(options.json, "benchmarks.gpu.agreement", sys.argv[1:], rows=rows)
+        write_report(options.json, "benchmarks.gpu.agreement", arguments, rows=rows)
 
 
 if __name__ == "__main__":

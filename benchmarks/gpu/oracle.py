@@ -1,31 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The observation beside xformers' attention, which shares no code with ours, torch's or vLLM's.
+"""The ``observe`` operation compared with the attention of xformers, an independent implementation.
 
     python -m benchmarks.gpu.oracle [--shapes 7b-gqa] [--tokens 2048 8192] [--json FILE]
 
-Where values are unit vectors, attention gives its own probabilities: column sums and dense entries
-follow from them without any softmax of ours. Then the time that xformers takes to attend with the
-same queries to the same prompt, keys and values side by side and without pages, beside the time of
-observation, which reads the keys alone, but twice.
+With unit vectors as values, attention returns its own probabilities. Column sums and dense entries
+follow from them without any softmax of this package. The times of both are reported as well:
+xformers attends with the same queries to the same prompt, with contiguous keys and values;
+``observe`` reads only the keys, but twice.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernels import OBSERVED, SHAPES, THRESHOLD, Prompt, milliseconds
-from testing.results import write_report
+from benchmarks.kernels import (
+    ATTENTION_SHAPES,
+    OBSERVED,
+    THRESHOLD,
+    SyntheticPrompt,
+    milliseconds,
+)
+from testing.cli import make_parser
+from testing.results import Row, write_report
 from vl_cache_vllm.ops import dispatch
 
 BLOCK_SIZE = 16
-COLUMN_TOLERANCE = 1e-3  # relative; of sums of probabilities in float32
-DENSE_TOLERANCE = 1e-4  # of all entries: those on the threshold
-Row = dict[str, Any]
-# Query [1, Q, H, D], key and value [1, S, H, D], causal with the last query at the last key.
+COLUMN_TOLERANCE = 1e-3  # relative error of float32 sums of probabilities
+DENSE_TOLERANCE = 1e-4  # fraction of entries that may differ: those at the threshold
+# Query [1, Q, H, D], key and value [1, S, H, D]. Causal; the last query is at the last key.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -33,19 +37,19 @@ def _xformers() -> Any:
     try:
         from xformers.ops import fmha
     except ImportError as error:
-        sys.exit(f"xformers is needed ({error}): python -m pip install --no-deps xformers")
+        sys.exit(f"xformers is required ({error}): python -m pip install --no-deps xformers")
     return fmha
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """By xformers."""
+    """Attention of xformers."""
     fmha = _xformers()
     mask = fmha.attn_bias.LowerTriangularFromBottomRightMask()
     return fmha.memory_efficient_attention(query, key, value, attn_bias=mask)
 
 
 def probabilities(attention: Attention, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """What an attention gives to each key, by giving it unit vectors as values.
+    """The probabilities of an attention function, obtained with unit vectors as values.
 
     Args:
         query: ``[num_queries, num_heads, head_size]``.
@@ -67,8 +71,8 @@ def probabilities(attention: Attention, query: torch.Tensor, key: torch.Tensor) 
     return torch.cat(parts, -1).transpose(0, 1)
 
 
-def compare(prompt: Prompt, attention: Attention) -> Row:
-    """Observation of the first layer beside the sums of an attention's probabilities.
+def compare(prompt: SyntheticPrompt, attention: Attention) -> Row:
+    """Compare ``observe`` of the first layer with sums of an attention's probabilities.
 
     Raises:
         AssertionError: if they differ.
@@ -86,14 +90,14 @@ def compare(prompt: Prompt, attention: Attention) -> Row:
         "column_error": float(((prompt.column_sums[0] - sums).abs() / sums).max()),
         "dense_error": float((prompt.dense_entries[0] - dense).abs() / entries),
     }
-    # Written so that nothing passes which is not a number.
+    # In this form the comparison fails for NaN.
     agree = result["column_error"] <= COLUMN_TOLERANCE and result["dense_error"] <= DENSE_TOLERANCE
     assert agree, result
     return result
 
 
-def attend_all(prompt: Prompt) -> Callable[[], None]:
-    """The queries' attention to a whole prompt in all layers, as xformers takes grouped heads."""
+def attend_all(prompt: SyntheticPrompt) -> Callable[[], None]:
+    """A function that attends from the queries to the whole prompt in all layers, with xformers."""
     fmha = _xformers()
     shape = prompt.shape
     group = shape.num_heads // shape.num_kv_heads
@@ -112,23 +116,19 @@ def attend_all(prompt: Prompt) -> Callable[[], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     shapes = ["7b-mha", "7b-gqa"]
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=shapes)
+    parser.add_argument("--shapes", nargs="+", choices=sorted(ATTENTION_SHAPES), default=shapes)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     _xformers()
     if not torch.cuda.is_available():
-        sys.exit("xformers' attention needs a GPU")
+        sys.exit("the attention of xformers needs a GPU")
     device = torch.device("cuda")
     rows = []
     for name in options.shapes:
         for tokens in options.tokens:
-            prompt = Prompt(SHAPES[name], tokens, BLOCK_SIZE, device)
+            prompt = SyntheticPrompt(ATTENTION_SHAPES[name], tokens, BLOCK_SIZE, device)
             with dispatch.use("triton"):
                 row = {
                     "shape": name,

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock vLLM against eviction through the real server: same machine, pool, workload and client.
+"""Serving benchmark: ``vllm serve`` without and with eviction, on equal workloads.
 
     python -m benchmarks.serving --profile cpu [--json FILE] [--plot FILE]
     python -m benchmarks.serving --model MODEL --image-size 336 --images 1 2 --output-len 128 512 \\
         --request-rate 1 2 4 inf --num-prompts 200 -- --gpu-memory-utilization 0.9
 
-Starts ``vllm serve`` twice, without and with ``--kv-compress``, and sends both the same requests
-with vLLM's own client (``vllm bench serve``). The first number of images with the last output
-length is offered at every rate; with another output length, or another number of images, at the
-highest rate. ``--repeats`` does all of it again, the other server first; medians are reported.
-What follows ``--`` goes to both servers.
+Starts ``vllm serve`` twice, without eviction ("stock" in the results, the baseline) and with
+``--kv-compress`` ("ours", eviction). Both get the same requests from vLLM's client, ``vllm bench
+serve``. The first number of images with the last output length is offered at every request rate.
+Other output lengths and numbers of images are offered at the highest rate only. ``--repeats``
+repeats everything with the order of the servers reversed; the results are medians. Arguments after
+``--`` go to both servers.
 
-Answers have exactly their output length, as is usual for vLLM's benchmarks, if not ``--end-early``:
-then the model ends them, and the scheduler cannot know when.
+Outputs have exactly the requested length, as is usual in vLLM's benchmarks. With ``--end-early``
+the model ends them, and the scheduler does not know their length in advance.
 
-A profile is a set of defaults: ``cpu`` takes 10 to 20 minutes on two cores, ``cpu-ample``, with a
-pool that limits neither, and ``cpu-early``, with answers that end early, 7 each; twice as long on
-cores that others use, too.
+A profile is a set of defaults. On two cores ``cpu`` takes 10 to 20 minutes. ``cpu-ample``, whose
+pool limits neither server, and ``cpu-early``, whose outputs end early, take 7 minutes each. On
+shared cores they take twice as long.
 """
 
 import argparse
@@ -28,7 +29,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -37,12 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shape
+from benchmarks import report, shape
 from testing import server, tiny_models
-from testing.results import write_report
+from testing.cli import make_parser
+from testing.results import Row, write_report
 
-# Name in the results: name in /metrics.
-WATCHED = {
+SAMPLED = {  # name in the results: name in /metrics
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
     "kv_usage": "vllm:kv_cache_usage_perc",
@@ -51,9 +51,9 @@ WATCHED = {
     "evicted_requests": "vllm:kv_compress_evicted_requests_total",
 }
 TOTALS = ("preemptions", "generated_tokens", "evicted_requests")
-ARMS = ("stock", "ours")
-# Of their output length, where answers end early in a model without weights.
-MEAN_SHARE = 0.25
+ARMS = ("stock", "ours")  # baseline and eviction
+MEAN_OUTPUT_FRACTION = 0.25  # of --output-len, for outputs of dummy weights that end early
+MAX_SERIES_POINTS = 60
 
 _CPU: dict[str, Any] = {
     "images": [2, 1],
@@ -68,8 +68,8 @@ _CPU: dict[str, Any] = {
         "--block-size=32",
         "--max-model-len=4096",
         "--max-num-seqs=64",
-        "--gpu-memory-utilization=0.5",  # of the memory that the machine must have free
-        "--num-gpu-blocks-override=192",  # two prompts of two images and their answers
+        "--gpu-memory-utilization=0.5",  # fraction of the memory that must be free
+        "--num-gpu-blocks-override=192",  # two prompts of two images with their outputs
     ],
 }
 PROFILES: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "num_prompts": 24,
         "end_early": True,
     },
-    # Three images: the paper's prompts of 2.9K tokens.
+    # Three images: about the prompt length of the paper, 2.9K tokens.
     **{
         f"gpu-{name}": {
             "shape": name,
@@ -104,7 +104,7 @@ PROFILES: dict[str, dict[str, Any]] = {
                 "--load-format=dummy",
                 "--max-model-len=8192",
                 "--max-num-seqs=256",
-                f"--kv-cache-memory-bytes={gib << 30}",  # a dozen of these prompts
+                f"--kv-cache-memory-bytes={gib << 30}",  # about twelve of these prompts
             ],
         }
         for name, gib in (("7b-mha", 20), ("7b-gqa", 5))
@@ -119,24 +119,24 @@ class Point:
     images: int
     output_len: int
     request_rate: float
-    """Requests per second, Poisson; ``inf``: all at once."""
+    """Requests per second with Poisson arrivals; ``inf`` sends all at once."""
     num_prompts: int
     ends_early: bool = False
 
     def __str__(self) -> str:
-        most = "at most " if self.ends_early else ""
+        bound = "at most " if self.ends_early else ""
         return (
-            f"{self.images} images, {most}{self.output_len} output tokens, "
+            f"{self.images} images, {bound}{self.output_len} output tokens, "
             f"{self.request_rate} requests/s"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The load as text: JSON has no infinity."""
+        """The fields, with the rate as text because JSON has no infinity."""
         return {**vars(self), "request_rate": str(self.request_rate)}
 
 
 def points(options: argparse.Namespace) -> list[Point]:
-    """The load sweep of one workload, then others at the highest load, one thing changed."""
+    """One workload at every load, then variations of it at the highest load."""
     first, longest = options.images[0], options.output_len[-1]
     highest = max(options.request_rate)
     found = []
@@ -147,12 +147,19 @@ def points(options: argparse.Namespace) -> list[Point]:
         found.append(Point(first, longest, rate, count, options.end_early))
     others = [(first, output_len) for output_len in reversed(options.output_len[:-1])]
     others += [(images, longest) for images in options.images[1:]]
-    most = options.other_prompts or options.num_prompts
-    return found + [Point(*other, highest, most, options.end_early) for other in others]
+    count = options.other_prompts or options.num_prompts
+    return found + [Point(*other, highest, count, options.end_early) for other in others]
 
 
 def write_workload(path: Path, point: Point, image_size: int, first: int) -> None:
-    """The requests of a point, for the client: all images different, the question last."""
+    """Write the requests of a point for the client.
+
+    Args:
+        path: JSONL file to write.
+        point: number of requests and of images.
+        image_size: pixels a side.
+        first: seed of the first image; every image has a seed of its own.
+    """
     with path.open("w") as file:
         for number in range(point.num_prompts):
             seeds = range(first + number * point.images, first + (number + 1) * point.images)
@@ -161,11 +168,11 @@ def write_workload(path: Path, point: Point, image_size: int, first: int) -> Non
             file.write(json.dumps({"content": content}) + "\n")
 
 
-Runs = dict[str, list[list[dict[str, Any]]]]  # of each arm, of each repeat, its rows
+Runs = dict[str, list[list[Row]]]  # by arm, the rows of each repeat
 
 
-class Watcher:
-    """Reads a server's ``/metrics`` at intervals, in a thread."""
+class MetricsSampler:
+    """Reads the ``/metrics`` of a server at intervals, in a thread."""
 
     def __init__(self, running: server.Server, interval: float) -> None:
         self.samples: list[dict[str, float]] = []
@@ -173,9 +180,9 @@ class Watcher:
         self._interval = interval
         self._start = time.perf_counter()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> "MetricsSampler":
         self._take()
         self._thread.start()
         return self
@@ -183,25 +190,25 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        with contextlib.suppress(OSError, http.client.HTTPException):  # the client says more
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the client reports failures
             self._take()
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._end.wait(self._interval):
-            with contextlib.suppress(OSError, http.client.HTTPException):  # a late answer
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a missed sample
                 self._take()
 
     def _take(self) -> None:
         page = self._server.get("/metrics")
-        values = {name: server.metric_of(page, metric) for name, metric in WATCHED.items()}
+        values = {name: server.metric_of(page, metric) for name, metric in SAMPLED.items()}
         self.samples.append({"seconds": time.perf_counter() - self._start, **values})
 
 
-def watched(samples: list[dict[str, float]]) -> dict[str, Any]:
-    """What the samples of a run say.
+def summarise_samples(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """Totals and maxima of a run, and medians of its saturated phase.
 
-    "Saturated" is the time from the first sample in which requests wait to the last one: before it
-    the server fills, after it the batch only shrinks.
+    The saturated phase lasts from the first to the last sample with waiting requests. Before it
+    the server fills up; after it the batch only shrinks.
     """
     first, last = samples[0], samples[-1]
     waiting = [sample for sample in samples if sample["waiting"] > 0]
@@ -219,15 +226,20 @@ def watched(samples: list[dict[str, float]]) -> dict[str, Any]:
     return found
 
 
-def series(samples: list[dict[str, float]], most: int = 240) -> dict[str, list[float]]:
-    """Samples by name, thinned out, for the plots over time."""
-    kept = samples[:: math.ceil(len(samples) / most)]
+def series(samples: list[dict[str, float]]) -> dict[str, list[float]]:
+    """At most `MAX_SERIES_POINTS` samples, by name, for the plots over time."""
+    kept = samples[:: math.ceil(len(samples) / MAX_SERIES_POINTS)]
     names = ("seconds", "running", "waiting", "kv_usage")
     return {name: [round(sample[name], 3) for sample in kept] for name in names}
 
 
 def client_command(
-    running: server.Server, model: str, point: Point, workload: Path, result: Path, how: list[str]
+    running: server.Server,
+    model: str,
+    point: Point,
+    workload: Path,
+    result: Path,
+    ending: list[str],
 ) -> list[str]:
     """``vllm bench serve`` for a point; ``how``: `ends`."""
     return [
@@ -240,34 +252,44 @@ def client_command(
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
         *("--disable-tqdm", "--save-result"),
         *("--result-dir", str(result.parent), "--result-filename", result.name),
-        *how,
+        *ending,
     ]
 
 
 def ends(model: str, point: Point, has_weights: bool) -> list[str]:
-    """Arguments of `client_command` that decide how a point's answers end."""
+    """Client arguments that decide how the outputs of a point end."""
     if not point.ends_early:
         return ["--ignore-eos", "--temperature", "0"]
     if has_weights:
         return []
-    bias = shape.ending_bias(Path(model), MEAN_SHARE * point.output_len)
+    bias = shape.ending_bias(Path(model), MEAN_OUTPUT_FRACTION * point.output_len)
     return ["--temperature", "1", "--extra-body", json.dumps({"logit_bias": bias})]
 
 
 def run_point(
     running: server.Server, model: str, point: Point, options: argparse.Namespace, first: int
-) -> dict[str, Any]:
-    """Send a point's requests, with images from the ``first`` on; what client and metrics say.
+) -> Row:
+    """Send the requests of a point.
+
+    Args:
+        running: the server.
+        model: its model.
+        point: the workload and load.
+        options: of the command line.
+        first: seed of the first image.
+
+    Returns:
+        A row with what the client and the server's metrics report.
 
     Raises:
-        RuntimeError: if a request failed, with the end of the client's output.
+        RuntimeError: if a request failed; includes the end of the client's output.
     """
     with tempfile.TemporaryDirectory() as folder:
         workload, result = Path(folder) / "workload.jsonl", Path(folder) / "result.json"
         write_workload(workload, point, options.image_size, first)
-        how = ends(model, point, has_weights=options.model is not None)
-        command = client_command(running, model, point, workload, result, how)
-        with Watcher(running, options.interval) as watcher:
+        ending = ends(model, point, has_weights=options.model is not None)
+        command = client_command(running, model, point, workload, result, ending)
+        with MetricsSampler(running, options.interval) as sampler:
             client = subprocess.run(
                 command, env=server.environment(), capture_output=True, text=True
             )
@@ -280,25 +302,26 @@ def run_point(
         f"{name}_{percentile}_ms": round(found[f"{percentile}_{name}_ms"], 1)
         for name, percentile in itertools.product(("ttft", "tpot", "itl", "e2el"), ("p50", "p99"))
     }
-    # Little's law: mean number in a stage is arrivals per second times mean seconds in it.
-    answering = (found["mean_e2el_ms"] - found["mean_ttft_ms"]) / 1000
+    # Little's law: mean number of requests = arrivals per second x mean seconds. Here for the
+    # requests between their first and their last token.
+    decoding_seconds = (found["mean_e2el_ms"] - found["mean_ttft_ms"]) / 1000
     return {
         **point.as_json(),
         "prompt_tokens": round(found["total_input_tokens"] / found["completed"]),
         "seconds": round(found["duration"], 1),
         "output_throughput": round(found["output_throughput"], 2),
         "request_throughput": round(found["request_throughput"], 4),
-        "mean_answering": round(found["completed"] / found["duration"] * answering, 2),
+        "mean_answering": round(found["completed"] / found["duration"] * decoding_seconds, 2),
         **latencies,
-        **watched(watcher.samples),
-        "series": series(watcher.samples),
+        **summarise_samples(sampler.samples),
+        "series": series(sampler.samples),
     }
 
 
 def run_arm(
     model: str, arm: str, arguments: list[str], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Start a server and send it every point's requests; a row of each."""
+) -> Iterator[Row]:
+    """Start a server, send the requests of every point, and yield one row for each."""
     log = options.log_dir / f"{arm}.log"
     print(f"{arm}: {' '.join(server.command(Path(model), *arguments))}", flush=True)
     with server.running(
@@ -315,12 +338,12 @@ def run_arm(
 
 
 def measure(model: str, options: argparse.Namespace, runs: Runs) -> None:
-    """Add the rows of both servers, of every repeat, in the order of the points."""
-    ours = [f"--kv-compress={options.policy}", f"--kv-compress-budget={options.budget}"]
+    """Add the rows of both servers and all repeats to ``runs``, in the order of the points."""
+    eviction = [f"--kv-compress={options.policy}", f"--kv-compress-budget={options.budget}"]
     if options.config:
-        ours.append(f"--kv-compress-config={options.config}")
+        eviction.append(f"--kv-compress-config={options.config}")
     both = [f'--limit-mm-per-prompt={{"image": {max(options.images)}}}', *options.server_arguments]
-    arguments = {"stock": both, "ours": [*both, *ours]}
+    arguments = {"stock": both, "ours": [*both, *eviction]}
     for repeat in range(options.repeats):
         for arm in reversed(ARMS) if repeat % 2 else ARMS:
             runs[arm].append([])
@@ -329,18 +352,28 @@ def measure(model: str, options: argparse.Namespace, runs: Runs) -> None:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """Of several runs' values the median, in dictionaries of each entry that all have."""
+    """The median of a value in several runs; of dictionaries, for each entry that all contain."""
     if isinstance(values[0], dict):
         names = [name for name in values[0] if all(name in value for value in values)]
         return {
-            # Runs over time have no median; the first one stands for them.
+            # A time series has no median; the first one is used.
             name: values[0][name] if name == "series" else merged([v[name] for v in values])
             for name in names
         }
     return values[0] if isinstance(values[0], str) else statistics.median(values)
 
 
-def summary(row: dict[str, Any]) -> str:
+def keep_plotted_series(results: dict[str, list[Row]]) -> None:
+    """Remove the time series from all rows but the one of each arm that is plotted over time."""
+    for rows in results.values():
+        plotted = report.sweep(rows)[-1]
+        for row in rows:
+            if row is not plotted:
+                row.pop("series", None)
+
+
+def summary(row: Row) -> str:
+    """A printed line of one row."""
     saturated = row.get("saturated", {})
     return (
         f"{row['output_throughput']:.1f} tokens/s, TTFT {row['ttft_p50_ms']:.0f} ms, "
@@ -352,7 +385,7 @@ def summary(row: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def profile_model(options: argparse.Namespace) -> Iterator[str]:
-    """The model to serve: the given one, or one without weights."""
+    """The model to serve: the given one, or a generated one with dummy weights."""
     if options.model:
         yield options.model
         return
@@ -361,50 +394,69 @@ def profile_model(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, json=False)
     add = parser.add_argument
-    add("--profile", choices=sorted(PROFILES), help="defaults for a class of machines")
-    add("--model", help="default: a LLaVA of the 0.5B class with --load-format dummy")
-    add("--shape", choices=shape.SHAPES, default="0.5b", help="of the profile's model")
+    add("--profile", choices=sorted(PROFILES), help="a set of defaults")
+    add("--model", help="default: a LLaVA with dummy weights")
+    add(
+        "--shape",
+        choices=shape.TEXT_CONFIGS,
+        default="0.5b",
+        help="shape of the profile's language model",
+    )
     add("--policy", default="vlcache")
     add("--budget", type=float, default=0.1)
     add("--config", metavar="JSON", help="--kv-compress-config")
-    add("--images", type=int, nargs="+", default=[1], help="of a prompt; the first one is swept")
+    add("--images", type=int, nargs="+", default=[1], help="per prompt; the first is swept")
     add("--image-size", type=int, default=448, help="pixels a side")
-    add("--output-len", type=int, nargs="+", default=[128, 512], help="the last one is swept")
-    add("--request-rate", type=float, nargs="+", default=[math.inf], help="requests per second")
-    add("--num-prompts", type=int, default=100, help="of each point, at most")
-    add("--other-prompts", type=int, help="of the points that are not swept; default: as many")
-    add("--seconds", type=float, help="of requests at a finite rate (fewer than --num-prompts)")
-    add("--end-early", action="store_true", help="the model ends answers; --output-len is the most")
-    add("--repeats", type=int, default=1, help="of all, with the order of the servers changed")
-    add("--start-timeout", type=float, default=1800.0, help="seconds until a server must answer")
-    add("--interval", type=float, default=0.5, help="seconds between two reads of /metrics")
     add(
-        "--json", type=Path, metavar="FILE", help="results; of a run cut short in FILE.partial.json"
+        "--output-len",
+        type=int,
+        nargs="+",
+        default=[128, 512],
+        help="output tokens; the last is swept",
     )
-    add("--plot", type=Path, metavar="FILE", help="default: beside --json, as .png")
-    add("--log-dir", type=Path, metavar="FOLDER", help="keep the servers' logs here")
-    add("server_arguments", nargs="*", metavar="-- SERVER ARGUMENTS", help="of both servers")
+    add("--request-rate", type=float, nargs="+", default=[math.inf], help="requests per second")
+    add("--num-prompts", type=int, default=100, help="maximum for each point")
+    add("--other-prompts", type=int, help="for points outside the sweep; default: --num-prompts")
+    add("--seconds", type=float, help="duration of finite rates, with at most --num-prompts")
+    add(
+        "--end-early",
+        action="store_true",
+        help="the model ends outputs; --output-len is the maximum",
+    )
+    add("--repeats", type=int, default=1, help="of everything; alternates the order of the servers")
+    add("--start-timeout", type=float, default=1800.0, help="seconds for a server to start")
+    add("--interval", type=float, default=0.5, help="seconds between two samples of /metrics")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="results; an interrupted run writes FILE.partial.json",
+    )
+    add("--plot", type=Path, metavar="FILE", help="default: the --json file with suffix .png")
+    add("--log-dir", type=Path, metavar="FOLDER", help="keep the logs of the servers here")
+    add("server_arguments", nargs="*", metavar="-- SERVER ARGUMENTS", help="for both servers")
     return parser
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; those of the profile where the command line is silent."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with defaults from the profile.
+
+    Server arguments of the command line are appended to those of the profile.
+    """
     parser = _parser()
     chosen = parser.parse_args(arguments).profile
     if chosen:
         parser.set_defaults(**PROFILES[chosen])
     options = parser.parse_args(arguments)
-    if chosen:  # in addition to, and stronger than, the profile's own
+    if chosen:
         extra = options.server_arguments
         own = PROFILES[chosen]["server_arguments"]
         options.server_arguments = own if extra == own else [*own, *extra]
     if bool(chosen) == bool(options.model):
         parser.error(
-            "one of --profile (which brings a model without weights) and --model is needed"
+            "exactly one of --profile and --model is required (profiles use dummy weights)"
         )
     if min(options.request_rate) <= 0 or min(options.images) < 1 or min(options.output_len) < 2:
         parser.error("--request-rate must be above 0, --images at least 1, --output-len at least 2")
@@ -414,9 +466,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def write(
-    path: Path, arguments: Sequence[str], options: argparse.Namespace, **contents: Any
+    path: Path, arguments: Sequence[str] | None, options: argparse.Namespace, **contents: Any
 ) -> None:
-    """A report with the settings."""
+    """Write a report with the settings."""
     names = ("profile", "policy", "budget", "config", "image_size", "repeats", "server_arguments")
     settings = {name: getattr(options, name) for name in names}
     model = options.model or f"LLaVA, language model of shape {options.shape}, dummy weights"
@@ -424,11 +476,10 @@ def write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
     if options.model:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
-    if options.profile:  # vLLM's default leaves one of two cores to the API server
+    if options.profile:  # by default vLLM reserves one core for the API server
         last = len(os.sched_getaffinity(0)) - 1
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}")
     start = time.perf_counter()
@@ -447,6 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {
         arm: [merged(rows) for rows in zip(*repeats, strict=True)] for arm, repeats in runs.items()
     }
+    keep_plotted_series(results)
     if options.json:
         write(options.json, arguments, options, minutes=minutes, results=results)
     if options.json or options.plot:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we rely on of vLLM, checked against its sources."""
+"""The contract: what this package relies on in vLLM, checked against vLLM's sources."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m checks.contract [PATH/TO/vllm]``: what of our contract a vLLM does not keep.
+"""Check the contract against the sources of a vLLM release.
 
-PATH is the folder of vLLM's Python sources, installed or unpacked from a wheel, of any version;
-without it the installed vLLM is checked. Nothing of it is imported. Prints one line for each
-violation, exits with 1 if there is any, with 2 if there are no sources.
+    python -m checks.contract [PATH/TO/vllm]
+
+PATH is the folder of vLLM's Python sources, installed or unpacked from a wheel, of any version. By
+default the installed vLLM is checked. Nothing is imported from it. Prints one line for each
+violation. The exit code is 1 if there are violations and 2 if there are no sources.
 """
 
 import sys
@@ -12,10 +14,11 @@ from pathlib import Path
 
 from checks.contract.sources import NotFoundError, Sources, installed
 from checks.contract.table import CONTRACT
+from testing.cli import make_parser
 
 
 def violations(sources: Sources) -> list[str]:
-    """One line each: the file of ours, the symbol, what was expected of it, what was found."""
+    """One line each: the file of this package, the symbol, the expectation and what was found."""
     return [
         f"{ours}: {line}"
         for ours, rows in CONTRACT.items()
@@ -24,9 +27,12 @@ def violations(sources: Sources) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, json=False)
+    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="default: installed")
+    path = parser.parse_args(arguments).path
     try:
-        sources = Sources(Path(arguments[0]).resolve() if arguments else installed())
+        sources = Sources(path.resolve() if path else installed())
     except NotFoundError as error:
         print(error, file=sys.stderr)
         return 2
@@ -38,4 +44,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be expected of a vLLM symbol: the kinds of rows of the table."""
+"""The kinds of expectations about a vLLM symbol: the rows of the table."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from checks.contract.sources import (
 
 @dataclass(frozen=True)
 class Row:
-    """Exists.
+    """The symbol exists.
 
-    ``target`` is ``module:qualified.name``, or a module alone.
+    ``target`` is ``module:qualified.name``, or only the name of a module.
     """
 
     target: str
 
     def violations(self, sources: Sources) -> Iterator[str]:
-        """One line for each way in which the sources do not do what is expected."""
+        """One line for each violated expectation."""
         try:
             symbol = sources.find(self.target)
             yield from (f"{self.target}: {line}" for line in self.check(sources, symbol))
@@ -37,9 +37,11 @@ class Row:
             yield f"{self.target}: expected {self}, found {error}"
 
     def check(self, sources: Sources, symbol: Symbol) -> Iterator[str]:
+        """Like `violations`, for a symbol that exists and without its name."""
         return iter(())
 
     def num_facts(self) -> int:
+        """The number of expectations in this row."""
         return 1
 
     def __str__(self) -> str:
@@ -51,7 +53,7 @@ Exists = Row
 
 @dataclass(frozen=True)
 class Has(Row):
-    """A class with these fields, methods, members or attributes that its methods assign."""
+    """A class has these fields, methods, enum members or attributes assigned in its methods."""
 
     names: str  # separated by blanks
 
@@ -69,7 +71,7 @@ class Has(Row):
 
 @dataclass(frozen=True)
 class Defined(Row):
-    """A field, attribute or constant whose definition reads so; ``...`` as in `Steps`."""
+    """The definition of a field, attribute or constant has this text; for ``...`` see `Steps`."""
 
     text: str
 
@@ -84,7 +86,7 @@ class Defined(Row):
 
 @dataclass(frozen=True)
 class Called(Row):
-    """We call it so: ``x, y, key=`` are two positional arguments and a keyword."""
+    """This package calls it: ``x, y, key=`` are two positional arguments and a keyword."""
 
     call: str = ""
     returns: str | None = None  # the annotation
@@ -105,9 +107,9 @@ class Called(Row):
 
 @dataclass(frozen=True)
 class Overridden(Row):
-    """vLLM calls it and ours is in its place, so that exactly these parameters may come.
+    """vLLM calls it and this package replaces it, so the parameters must be exactly these.
 
-    ``parameters`` ends with ``...`` where ours takes whatever else there is.
+    ``parameters`` ends with ``...`` if the replacement accepts further parameters.
     """
 
     parameters: str
@@ -129,7 +131,7 @@ class Overridden(Row):
 
 @dataclass(frozen=True)
 class Extends(Row):
-    """A class that derives from another."""
+    """A class derives from another one."""
 
     base: str
 
@@ -146,7 +148,7 @@ class Extends(Row):
 
 @dataclass(frozen=True)
 class Abstract(Row):
-    """A class that demands no other methods of its subclasses."""
+    """A class has no abstract methods other than these."""
 
     names: str  # separated by blanks
 
@@ -161,10 +163,10 @@ class Abstract(Row):
 
 @dataclass(frozen=True)
 class Steps(Row):
-    """A function in which each of these texts occurs, first ones in this order.
+    """Each of these texts occurs in a function, and the first occurrences are in this order.
 
-    ``...`` in a text stands for anything within a statement, which is one line whatever its
-    formatting.
+    ``...`` in a text stands for any text within a statement. Statements are compared as one line,
+    independent of their formatting.
     """
 
     texts: tuple[str, ...]
@@ -190,7 +192,7 @@ class Steps(Row):
 
 @dataclass(frozen=True)
 class Never(Row):
-    """A function in which a text, as of `Steps`, does not occur."""
+    """A text, with ``...`` as in `Steps`, does not occur in a function."""
 
     text: str
 

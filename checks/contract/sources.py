@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Python sources, read with `ast` and never imported: any release, without its build."""
+"""Reads vLLM's Python sources with `ast`, without importing them, so any release can be checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class NotFoundError(LookupError):
-    """A name is not there; the message says which part of it."""
+    """A name does not exist; the message says which part of it."""
 
 
 def installed() -> Path:
@@ -29,22 +29,22 @@ def installed() -> Path:
 @dataclass(frozen=True, eq=False)
 class Module:
     name: str
-    package: str  # where its relative imports start
-    names: dict[str, ast.AST]  # what its top level defines or imports, the last of each name
-    stars: tuple[str, ...]  # modules of which it imports everything
+    package: str  # base of its relative imports
+    names: dict[str, ast.AST]  # definitions and imports at top level; the last one of each name
+    stars: tuple[str, ...]  # modules from which it imports ``*``
 
 
 @dataclass(frozen=True, eq=False)
 class Symbol:
-    """Where a name leads: to a module (``node`` is None) or to a definition in it."""
+    """What a name refers to: a module (``node`` is None) or a definition in it."""
 
     module: Module
     node: ast.AST | None = None
-    owner: ast.ClassDef | None = None  # class whose body or methods define it
+    owner: ast.ClassDef | None = None  # the class that defines it in its body or methods
 
     @property
     def is_method(self) -> bool:
-        """Whether a call through the class or an instance fills the first parameter."""
+        """Whether a call through the class or an instance binds the first parameter."""
         return (
             self.owner is not None
             and isinstance(self.node, _FUNCTIONS)
@@ -53,10 +53,11 @@ class Symbol:
 
 
 class Sources:
-    """The package in a folder.
+    """The Python sources of a package.
 
     Args:
-        folder: its name is the package's; ``.../site-packages/vllm`` or an unpacked wheel's.
+        folder: the folder of the package, installed or from an unpacked wheel; its name is the
+            name of the package.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,14 +69,18 @@ class Sources:
 
     @property
     def version(self) -> str:
-        """As the build wrote it."""
+        """The version that the build wrote into ``_version.py``."""
         for line in (self.folder / "_version.py").read_text(encoding="utf-8").splitlines():
             if line.startswith("__version__ ="):
                 return str(ast.literal_eval(line.rpartition("=")[2].strip()))
         return "unknown"
 
     def find(self, target: str) -> Symbol:
-        """The definition of ``module:qualified.name``, through imports and base classes."""
+        """The definition of ``module:qualified.name``; follows imports and base classes.
+
+        Raises:
+            NotFoundError: if there is none.
+        """
         name, _, path = target.partition(":")
         module = self.module(name)
         if module is None:
@@ -86,7 +91,7 @@ class Sources:
         return symbol
 
     def bases(self, cls: Symbol) -> Iterator[Symbol]:
-        """The classes that a class derives from, nearest first, as far as they are vLLM's."""
+        """The base classes of a class that belong to the same package, nearest first."""
         assert isinstance(cls.node, ast.ClassDef)
         for base in cls.node.bases:
             expression = base.value if isinstance(base, ast.Subscript) else base
@@ -151,7 +156,7 @@ class Sources:
         raise NotFoundError(f"nothing of that name in {module.name}")
 
     def members(self, cls: Symbol) -> dict[str, Symbol]:
-        """What a class and its bases define: methods, fields, attributes that methods assign."""
+        """Methods, fields and assigned attributes of a class and its bases, by name."""
         assert cls.node is not None
         if cls.node in self._members:
             return self._members[cls.node]
@@ -170,9 +175,9 @@ class Sources:
 
 
 def signature(sources: Sources, symbol: Symbol) -> inspect.Signature:
-    """What a call takes: of a method without its first parameter, of a class its constructor's.
+    """The parameters that a caller passes; every default is ``...``.
 
-    Every default is ``...``.
+    For a method they exclude the first parameter. For a class they are those of its constructor.
     """
     if isinstance(symbol.node, ast.ClassDef):
         init = sources.members(symbol).get("__init__")
@@ -206,12 +211,12 @@ def signature(sources: Sources, symbol: Symbol) -> inspect.Signature:
 
 
 def text_of(call: inspect.Signature) -> str:
-    """As the table writes it: ``request, num_tokens, limit=, *, boundaries``."""
+    """A signature in the notation of the table: ``request, num_tokens, limit=, *, boundaries``."""
     return str(call).strip("()").replace("=Ellipsis", "=")
 
 
 def body_of(symbol: Symbol) -> str:
-    """A function's statements one to a line, without comments, docstrings and formatting."""
+    """The statements of a function, one a line, without comments, docstring and formatting."""
     if not isinstance(symbol.node, _FUNCTIONS):
         raise NotFoundError("no function")
     body = symbol.node.body
@@ -221,7 +226,7 @@ def body_of(symbol: Symbol) -> str:
 
 
 def abstract_methods(sources: Sources, cls: Symbol) -> list[str]:
-    """What a subclass must define."""
+    """The methods that a subclass must define."""
     return sorted(
         name
         for name, member in sources.members(cls).items()
@@ -231,7 +236,7 @@ def abstract_methods(sources: Sources, cls: Symbol) -> list[str]:
 
 
 def _attribute(symbol: Symbol, name: str) -> Symbol:
-    """Of a function or value: only a cached function has one that sources show."""
+    """An attribute of a function or value. Only ``cache_clear`` of a cached function is known."""
     decorators = " ".join(map(ast.unparse, getattr(symbol.node, "decorator_list", ())))
     if name != "cache_clear" or "cache" not in decorators:
         raise NotFoundError(f"no such attribute, decorators ({decorators})")
@@ -239,7 +244,7 @@ def _attribute(symbol: Symbol, name: str) -> Symbol:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of a module or class, also under if, try and with."""
+    """The statements of a module or class, including those inside if, try and with."""
     for node in body:
         yield node
         for attribute in ("body", "orelse", "handlers", "finalbody"):
@@ -282,7 +287,7 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def _dataclass_parameters(sources: Sources, cls: Symbol) -> list[inspect.Parameter]:
-    """Of a class without a constructor of its own: its annotated fields, by keyword."""
+    """Constructor parameters of a class without ``__init__``: its annotated fields, as keywords."""
     parameters = {}
     for symbol in reversed((cls, *sources.bases(cls))):
         assert isinstance(symbol.node, ast.ClassDef)

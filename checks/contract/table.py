@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we rely on of vLLM 0.32, by the file of ours that does: beside `HOOKS`, everything.
+"""Everything that this package relies on in vLLM 0.32, by the file that relies on it.
 
-Of a vLLM class that we derive from, the methods that ours replaces are `Overridden`; what we call
-is `Called`; fields, properties and instance attributes that we read or set are in `Has`; `Steps`
-are facts about when vLLM does what, which no signature shows.
+Methods of vLLM that this package replaces are `Overridden`, and methods that it calls are `Called`.
+`Has` lists fields, properties and instance attributes that it reads or sets. `Steps` are facts
+about the order in which vLLM does things, which signatures do not show.
 """
 
 from checks.contract.rows import (
@@ -39,7 +39,7 @@ GENERATE_SERVING = "vllm.entrypoints.generate.base.serving:GenerateBaseServing"
 OFFLINE = "vllm.entrypoints.common.offline:OfflineInferenceMixin"
 
 
-# What ours adds to a GPU backend, by the names of its classes.
+# What this package relies on in a GPU backend, whose classes share a prefix.
 def _gpu_backend(module: str, prefix: str) -> tuple[Row, ...]:
     backend, builder = f"{module}:{prefix}Backend", f"{module}:{prefix}MetadataBuilder"
     impl, metadata = f"{module}:{prefix}Impl", f"{module}:{prefix}Metadata"
@@ -62,7 +62,7 @@ def _gpu_backend(module: str, prefix: str) -> tuple[Row, ...]:
             "output_block_scale=",
         ),
         Called(f"{impl}.do_kv_cache_update", "layer, key, value, kv_cache, slot_mapping"),
-        # K and V of a token and head lie side by side, at the cache's strides.
+        # K and V of a token and head are adjacent, at the strides of the cache.
         Steps(
             f"{impl}.do_kv_cache_update",
             ("kv_cache.transpose(1, 2).split(self.head_size, dim=-1)",),
@@ -864,12 +864,15 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Called("vllm.distributed:get_tp_group", "", "GroupCoordinator"),
         Has("vllm.distributed.parallel_state:GroupCoordinator", "device_group rank_in_group"),
     ),
-    "inspector/cli.py": (
-        Called("vllm:LLM.from_engine_args", "engine_args"),
+    "inspector/engine.py": (
+        Exists("vllm:LLM"),
         Has("vllm:LLM", "llm_engine"),
         Has("vllm.v1.engine.llm_engine:LLMEngine", "engine_core"),
         Called("vllm.v1.engine.core_client:EngineCoreClient.shutdown", ""),
         Called("vllm.distributed:cleanup_dist_env_and_memory", ""),
+    ),
+    "inspector/cli.py": (
+        Called("vllm:LLM.from_engine_args", "engine_args"),
         Called(f"{ENGINE_ARGS}.add_cli_args", "parser"),
         Called(f"{ENGINE_ARGS}.from_cli_args", "args"),
         Has(

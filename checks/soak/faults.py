@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a server that are killed while it answers, and what it leaves behind."""
+"""Kills processes of a busy server and records how it ends and what it leaves behind."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from checks.soak.load import Answer, Client, Load, Request
+from checks.soak.load import Client, Load, Request, Response
 from testing.server import Server
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -22,39 +22,39 @@ FAULTS: dict[str, tuple[str, signal.Signals]] = {
     "engine core killed": ("engine core", signal.SIGKILL),
     "server terminated": ("API server", signal.SIGTERM),
 }
-"""Which process gets which signal."""
+"""The process that receives a signal, and the signal."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a server did about a fault; equal for stock vLLM and with eviction."""
+class FaultOutcome:
+    """How a server ended after a fault. It must be equal without and with eviction."""
 
     in_flight: dict[str, list[str]]
-    """The ends of streamed and whole answers that were under way."""
+    """How streamed and complete responses ended that were in flight."""
     unanswered: int
-    """Requests that were left without any end."""
+    """Requests without a response before the deadline."""
     exit_code: int | None
     left_processes: list[str]
     left_shared_memory: int
-    """Files in /dev/shm that its processes had open and nobody removed."""
+    """Files in /dev/shm that its processes had open and that were not removed."""
 
 
 def processes(server: Server) -> dict[str, psutil.Process]:
-    """The processes of a server, by what they are."""
+    """The processes of a server, by role."""
     root = psutil.Process(server.process.pid)
     found = {"API server": root}
     for child in root.children(recursive=True):
         name = child.name()
         if name.startswith("VLLM::"):
             kind = "engine core" if "EngineCore" in name else "worker"
-            assert kind not in found, "one of each"
+            assert kind not in found, "expected one process of each role"
             found[kind] = child
     assert len(found) == 3, found
     return found
 
 
-async def inject(server: Server, fault: str, load: Load) -> Outcome:
-    """Send the signal while requests are answered; returns when the server has exited."""
+async def inject(server: Server, fault: str, load: Load) -> FaultOutcome:
+    """Send the signal while requests are in flight, and wait until the server has exited."""
     victim, number = FAULTS[fault]
     kinds = processes(server)
     tree = [kinds["API server"], *kinds["API server"].children(recursive=True)]
@@ -63,53 +63,54 @@ async def inject(server: Server, fault: str, load: Load) -> Outcome:
     async with Client(server, deadline=EXIT_SECONDS) as client:
         requests = [_long(load, streamed=i % 2 == 0) for i in range(NUM_IN_FLIGHT)]
         tasks = [asyncio.create_task(client.send(request)) for request in requests]
-        while await asyncio.to_thread(_num_under_way, server) < NUM_IN_FLIGHT:
+        while await asyncio.to_thread(_num_in_flight, server) < NUM_IN_FLIGHT:
             if any(task.done() for task in tasks):
-                break  # a busy machine: the first has ended before the last was admitted
+                break  # on a busy machine the first may end before the last starts
             await asyncio.sleep(0.1)
-        under_way = [not task.done() for task in tasks]
+        in_flight_now = [not task.done() for task in tasks]
         kinds[victim].send_signal(number)
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        responses = await asyncio.gather(*tasks, return_exceptions=True)
     ends: dict[str, set[str]] = {"streamed": set(), "whole": set()}
-    for request, answer, counts in zip(requests, answers, under_way, strict=True):
-        if counts and isinstance(answer, Answer):
-            ends["streamed" if request.streams else "whole"].add(_end(answer))
+    for request, response, counts in zip(requests, responses, in_flight_now, strict=True):
+        if counts and isinstance(response, Response):
+            ends["streamed" if request.streams else "whole"].add(_end(response))
     with contextlib.suppress(subprocess.TimeoutExpired):
         await asyncio.to_thread(server.process.wait, EXIT_SECONDS)
     _, alive = await asyncio.to_thread(psutil.wait_procs, tree, timeout=10)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    return Outcome(
+    return FaultOutcome(
         in_flight={kind: sorted(seen) for kind, seen in ends.items()},
-        unanswered=sum(isinstance(answer, BaseException) for answer in answers),
+        unanswered=sum(isinstance(response, BaseException) for response in responses),
         exit_code=server.process.poll(),
         left_processes=sorted(names[process.pid] for process in alive),
         left_shared_memory=sum(path.exists() for path in shared_memory),
     )
 
 
-def _num_under_way(server: Server) -> float:
+def _num_in_flight(server: Server) -> float:
     gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting")
     return sum(server.metric(gauge) for gauge in gauges)
 
 
 def _long(load: Load, streamed: bool) -> Request:
-    """A request that is still being answered when the signal arrives."""
+    """A request that is still decoding when the signal arrives."""
     return Request(load.chat(load.text(20), 1, max_tokens=600, stream=streamed))
 
 
-def _end(answer: Answer) -> str:
-    if not answer.error:
-        return f"finished: {answer.finish_reason}"
-    if answer.status not in (0, 200):
-        return f"HTTP {answer.status}"
-    closed = answer.error.partition(":")[0].endswith(("Error", "Disconnected"))
+def _end(response: Response) -> str:
+    """How a response ended."""
+    if not response.error:
+        return f"finished: {response.finish_reason}"
+    if response.status not in (0, 200):
+        return f"HTTP {response.status}"
+    closed = response.error.partition(":")[0].endswith(("Error", "Disconnected"))
     return "connection closed" if closed else "error in the stream"
 
 
 def _shared_memory(process: psutil.Process) -> set[Path]:
-    """Files of its in /dev/shm."""
+    """The files in /dev/shm that a process has mapped."""
     try:
         maps = process.memory_maps()
     except psutil.Error:

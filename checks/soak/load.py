@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded requests of every kind, and clients that read, hang up, or read slowly."""
+"""Seeded requests of every kind, and clients that read, disconnect or read slowly."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from testing import tiny_models
 from testing.server import Server, chat_body, image_url
 
 MAX_MODEL_LEN = 1248
-IMAGE_TOKENS = 64  # of the tiny LLaVA with image_size 112
+IMAGE_TOKENS = 64  # per image, for the tiny LLaVA with image_size 112
 NUM_IMAGES = 24
 DEADLINE_SECONDS = 180.0
 CHAT = "/v1/chat/completions"
@@ -25,17 +25,17 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent, how its client behaves, and what must come back."""
+    """A request, the behaviour of its client, and the expected status."""
 
     body: dict[str, Any] | bytes
     path: str = CHAT
     status: int = 200
     manner: str = "read"
-    """"read"; "leave after" so many chunks; "leave within" so many seconds; "leave mid-upload";
-    "read slowly": nothing for so many seconds after the first chunk."""
+    """"read"; "leave after" ``amount`` chunks; "leave within" ``amount`` seconds; "leave
+    mid-upload"; "read slowly": pause for ``amount`` seconds after the first chunk."""
     amount: float = 0.0
     sample: int | None = None
-    """Its number among the sampled requests, whose answers are known."""
+    """Index among the sampled requests, whose outputs are known."""
 
     @property
     def data(self) -> bytes:
@@ -47,23 +47,23 @@ class Request:
 
 
 @dataclass
-class Answer:
-    """What came back. ``left``: the client hung up before the end."""
+class Response:
+    """The response to a request. ``left``: the client disconnected before the end."""
 
     status: int = 0
     tokens: list[str] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
-    """Log-probability of each token above that of the second most likely one."""
+    """For each token, its log-probability minus that of the second most likely token."""
     completion_tokens: int = 0
     finish_reason: str = ""
     error: str = ""
     left: bool = False
     pause: tuple[float, float] | None = None
-    """When a slow reader began and ended not to read (``time.perf_counter``)."""
+    """Start and end of a slow reader's pause (``time.perf_counter``)."""
 
 
 class Load:
-    """Draws requests from one seeded generator."""
+    """Draws requests from a seeded generator."""
 
     def __init__(self, model: Path, seed: int, num_samples: int = 32) -> None:
         self.model = str(model)
@@ -75,25 +75,29 @@ class Load:
         self.rng = random.Random(seed)
 
     def chat(self, text: str, num_images: int, **parameters: Any) -> dict[str, Any]:
-        """A greedy answer of exactly ``max_tokens`` tokens."""
+        """The body of a greedy request for exactly ``max_tokens`` tokens about random images."""
         urls = self.rng.choices(self.images, k=num_images)
         return chat_body(Path(self.model), text, *urls, ignore_eos=True, **parameters)
 
     def text(self, length: int) -> str:
-        """That many tokens: the tokenizer has one a byte."""
+        """Random words of ``length`` tokens. The tokenizer has one token per byte."""
         words = ("what", "where", "colour", "circle", "left", "below", "how", "many", "the", "is")
         return " ".join(self.rng.choices(words, k=length))[:length]
 
     def good(self, long: float) -> Request:
-        """A request that is answered; ``long`` is the chance of a long prompt, and of an answer."""
+        """A valid request.
+
+        Args:
+            long: probability of a long prompt, and separately of a long output.
+        """
         rng = self.rng
         num_images = rng.choices((0, 1, 2, 3), (3, 5, 1, 1))[0]
         text = self.text(rng.randint(300, 700) if rng.random() < long else rng.randint(5, 150))
         max_tokens = rng.randint(100, 250) if rng.random() < long else rng.choice((1, 2, 8, 24, 48))
         parameters: dict[str, Any] = {"max_tokens": max_tokens, "priority": rng.choice((-1, 0, 1))}
         if rng.random() < 0.2:
-            # No seed: vLLM 0.32's CPU worker dies of one in a chunked prefill (it moves the
-            # offset of a generator, which CPU generators lack), with or without eviction.
+            # No seed: with one, vLLM 0.32's CPU worker crashes in a chunked prefill, with or
+            # without eviction. It sets the offset of a generator, which CPU generators lack.
             parameters |= {"n": rng.choice((2, 3)), "temperature": 1.0}
         if rng.random() < 0.3:
             parameters["vllm_xargs"] = {"kv_budget": rng.choice((0.05, 0.5, 1.0))}
@@ -101,7 +105,7 @@ class Load:
             parameters["vllm_xargs"] = {"kv_policy_options": '{"max_observation_tokens": 16}'}
         if rng.random() < 0.1:
             parameters |= {"logprobs": True, "top_logprobs": 5}
-        return self._perhaps_streamed(self.chat(text, num_images, **parameters))
+        return self._maybe_streamed(self.chat(text, num_images, **parameters))
 
     def _sample(self, number: int) -> Request:
         rng = self.rng
@@ -118,14 +122,14 @@ class Load:
         return Request(body, sample=number)
 
     def sampled(self) -> Request:
-        """One of the requests whose answers are known."""
+        """One of the requests whose outputs are known."""
         request = self.rng.choice(self.samples)
         assert isinstance(request.body, dict)
         body = request.body | {"priority": self.rng.choice((-1, 0, 1))}
-        return replace(self._perhaps_streamed(body), sample=request.sample)
+        return replace(self._maybe_streamed(body), sample=request.sample)
 
     def leaving(self) -> Request:
-        """A request whose client hangs up."""
+        """A request whose client disconnects."""
         request = self.good(long=0.5)
         assert isinstance(request.body, dict)
         manner = self.rng.choice(("leave after", "leave within", "leave mid-upload"))
@@ -136,17 +140,21 @@ class Load:
         return replace(request, manner=manner, amount=amount)
 
     def slow(self) -> Request:
-        """A streamed answer of some hundred kilobytes, more than sockets buffer."""
+        """A streamed output of several hundred kilobytes, more than sockets buffer."""
         parameters = {"max_tokens": 250, "logprobs": True, "top_logprobs": 20, "stream": True}
         body = self.chat(self.text(50), 1, **parameters)
         return Request(body, manner="read slowly", amount=2.0)
 
     def bad(self) -> Request:
-        """A request that is refused."""
+        """A request that the server must refuse."""
         return self.rng.choice(list(self.bad_requests().values()))
 
-    def bad_requests(self, ours: bool = True) -> dict[str, Request]:
-        """By name; with ``ours`` also those that only a server with eviction understands."""
+    def bad_requests(self, eviction: bool = True) -> dict[str, Request]:
+        """Invalid requests by name.
+
+        Args:
+            eviction: include those with invalid settings of KV compression.
+        """
         good = self.chat("What is it?", 1, max_tokens=8)
         long = self.text(MAX_MODEL_LEN)
 
@@ -172,7 +180,7 @@ class Load:
             "not UTF-8": (400, b'{"model": "\xff\xfe'),
             "another model": (404, good | {"model": "another"}),
         }
-        if ours:
+        if eviction:
             for name, settings in {
                 "kv_budget 7": {"kv_budget": 7},
                 "kv_budget no number": {"kv_budget": "a"},
@@ -183,20 +191,20 @@ class Load:
         return {name: Request(body, status=status) for name, (status, body) in bodies.items()}
 
     def whole_pool(self) -> Request:
-        """Text of which every block of the pool is needed: prompt and answer fill the model."""
+        """A text request of the maximum length, which needs every block of the pool."""
         max_tokens = 64
-        prompt = self.text(MAX_MODEL_LEN - max_tokens - 1)  # and the token that begins a text
+        prompt = self.text(MAX_MODEL_LEN - max_tokens - 1)  # 1: the BOS token
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
         return Request(body, path="/v1/completions")
 
-    def _perhaps_streamed(self, body: dict[str, Any]) -> Request:
+    def _maybe_streamed(self, body: dict[str, Any]) -> Request:
         if self.rng.random() < 0.5:
             body = body | {"stream": True, "stream_options": {"include_usage": True}}
         return Request(body)
 
 
 class Client:
-    """Sends requests to one server; every one has a deadline."""
+    """Sends requests to one server, each with a deadline."""
 
     def __init__(self, server: Server, deadline: float = DEADLINE_SECONDS) -> None:
         self.server = server
@@ -204,7 +212,7 @@ class Client:
 
     async def __aenter__(self) -> "Client":
         timeout = aiohttp.ClientTimeout(total=None)
-        # A connection each: a kept one may be closed by the server just when it is used again.
+        # One connection per request: the server could close a kept connection while it is reused.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
         slow = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_small_socket)
@@ -217,55 +225,55 @@ class Client:
         await self._session.close()
         await self._slow_session.close()
 
-    async def send(self, request: Request) -> Answer:
-        """Send it and behave as it says.
+    async def send(self, request: Request) -> Response:
+        """Send a request and behave as it specifies.
 
         Raises:
-            TimeoutError: no answer, or not all of it, before the deadline.
+            TimeoutError: if the response is not complete before the deadline.
         """
-        answer = Answer()
+        response = Response()
         async with asyncio.timeout(self.deadline):
             try:
                 if request.manner == "leave mid-upload":
                     await self._leave_mid_upload(request)
-                    answer.left = True
+                    response.left = True
                 elif request.manner == "leave within":
                     try:
                         async with asyncio.timeout(request.amount):
-                            await self._exchange(request, answer)
+                            await self._exchange(request, response)
                     except TimeoutError:
-                        answer.left = True
+                        response.left = True
                 else:
-                    await self._exchange(request, answer)
+                    await self._exchange(request, response)
             except (aiohttp.ClientError, ConnectionError) as error:
-                answer.error = f"{type(error).__name__}: {error}"
-        return answer
+                response.error = f"{type(error).__name__}: {error}"
+        return response
 
-    async def _exchange(self, request: Request, answer: Answer) -> None:
+    async def _exchange(self, request: Request, response: Response) -> None:
         slow = request.manner == "read slowly"
         session = self._slow_session if slow else self._session
         headers = {"Content-Type": "application/json"}
         url = self.server.url + request.path
-        async with session.post(url, data=request.data, headers=headers) as response:
-            answer.status = response.status
-            if response.status != 200:
-                answer.error = await response.text()
+        async with session.post(url, data=request.data, headers=headers) as http:
+            response.status = http.status
+            if http.status != 200:
+                response.error = await http.text()
                 return
             if not request.streams:
-                _add(answer, await response.json())
+                _add(response, await http.json())
                 return
             chunks = 0
-            async for chunk in _events(response):
+            async for chunk in _events(http):
                 if request.manner == "leave after" and chunks >= request.amount:
-                    answer.left = True
-                    response.close()
+                    response.left = True
+                    http.close()
                     return
-                _add(answer, chunk)
+                _add(response, chunk)
                 chunks += 1
                 if slow and chunks == 1:
                     began = time.perf_counter()
                     await asyncio.sleep(request.amount)
-                    answer.pause = began, time.perf_counter()
+                    response.pause = began, time.perf_counter()
 
     async def _leave_mid_upload(self, request: Request) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
@@ -282,7 +290,7 @@ class Client:
 
 
 def _small_socket(address: tuple[Any, ...]) -> socket.socket:
-    """A client whose kernel takes little before the server must wait."""
+    """A socket with a small receive buffer, so that the server soon has to wait."""
     family, kind, protocol, *_ = address
     opened = socket.socket(family, kind, protocol)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -291,12 +299,12 @@ def _small_socket(address: tuple[Any, ...]) -> socket.socket:
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a streamed answer.
+    """The chunks of a streamed response.
 
     Raises:
-        ConnectionError: if it ends without ``[DONE]``.
+        ConnectionError: if the stream ends without ``[DONE]``.
     """
-    rest = b""  # reading by lines would limit their length
+    rest = b""  # reading line by line would limit their length
     async for data in response.content.iter_any():
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
@@ -308,16 +316,16 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
     raise ConnectionError("the stream ended early")
 
 
-def _add(answer: Answer, part: dict[str, Any]) -> None:
-    """Add a chunk, or a whole answer, to what is known."""
+def _add(response: Response, part: dict[str, Any]) -> None:
+    """Add a chunk or a complete body to a response."""
     if "error" in part:
-        answer.error = str(part["error"])
+        response.error = str(part["error"])
         return
     if part.get("usage"):
-        answer.completion_tokens = part["usage"]["completion_tokens"]
+        response.completion_tokens = part["usage"]["completion_tokens"]
     for choice in part["choices"]:
-        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+        response.finish_reason = choice.get("finish_reason") or response.finish_reason
         for token in ((choice.get("logprobs") or {}).get("content")) or ():
-            answer.tokens.append(token["token"])
+            response.tokens.append(token["token"])
             best, second = [top["logprob"] for top in token["top_logprobs"][:2]]
-            answer.margins.append(best - second)
+            response.margins.append(best - second)

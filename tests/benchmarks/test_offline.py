@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline benchmark: its rows, the turns of the engines, and what is made of the repeats."""
+"""The offline benchmark: rows, order of the engines, and merging of repeats."""
 
 import argparse
 from typing import Any
@@ -19,24 +19,24 @@ def options(**changed: Any) -> argparse.Namespace:
     return argparse.Namespace(**settings | changed)
 
 
-def test_batches_of_too_many_images_are_left_out() -> None:
+def test_batches_with_too_many_images_are_skipped() -> None:
     assert offline.cells(options()) == [(1, 1), (1, 8), (4, 1)]
 
 
-def test_engines_take_turns_and_peers_the_first_ones_only() -> None:
-    assert list(offline.turns(options(), options().engines)) == [
+def test_engine_order_alternates_and_peers_measure_the_first_repeats_only() -> None:
+    assert list(offline.engine_order(options(), options().engines)) == [
         ["stock", "ours", "hf"],
         ["hf", "ours", "stock"],
         ["stock", "ours"],
     ]
 
 
-def test_steps_are_told_apart() -> None:
+def test_times_of_prefill_decode_and_batch() -> None:
     found = offline.times([10.0, 12.0, 12.5, 12.75, 13.75])
     assert found == {"prefill": 2000, "decode": 500, "end_to_end": 3750}
 
 
-def test_of_repeats_all_times_and_the_medians_stay() -> None:
+def test_merged_rows_have_all_times_and_their_medians() -> None:
     runs = [
         [{"batch": 1, "prefill": 30.0, "decode": 2.0, "end_to_end": 50.0}],
         [{"batch": 1, "prefill": 10.0, "decode": 3.0, "end_to_end": 40.0}],
@@ -57,7 +57,7 @@ def test_of_repeats_all_times_and_the_medians_stay() -> None:
 
 
 class _Scheduling:
-    """An engine whose first step only schedules, as with async scheduling."""
+    """An engine whose first step returns no outputs, as with async scheduling."""
 
     def __init__(self) -> None:
         self._steps = [[], ["first token"], [], ["second token"]]
@@ -69,6 +69,6 @@ class _Scheduling:
         return self._steps.pop(0)
 
 
-def test_a_step_that_only_schedules_is_part_of_the_next() -> None:
+def test_a_step_without_outputs_counts_with_the_next_one() -> None:
     ends, outputs = offline.run_steps(_Scheduling())
     assert len(ends) == 3 and outputs == ["second token"]

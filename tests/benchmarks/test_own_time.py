@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our code is found where its time is taken, and left as it was."""
+"""The clock measures this package's methods, and the patched methods are restored."""
 
 import time
 
 import pytest
 
-from benchmarks.gpu.agreement import forbidden_to_wait
-from benchmarks.own_time import HOST, SCHEDULER, WORKER, Clock, overrides, own_time, wrapped
+from benchmarks.gpu.agreement import synchronisation_forbidden
+from benchmarks.own_time import SCHEDULER, VLLM, WORKER, Clock, overrides, own_time, wrapped
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.scheduler import EvictionScheduler, EvictionSchedulerMixin
@@ -15,7 +15,7 @@ from vl_cache_vllm.worker.evictor import Evictor
 
 def test_methods_are_wrapped_and_restored() -> None:
     before = PerLayerAttentionMixin._layer_view, Evictor.layer_done, EvictionScheduler.schedule
-    for context in (own_time, forbidden_to_wait):
+    for context in (own_time, synchronisation_forbidden):
         with context():
             assert Evictor.layer_done is not before[1]
         after = PerLayerAttentionMixin._layer_view, Evictor.layer_done, EvictionScheduler.schedule
@@ -28,10 +28,10 @@ def test_every_method_that_the_scheduler_calls_is_timed() -> None:
     assert {"schedule", "update_from_output", "make_stats"} <= set(found)
     found = dict(overrides(EvictionBlockManager, EvictionBlockManager))
     assert {"allocate_new_blocks", "remove_skipped_blocks", "cache_blocks"} <= set(found)
-    assert not set(found) & {"plan", "take_stats", "__init__"}  # called by the others
+    assert not set(found) & {"plan", "take_stats", "__init__"}  # called by methods that are timed
 
 
-class Host:
+class Base:
     def step(self) -> None:
         time.sleep(0.02)
         self.ask()
@@ -39,7 +39,7 @@ class Host:
     def ask(self) -> None: ...
 
 
-class Ours(Host):
+class Ours(Base):
     def step(self) -> None:
         time.sleep(0.01)
         super().step()
@@ -50,19 +50,19 @@ class Ours(Host):
         raise LookupError
 
 
-def test_time_of_the_host_inside_ours_is_not_ours() -> None:
+def test_time_in_the_overridden_method_is_not_counted() -> None:
     clock = Clock()
     names = dict(overrides(Ours, Ours))
-    assert names == {"step": Host, "ask": Host}
+    assert names == {"step": Base, "ask": Base}
     with (
-        wrapped([(Host, "step")], clock.of(HOST)),
+        wrapped([(Base, "step")], clock.of(VLLM)),
         wrapped([(Ours, name) for name in names], clock.of(SCHEDULER)),
         pytest.raises(LookupError),
     ):
         Ours().step()
-    # What raised went by the last of the naps.
+    # The exception skips the last sleep of `Ours.step`.
     assert clock.seconds[SCHEDULER] == pytest.approx(0.02, abs=0.008)
-    assert clock.seconds[HOST] == pytest.approx(0.02, abs=0.008)
+    assert clock.seconds[VLLM] == pytest.approx(0.02, abs=0.008)
     assert clock.seconds[WORKER] == 0 and clock.own == clock.seconds[SCHEDULER]
     clock.reset()
     assert clock.own == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serving benchmark: its points, what it reads from the metrics, and one small run."""
+"""The serving benchmark: points, evaluation of the metrics, results, and one small run."""
 
 import json
 import math
@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shape
+from benchmarks import report, shape
 from benchmarks.serving import __main__ as serving
+from benchmarks.serving import plots
 from benchmarks.serving.__main__ import Point
 from testing import tiny_models
 
 
-def test_one_workload_is_swept_the_others_run_at_the_highest_load() -> None:
+def test_one_workload_is_swept_and_the_others_run_at_the_highest_load() -> None:
     rates = ["--request-rate", "0.5", "inf", "0.1", "--num-prompts", "30", "--seconds", "100"]
     options = serving.parse(
         ["--model=m", "--images", "2", "1", "--output-len", "4", "16", "512", *rates]
     )
     assert serving.points(options) == [
-        Point(2, 512, 0.1, 10),  # as many as come in the time
-        Point(2, 512, 0.5, 30),  # at most so many
+        Point(2, 512, 0.1, 10),  # limited by --seconds
+        Point(2, 512, 0.5, 30),  # limited by --num-prompts
         Point(2, 512, math.inf, 30),
         Point(2, 16, math.inf, 30),
         Point(2, 4, math.inf, 30),
@@ -29,7 +30,7 @@ def test_one_workload_is_swept_the_others_run_at_the_highest_load() -> None:
     ]
 
 
-def test_the_command_line_is_stronger_than_the_profile() -> None:
+def test_the_command_line_overrides_the_profile() -> None:
     profile = serving.parse(["--profile", "cpu"])
     assert profile.images == serving.PROFILES["cpu"]["images"]
     changed = serving.parse(
@@ -40,7 +41,7 @@ def test_the_command_line_is_stronger_than_the_profile() -> None:
     assert changed.server_arguments == [*profile.server_arguments, "--num-gpu-blocks-override=9"]
 
 
-def test_without_profile_and_model_nothing_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_or_a_model_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         serving.parse([])
     assert "--profile" in capsys.readouterr().err
@@ -57,7 +58,7 @@ def test_images_of_a_workload_differ(tmp_path: Path) -> None:
 
 
 def sample(seconds: float, running: int, waiting: int, tokens: int) -> dict[str, float]:
-    zeros = dict.fromkeys(serving.WATCHED, 0.0)
+    zeros = dict.fromkeys(serving.SAMPLED, 0.0)
     return zeros | {
         "seconds": seconds,
         "running": running,
@@ -66,8 +67,8 @@ def sample(seconds: float, running: int, waiting: int, tokens: int) -> dict[str,
     }
 
 
-def test_saturated_is_while_requests_wait() -> None:
-    found = serving.watched(
+def test_the_saturated_phase_has_waiting_requests() -> None:
+    found = serving.summarise_samples(
         [
             sample(0, 0, 0, 0),
             sample(1, 2, 3, 10),
@@ -80,7 +81,7 @@ def test_saturated_is_while_requests_wait() -> None:
     assert found["saturated"] == {"seconds": 2.0, "running": 3, "output_throughput": 50.0}
     assert found["most_running"] == 9
     assert found["generated_tokens"] == 300
-    assert "saturated" not in serving.watched([sample(0, 0, 0, 0), sample(1, 1, 0, 9)])
+    assert "saturated" not in serving.summarise_samples([sample(0, 0, 0, 0), sample(1, 1, 0, 9)])
 
 
 def test_repeats_are_merged() -> None:
@@ -102,11 +103,25 @@ def test_repeats_are_merged() -> None:
         "saturated": {"running": 5},
         "series": {"a": 1},
     }
-    del two["saturated"]  # nothing waited
+    del two["saturated"]  # no request waited
     assert "saturated" not in serving.merged([one, two])
 
 
-def test_the_order_of_the_servers_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_series_are_short_and_plotted_from_the_committed_results(tmp_path: Path) -> None:
+    for name in ("serving", "serving-ample", "serving-early"):
+        results = report.load(name)["results"]
+        for rows in results.values():
+            plotted = report.sweep(rows)[-1]
+            assert [row for row in rows if "series" in row] == [plotted]
+            lengths = {len(values) for values in plotted["series"].values()}
+            assert max(lengths) <= serving.MAX_SERIES_POINTS
+        plots.draw(results, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    samples = [sample(i, 1, 0, i) for i in range(1000)]
+    assert len(serving.series(samples)["seconds"]) <= serving.MAX_SERIES_POINTS
+
+
+def test_the_order_of_the_servers_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     def run_arm(model: str, arm: str, *_: object) -> list[dict[str, str]]:
@@ -120,7 +135,7 @@ def test_the_order_of_the_servers_changes(monkeypatch: pytest.MonkeyPatch) -> No
     assert runs == {arm: [[{"of": arm}]] * 3 for arm in serving.ARMS}
 
 
-def test_answers_end_early_where_asked(tmp_path: Path) -> None:
+def test_outputs_end_early_if_requested(tmp_path: Path) -> None:
     model = str(shape.build(tmp_path))
     [exact] = serving.points(serving.parse(["--model=m", "--output-len", "512"]))
     [early] = serving.points(serving.parse(["--model=m", "--output-len", "512", "--end-early"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps in turns: every engine does every step, and ratios are of the same one."""
+"""Interleaved steps: every engine executes every step, and ratios compare the same step."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks import turns
 
 
 class _Engine:
-    """Steps that take longer and longer, as decode steps do."""
+    """Steps that become slower, as decode steps do."""
 
     def __init__(self, slowness: float, log: list[str], name: str) -> None:
         self.slowness, self.log, self.name = slowness, log, name
@@ -33,14 +33,14 @@ class _Engine:
         time.sleep(0.002 * self.slowness * self.steps)
 
 
-def test_all_do_a_step_before_any_does_the_next_one() -> None:
+def test_every_engine_executes_a_step_before_any_executes_the_next() -> None:
     log: list[str] = []
     slowness = {"stock": 1.0, "again": 1.0, "whole": 1.0, "ours": 0.5}
     engines = {name: _Engine(slow, log, name) for name, slow in slowness.items()}
-    prefill, decode = turns.Turns(engines).run(["a", "b"], None, decode_steps=6)
+    prefill, decode = turns.InterleavedEngines(engines).run(["a", "b"], None, decode_steps=6)
     rounds = [log[start : start + 4] for start in range(0, len(log), 4)]
     assert all(sorted(names) == sorted(engines) for names in rounds)
-    assert len({tuple(names) for names in rounds}) > 2  # nobody always follows the same one
+    assert len({tuple(names) for names in rounds}) > 2  # the order varies
     for name, engine in engines.items():
         assert engine.added == engine.aborted == ["0", "1"]
         assert (len(prefill[name]), len(decode[name]), engine.steps) == (2, 6, 9)
@@ -50,7 +50,7 @@ def test_all_do_a_step_before_any_does_the_next_one() -> None:
     assert rows["again"]["ratio"] == pytest.approx(1, rel=0.2)
 
 
-def test_an_interval_holds_the_median_and_narrows() -> None:
+def test_an_interval_contains_the_median_and_narrows() -> None:
     assert turns.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
     assert turns.interval([7.0]) == (7.0, 7.0)
     few, many = turns.interval(range(21)), turns.interval(range(401))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model matrix: its oracle, what it calls exact, and the table that docs/models.md shows."""
+"""The model matrix: its oracle, its comparison, and the table of docs/models.md."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ PROMPT_TOKENS, FIRST = 330, 300
 def made_up(
     gain: float, window: int | None = None, num_kv_heads: int = 2, softcap: float = 0.0
 ) -> Record:
-    """A layer over a prompt and four generated tokens, without outputs."""
+    """A record of a prompt and four generated tokens, without outputs."""
     generator = torch.Generator().manual_seed(round(1000 * gain))
 
     def steps(num_heads: int) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ def made_up(
 
 
 def served(layers: list[Record]) -> dict[str, Any]:
-    """Give the layers the outputs that they should have; returns the engine's trace."""
+    """Set the expected outputs of the layers and return the expected trace."""
     full = [layer for layer in layers if layer.window is None]
     attention = [layer.logits(FIRST, PROMPT_TOKENS).softmax(dim=-1) for layer in full]
     settings = Settings(matrix.BUDGET, matrix.BLOCK_SIZE)
@@ -63,7 +63,7 @@ def test_expected_is_attention(window: int | None) -> None:
     torch.testing.assert_close(layer.expected(PROMPT_TOKENS).transpose(0, 1), expected)
 
 
-def test_tokens_after_the_prompt_attend_to_what_is_kept() -> None:
+def test_tokens_after_the_prompt_attend_to_kept_tokens() -> None:
     layer = made_up(2.0)
     kept = [[0, 5, 329], [7]]
     whole, expected = layer.expected(PROMPT_TOKENS), layer.expected(PROMPT_TOKENS, kept)
@@ -86,7 +86,7 @@ def test_softcap() -> None:
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_what_the_oracle_says_is_exact(num_kv_heads: int) -> None:
+def test_the_expected_outputs_are_exact(num_kv_heads: int) -> None:
     layers = [made_up(1.0, 100, num_kv_heads)]
     layers += [made_up(gain, None, num_kv_heads) for gain in (1.0, 4.0)]
     trace = served(layers)
@@ -97,7 +97,7 @@ def test_what_the_oracle_says_is_exact(num_kv_heads: int) -> None:
     assert row["distance"] < 1e-6 < row["distance_of_whole_cache"]
 
 
-def test_every_difference_is_found() -> None:
+def test_every_difference_is_detected() -> None:
     layers = [made_up(1.0), made_up(4.0)]
     right = served(layers)
 
@@ -115,7 +115,7 @@ def test_every_difference_is_found() -> None:
     assert "outputs differ" in message(right)
 
 
-def test_a_tie_decides_nothing() -> None:
+def test_a_request_with_a_tie_is_not_compared() -> None:
     layers = [made_up(1.0), made_up(4.0)]
     trace = served(layers)
     for layer in layers:
@@ -150,8 +150,8 @@ def test_refused_through_vllm() -> None:
 
 
 def test_hanging_processes_are_killed(tmp_path: Path) -> None:
-    outcome = matrix._in_a_process(matrix.stock, "idefics3", tmp_path, time_limit=0.01)
-    assert outcome == matrix.Outcome("failed", "no answer after 0.01 s")
+    result = matrix._in_a_process(matrix.stock, "idefics3", tmp_path, time_limit=0.01)
+    assert result == matrix.KindResult("failed", "no answer after 0.01 s")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The soak's seeded requests, what it compares, and the tables made of its results."""
+"""The soak test: its seeded requests, its comparisons, and the tables of its results."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from checks.soak import __main__ as soak
-from checks.soak.load import Answer, Load, Request
+from checks.soak.load import Load, Request, Response
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def run(load: Load) -> soak.Soak:
     return soak.Soak(nothing, nothing, load)
 
 
-def test_requests_are_a_function_of_the_seed(load: Load) -> None:
+def test_requests_depend_only_on_the_seed(load: Load) -> None:
     again, other = (Load(Path("model"), seed, num_samples=4) for seed in (3, 4))
 
     def draw(load: Load) -> list[Request]:
@@ -46,18 +46,18 @@ def test_requests_are_a_function_of_the_seed(load: Load) -> None:
         pytest.param("abx", [1, 1, 1], True, "not compared", id="perhaps-preempted"),
     ],
 )
-def test_comparison_with_the_quiet_run(
+def test_comparison_with_the_idle_run(
     load: Load, text: str, margins: list[float], preempted: bool, counted: str
 ) -> None:
     soaked = run(load)
-    soaked.quiet = [Answer(tokens=list("abc"), margins=margins)]
+    soaked.idle = [Response(tokens=list("abc"), margins=margins)]
     request = Request(load.chat("What?", 1), sample=0)
-    soaked._compare(request, Answer(tokens=list(text)), preempted, "test")
+    soaked._compare(request, Response(tokens=list(text)), preempted, "test")
     assert soaked.counts[counted] == 1
     assert bool(soaked.failures) == (counted == "mismatches")
 
 
-def test_growth_of_memory_in_the_later_half(load: Load) -> None:
+def test_memory_growth_in_the_second_half(load: Load) -> None:
     soaked = run(load)
     rounds = 4 * len(soak.PHASES)
     soaked.phases = [
@@ -69,10 +69,9 @@ def test_growth_of_memory_in_the_later_half(load: Load) -> None:
     assert soaked.growth() == {}
 
 
-def test_tables_are_the_results() -> None:
+def test_the_document_has_the_committed_tables() -> None:
     report = json.loads((ROOT / "benchmarks/results/soak.json").read_text())
     assert report["failures"] == []
     docs = (ROOT / "docs/reliability.md").read_text()
     assert soak.markdown(report) in docs
     assert soak.faults_markdown(report) in docs
-    assert soak.markdown(report) in (ROOT / "README.md").read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accuracy benchmark: cases, scores, intervals, reports, and what it refuses."""
+"""The accuracy evaluation: cases, scores, intervals, reports and refused arguments."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_page_reader_cases(split: str) -> None:
         assert pages == set(range(MIN_PAGES[task], 5))
     image = cases[0].load_images()[0]
     assert image.size == (280, 280) and image.mode == "RGB"
-    # Documents are shared between tasks, their pictures drawn once.
+    # Tasks share documents, whose images are drawn once.
     assert len({id(c.load_images()) for c in cases}) == len({c.group for c in cases})
 
 
@@ -80,7 +80,7 @@ def test_interval() -> None:
 
 
 def test_interval_widens_with_shared_documents() -> None:
-    """Four equal answers about one document are one observation."""
+    """Four equal scores of one document count as one observation."""
     rng = np.random.default_rng(0)
     values = np.repeat((rng.random(100) < 0.5).astype(float), 4)
     alone = interval(values, [str(i) for i in range(400)])
@@ -117,10 +117,10 @@ def test_parse_policy(text: str, settings: dict) -> None:
     [
         (["--policies", "nonsense"], "unknown KV compression policy 'nonsense'"),
         (["--policies", "vlcache:poling=3"], "unknown KV compression setting(s) 'poling'"),
-        (["--policies", "vlcache:pooling"], "expected parameter=value"),
+        (["--policies", "vlcache:pooling"], "expected setting=value"),
         (["--policies", "none"], "budget 1.0"),
-        (["--budgets", "7"], "7 is no budget"),
-        (["--budgets", "0"], "0 is no budget"),
+        (["--budgets", "7"], "7 is not a budget"),
+        (["--budgets", "0"], "0 is not a budget"),
         (["--tasks", "sum"], "invalid choice: 'sum'"),
         (["--model", "some/model"], "--model needs --data"),
         (["--data", "/nowhere.jsonl"], "No such file"),
@@ -170,7 +170,7 @@ def test_bad_jsonl(tmp_path: Path, line: str, message: str) -> None:
 
 def test_empty_jsonl(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no cases"):
+    with pytest.raises(ValueError, match="contains no cases"):
         jsonl_cases(tmp_path / "data.jsonl", 64)
 
 
@@ -221,9 +221,9 @@ def test_readme_has_the_committed_numbers() -> None:
     assert accuracy.markdown(report["results"], 0.1) in (root / "README.md").read_text()
 
 
-def test_kept_share() -> None:
+def test_kept_fraction() -> None:
     record = {"kept_positions": [[[1, 2, 3], [3, 4, 5]], [[9], [8]]]}
-    kept, reached = accuracy._kept_share(record, [2, 3, 7, 10])
+    kept, reached = accuracy._kept_fraction(record, [2, 3, 7, 10])
     assert kept == pytest.approx((0.5 + 0.25 + 0 + 0) / 4)
     assert reached == 0.5
 

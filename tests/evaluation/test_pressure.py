@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load benchmark's questions."""
+"""The questions of the pressure evaluation."""
 
 from collections import Counter
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline sweep keeps what vLLM keeps, and scores as the benchmark does."""
+"""The sweep keeps the same tokens as vLLM and scores like the accuracy evaluation."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def reader() -> sweep.OfflineReader:
     return sweep.OfflineReader(MODEL)
 
 
-def test_everything_kept_is_the_whole_cache(reader: sweep.OfflineReader) -> None:
+def test_keeping_all_tokens_is_the_full_cache(reader: sweep.OfflineReader) -> None:
     case = page_reader_cases("tune", ["lookup"], 1)[0]
     prompt = reader.ask(reader.read(case), case)
     everything = torch.arange(prompt.tokens).expand(2, -1)
@@ -52,16 +52,16 @@ def test_budgets_are_whole_pages(reader: sweep.OfflineReader) -> None:
     positions = sweep.evict(prompt, config(policy="vlcache", budget=0.1), 32)
     assert positions is not None
     sizes = [row.shape[1] for row in positions]
-    assert sum(sizes) == 6 * 32 * 6  # six of 51 blocks, six layers
-    assert len(set(sizes)) > 1  # the paper's budgets
+    assert sum(sizes) == 6 * 32 * 6  # 6 of 51 blocks, 6 layers
+    assert len(set(sizes)) > 1  # layer budgets differ
     assert all(size % 32 == 0 for size in sizes)
     assert sweep.evict(prompt, config(policy="vlcache", budget=1.0), 32) is None
 
 
-def test_policies_that_observe_pages_are_refused(reader: sweep.OfflineReader) -> None:
+def test_policies_whose_window_includes_the_pages_are_refused(reader: sweep.OfflineReader) -> None:
     case = page_reader_cases("tune", ["lookup"], 1)[0]
     prompt = reader.ask(reader.read(case), case)
-    with pytest.raises(ValueError, match="h2o: only settings that observe the question"):
+    with pytest.raises(ValueError, match="h2o: the observation window must not include the pages"):
         sweep.evict(prompt, config(policy="h2o"), 32)
 
 
@@ -73,7 +73,7 @@ def test_grid() -> None:
         "vlcache:a=1,b=3",
     ]
     assert sweep.settings(["vlcache"], []) == ["vlcache"]
-    with pytest.raises(ValueError, match="expected parameter=value,value"):
+    with pytest.raises(ValueError, match="expected setting=value,value"):
         sweep.settings(["vlcache"], ["b"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: what it refuses, and whole runs through vLLM."""
+"""The command: refused arguments, and complete runs through vLLM."""
 
 import importlib.util
 from pathlib import Path
@@ -26,7 +26,7 @@ FLAGS = (
 
 
 def run(folder: Path, model: Path, images: list[Image.Image], *flags: str) -> Path:
-    """Run the command on these images; the prefix of what it wrote."""
+    """Run the command on these images and return the prefix of its output files."""
     paths = [folder / f"image{i}.png" for i in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         image.save(path)
@@ -59,7 +59,7 @@ def test_a_look_up_shows_the_record_among_the_kept_tokens(
         "--kv-compress-budget=0.1",
     )
     answer = case.answers[0]
-    assert f"with a full cache  {answer}" in capsys.readouterr().out
+    assert f"with full cache  {answer}" in capsys.readouterr().out
     html = prefix.with_suffix(".html").read_text(encoding="utf-8")
     assert html.count(f"<blockquote>{answer}</blockquote>") == 2
     data = page_data(prefix.with_suffix(".html"))
@@ -67,7 +67,7 @@ def test_a_look_up_shows_the_record_among_the_kept_tokens(
     share = data["kept"].mean(axis=(0, 1))
     visual = [t for first, end in data["visual"] for t in range(first, end)]
     assert share[visual].mean() < 0.15
-    # The characters of the answer, by where they are printed.
+    # The visual tokens of the answer, found by their position on the page.
     printed = []
     for image, cell in case.answer_cells:
         row, column = divmod(cell, 20)
@@ -76,7 +76,7 @@ def test_a_look_up_shows_the_record_among_the_kept_tokens(
     assert printed == [data["visual"][image][0] + cell for image, cell in case.answer_cells]
     assert share[printed].min() >= 0.5
     assert share[printed].mean() >= 0.9
-    # All layers and heads keep as many tokens as the bars say.
+    # Every head keeps the number of tokens that the bar chart shows for its layer.
     for layer, heads in enumerate(data["kept"]):
         assert heads.sum(axis=1).tolist() == [data["keptTokens"][layer]] * data["heads"]
     assert "".join(data["texts"]).count(case.question) == 1
@@ -109,7 +109,7 @@ def test_tokens_of_unknown_layout_are_a_strip_and_refusals_say_why(tmp_path: Pat
     ((first, end),) = data["visual"]
     assert panel["kind"] == "strip"
     assert sum(cells["grid"][2] for cells in panel["cells"]) == end - first
-    with pytest.raises(SystemExit, match="not one block would be saved"):
+    with pytest.raises(SystemExit, match="no block would be freed"):
         run(tmp_path, model, images, question, "--max-tokens=6", "--kv-compress-budget=0.95")
 
 
@@ -150,19 +150,19 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--kv-compress=none"], "keeps everything: choose a policy"),
+        (["--kv-compress=none"], "disables compression: choose a policy"),
         (['--kv-compress-config={"poling": 3}'], "'poling'"),
-        (['--kv-compress-config={"trace_path": "trace"}'], "leave out trace_path"),
+        (['--kv-compress-config={"trace_path": "trace"}'], "remove trace_path"),
         (["--kv-cache-dtype=fp8_inc"], "KV cache type fp8_inc: use --kv-cache-dtype auto"),
     ],
 )
 def test_refusals_are_one_message(
     flags: list[str], expected: str, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refusal(capsys, MODEL_FLAG, picture, "--prompt=a", *FLAGS, *flags)
-    assert said.startswith("vl-cache-inspect: error: ")
-    assert expected in said
-    assert "Traceback" not in said
+    message = refusal(capsys, MODEL_FLAG, picture, "--prompt=a", *FLAGS, *flags)
+    assert message.startswith("vl-cache-inspect: error: ")
+    assert expected in message
+    assert "Traceback" not in message
 
 
 def test_a_missing_library_names_the_extra(
@@ -174,8 +174,8 @@ def test_a_missing_library_names_the_extra(
         return None if name == "matplotlib" else find_spec(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
-    said = refusal(capsys, MODEL_FLAG, "--prompt=a")
-    assert "matplotlib missing: pip install 'vl-cache-vllm[inspect]'" in said
+    message = refusal(capsys, MODEL_FLAG, "--prompt=a")
+    assert "matplotlib missing: pip install 'vl-cache-vllm[inspect]'" in message
 
 
 def test_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
@@ -184,6 +184,6 @@ def test_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
     assert _open(clear).getpixel((0, 0)) == (255, 255, 255)
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # as cameras say: turn by 90 degrees
+    exif[0x0112] = 6  # orientation tag: rotate by 90 degrees
     Image.new("RGB", (4, 2)).save(turned, exif=exif)
     assert _open(turned).size == (2, 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens are drawn, and which part of a picture the model sees: by its own processor."""
+"""Positions of tokens, and the area that the model sees, compared with its own processor."""
 
 import itertools
 from typing import Any, ClassVar

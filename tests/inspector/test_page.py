@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page: what it holds, and that it needs nothing else."""
+"""The page: its contents, and that it has no external resources."""
 
 import dataclasses
 import re
@@ -58,11 +58,11 @@ def test_it_says_what_was_asked_and_answered_and_with_what(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
     assert "<code>pooling 3</code>" in html
     assert "trace_path" not in html
-    assert "differs from the whole cache" in html
-    assert "28.6 %" in html  # 2 of 7 blocks
+    assert "differs from the full cache" in html
+    assert "28.6%" in html  # 2 of 7 blocks
     same = dataclasses.replace(made, full_answer=made.answer)
     write_page(same, page)
-    assert "same as with the whole cache" in page.read_text(encoding="utf-8")
+    assert "same as with the full cache" in page.read_text(encoding="utf-8")
 
 
 def test_prompts_without_images_have_pages_too(page: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture: drawn for every kind of prompt, patches where they belong."""
+"""The picture: drawn for every kind of prompt, with patches at the right positions."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces around the request that need no engine."""
+"""The parts of a request that need no engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +28,16 @@ def test_texts_of_tokens_add_up() -> None:
     ("settings", "tokens", "has_images", "max_tokens", "expected"),
     [
         ({}, 500, True, 1, "--max-tokens 1"),
-        ({}, 500, False, 8, "there is no image in the prompt"),
+        ({}, 500, False, 8, "the prompt has no image"),
         ({"min_prompt_tokens": 600}, 500, True, 8, "fewer than min_prompt_tokens, 600"),
-        ({}, 40, True, 8, "40 prompt tokens are 2 blocks of 32, of which a budget of 0.1 keeps 1"),
-        ({"budget": 1.0}, 500, True, 8, "keeps 16: not one block would be saved"),
+        ({}, 40, True, 8, "40 prompt tokens are 2 blocks of 32, and a budget of 0.1 keeps 1"),
+        ({"budget": 1.0}, 500, True, 8, "keeps 16 of them: no block would be freed"),
         ({}, 3000, True, 8, "3000 prompt tokens are 94 blocks of 32, too many for a pool of 100"),
-        ({"when": "pressure"}, 500, True, 8, "leave it out"),
+        ({"when": "pressure"}, 500, True, 8, "remove the flag"),
         ({}, 500, True, 8, "no text follows the image"),
     ],
 )
-def test_why_a_request_was_left_alone(
+def test_reason_why_a_request_was_not_evicted(
     settings: dict[str, Any], tokens: int, has_images: bool, max_tokens: int, expected: str
 ) -> None:
     cache = SimpleNamespace(block_size=32, num_gpu_blocks=100)
@@ -47,9 +47,9 @@ def test_why_a_request_was_left_alone(
     config = KVCompressConfig.from_dict({"policy": "vlcache", **settings})
     assert config is not None
     reason = _reason(llm, config, tokens, has_images, max_tokens)
-    assert "kept its whole cache" in reason
+    assert "kept its full cache" in reason
     assert expected in reason
 
 
-def test_settings_are_those_that_were_chosen() -> None:
+def test_settings_that_differ_from_the_defaults() -> None:
     assert inspection().settings() == [("pooling", 3)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed from a trace, against plain loops."""
+"""Statistics of a trace, compared with plain loops."""
 
 import numpy as np
 import pytest

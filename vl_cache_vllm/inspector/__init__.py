@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vl-cache-inspect``: one request, and a picture and a page of what its cache kept."""
+"""``vl-cache-inspect``: run one request and show which tokens its KV cache kept."""

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``vl-cache-inspect``. vLLM is imported late: its environment must be set before."""
+"""The command ``vl-cache-inspect``.
+
+vLLM reads environment variables when it is imported, so it is imported after they are set.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.util
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
-    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -27,20 +27,24 @@ USAGE = """%(prog)s --model MODEL --image PATH [--image PATH ...] --prompt TEXT
                         [--kv-compress POLICY] [--kv-compress-budget FLOAT]
                         [--kv-compress-config JSON] [--max-tokens N] [--output PREFIX] [flags]"""
 DESCRIPTION = """
-Run one request and write a picture (PNG) and a page (HTML) of what KV compression kept of it.
-The policy is vlcache unless another is chosen.
+Run one request and write a picture (PNG) and a page (HTML) that show which tokens KV compression
+kept. The default policy is vlcache.
 
-Every engine flag of vLLM's works here too: --help=inspect shows this command's own,
---help=kv-compress those of KV compression, --help=all all.
+All engine flags of vLLM are accepted. --help=inspect shows the flags of this command,
+--help=kv-compress those of KV compression, --help=all shows all.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, run, write; leaves by SystemExit with one message when that cannot be done."""
-    # In this process, so that the engine's own message is the one that is seen.
+    """Parse the arguments, run the request and write both files.
+
+    Raises:
+        SystemExit: with one message if any of this fails.
+    """
+    # With the engine in this process, its own error message reaches the user.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # until it does itself
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM sets it later
     _needs("matplotlib", "jinja2")
     parser = _parser()
     options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
@@ -68,6 +72,7 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
     from vllm.engine.arg_utils import EngineArgs
 
     from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY
+    from vl_cache_vllm.inspector.engine import running
     from vl_cache_vllm.inspector.page import write_page
     from vl_cache_vllm.inspector.picture import write_picture
     from vl_cache_vllm.inspector.request import TRACE, inspect_request
@@ -79,9 +84,9 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
     engine_args = EngineArgs.from_cli_args(options)
     settings = engine_args.additional_config.get(ADDITIONAL_CONFIG_KEY)
     if not settings:
-        raise ValueError("--kv-compress none keeps everything: choose a policy")
+        raise ValueError("--kv-compress none disables compression: choose a policy")
     if own := [name for name in TRACE if name in settings]:
-        raise ValueError(f"{NAME} traces for itself: leave out {', '.join(own)}")
+        raise ValueError(f"{NAME} sets the trace options itself: remove {', '.join(own)}")
     engine_args.disable_log_stats = True
     if not engine_args.limit_mm_per_prompt and images:
         engine_args.limit_mm_per_prompt = {"image": len(images)}
@@ -104,8 +109,8 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
                 options.max_tokens,
             )
     eviction = inspection.eviction
-    print(f"answer             {inspection.answer}")
-    print(f"with a full cache  {inspection.full_answer}")
+    print(f"with eviction    {inspection.answer}")
+    print(f"with full cache  {inspection.full_answer}")
     print(
         f"{eviction.prompt_tokens} prompt tokens, {eviction.prompt_blocks} blocks -> "
         f"{eviction.kept_blocks} ({eviction.retained:.0%})"
@@ -124,9 +129,11 @@ def _parser() -> FlexibleArgumentParser:
     from vl_cache_vllm.plugin import register
 
     load_general_plugins()
-    register()  # also where VLLM_PLUGINS names others only
+    register()  # also if VLLM_PLUGINS lists only other plugins
     parser = FlexibleArgumentParser(prog=NAME, usage=USAGE, description=DESCRIPTION)
-    group = parser.add_argument_group(title="inspect", description="What to ask, where to write.")
+    group = parser.add_argument_group(
+        title="inspect", description="The request and the output files."
+    )
     add = group.add_argument
     add(
         "--image",
@@ -134,10 +141,10 @@ def _parser() -> FlexibleArgumentParser:
         action="append",
         default=[],
         metavar="PATH",
-        help="Picture to ask about; give it again for several, in the prompt's order.",
+        help="Input image. Repeat the flag for several images, in the order of the prompt.",
     )
-    add("--prompt", required=True, metavar="TEXT", help="Question about the pictures.")
-    add("--max-tokens", type=int, default=128, help="Most tokens of an answer.")
+    add("--prompt", required=True, metavar="TEXT", help="Question about the images.")
+    add("--max-tokens", type=int, default=128, help="Maximum number of output tokens.")
     add(
         "--output",
         type=Path,
@@ -159,7 +166,7 @@ def _needs(*modules: str) -> None:
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture as RGB, upright, on white where it is transparent."""
+    """Load an image as RGB, rotated upright, with transparent areas filled white."""
     if not path.is_file():
         raise ValueError(f"no such image: {path}")
     try:
@@ -174,23 +181,8 @@ def _open(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-@contextlib.contextmanager
-def running(start: Callable[[], LLM]) -> Iterator[LLM]:
-    """An engine that leaves nothing behind in this process; one at a time."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = start()
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
 def _image_processor(engine_args: EngineArgs) -> Any:
-    """The model's image processor; None where Transformers knows none."""
+    """The model's image processor, or None if Transformers has none for it."""
     from transformers import AutoProcessor
 
     try:
@@ -200,13 +192,13 @@ def _image_processor(engine_args: EngineArgs) -> Any:
             trust_remote_code=engine_args.trust_remote_code,
             **(engine_args.mm_processor_kwargs or {}),
         )
-    except Exception:  # remote code may raise anything, and the picture does without
+    except Exception:  # remote code may raise anything, and it is optional
         return None
     return getattr(processor, "image_processor", None)
 
 
 def _message(error: Exception) -> str:
-    """What an error says, without pydantic's address and dump of the input."""
+    """The text of an error, without pydantic's URL and dump of the input."""
     errors = getattr(error, "errors", None)
     if callable(errors):
         return "\n".join(str(e["msg"]).removeprefix("Value error, ") for e in errors())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where visual tokens are drawn: rectangles on a panel, for the picture and the page alike."""
+"""Positions of visual tokens on a panel, shared by the picture and the page."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from vl_cache_vllm.policy import PatchGrid
 
-# Of panels without a known place in the picture: the picture at the left, tokens beside it.
+# Size of panels whose tokens have no known position in the image: image left, tokens right.
 HEIGHT = 300.0
 WIDTH = 900.0
 GAP = 16.0
@@ -42,8 +42,8 @@ class Cells:
 class Panel:
     """One image and its tokens.
 
-    ``kind``: "overlay" (cells lie over the picture), "tiles" (several grids, whose places in the
-    picture are unknown), "strip" (tokens in prompt order, layout unknown).
+    ``kind`` is "overlay" (cells cover the image), "tiles" (several grids whose positions in the
+    image are unknown) or "strip" (layout unknown, tokens in prompt order).
     """
 
     kind: str
@@ -54,17 +54,17 @@ class Panel:
 
     @property
     def partly_seen(self) -> bool:
-        """Whether picture and cells of an overlay do not cover each other: cropped, or padded."""
+        """Whether the image of an overlay was cropped or padded, so that cells do not match it."""
         return self.kind == "overlay" and self.picture != self.cells[0].box
 
 
 def seen_area(width: int, height: int, processor: Any) -> Box:
-    """The part of an image that the model sees, in pixels; what is outside the image is padding.
+    """The area of an image that the model sees, in pixels. It may include padding.
 
     Args:
-        width, height: of the image.
-        processor: the model's Hugging Face image processor, or None. Known are a centre crop
-            (CLIP's) and padding to a square (LLaVA's); otherwise it is the whole image.
+        width, height: size of the image in pixels.
+        processor: the model's Hugging Face image processor, or None. Centre crops (CLIP) and
+            padding to a square (LLaVA) are recognised; otherwise the result is the whole image.
     """
     whole = Box(0.0, 0.0, float(width), float(height))
     if callable(getattr(processor, "pad_to_square", None)) and getattr(processor, "do_pad", False):
@@ -87,7 +87,7 @@ def seen_area(width: int, height: int, processor: Any) -> Box:
 
 
 def _extents(size: Any, width: int, height: int) -> tuple[float, float] | tuple[None, None]:
-    """Width and height that a processor's ``size`` gives an image; None where it is not known."""
+    """Image width and height after resizing to a processor's ``size``, or None if unknown."""
 
     def entry(name: str) -> float | None:
         value = size.get(name) if hasattr(size, "get") else getattr(size, name, None)
@@ -109,9 +109,9 @@ def panel(
 
     Args:
         visual: (first, end) positions of the image's tokens.
-        grids: of this image.
-        size: width and height of its picture; None where there is no picture.
-        area: of the picture that the model sees.
+        grids: patch grids of this image.
+        size: width and height of the image in pixels, or None if there is none.
+        area: the area of the image that the model sees.
     """
     if len(grids) == 1 and size is not None:
         left, top = min(0.0, area.left), min(0.0, area.top)
@@ -137,7 +137,7 @@ def panel(
 
 
 def _tiles(grids: Sequence[PatchGrid], space: Box) -> tuple[Cells, ...]:
-    """Grids side by side in rows, at one scale."""
+    """Arrange grids in rows, all at the same scale."""
     columns = math.ceil(math.sqrt(len(grids) * space.width / space.height))
     columns = min(columns, len(grids))
     rows = math.ceil(len(grids) / columns)
@@ -161,7 +161,7 @@ def _tiles(grids: Sequence[PatchGrid], space: Box) -> tuple[Cells, ...]:
 
 
 def _strips(first: int, end: int, space: Box) -> tuple[Cells, ...]:
-    """Tokens in prompt order, in lines with gaps between them, so that they look like no image."""
+    """Tokens in prompt order, in separated lines, so that they are not mistaken for an image."""
     count = end - first
     line = min(count, max(32, math.ceil(math.sqrt(8 * count))))
     cell = space.width / line

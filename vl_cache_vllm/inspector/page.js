@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page from the JSON beside it. A selection is a layer and a KV head, -1 meaning all.
+// Draws the page from the JSON in it. A selection is a layer and a KV head; -1 selects all.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const { heads, tokens } = data;
@@ -13,7 +13,7 @@
   data.visual.forEach(([first, end], i) => imageOf.fill(i, first, end));
   const state = { layer: -1, head: -1, view: "kept" };
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;
+  const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
   const short = (x) => (x === 0 ? "0" : x >= 1e-3 && x < 1e4 ? x.toPrecision(3) : x.toExponential(1));
 
   function measure({ levels, low, high }) {
@@ -32,7 +32,8 @@
     return result;
   }
 
-  // What is drawn: `share` of the selection that keeps each token, `value` of the view.
+  // Values to draw: `share` is the fraction of the selection that keeps a token, `value` belongs
+  // to the view.
   let current;
   function select() {
     const chosen = rows();
@@ -43,7 +44,7 @@
     for (const [name, { levels, values }] of Object.entries(measures)) {
       const mean = (value[name] = new Float64Array(tokens));
       for (const row of chosen) {
-        // Scores of different heads need not be of one scale.
+        // Scores of different heads may have different scales.
         let most = 1;
         if (name === "scores") {
           most = 0;
@@ -61,7 +62,7 @@
 
   // ---------------------------------------------------------------------------------- images
 
-  const MARKER = 0.38; // opacity over a patch that all of the selection keep
+  const MARKER = 0.38; // opacity over a patch that every selected layer and KV head keeps
   const HEAT = [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
   function heat(x) {
     const at = Math.min(x, 1) * (HEAT.length - 1);
@@ -169,7 +170,7 @@
     context.stroke();
   }
 
-  // What the model's preprocessing crops away.
+  // Areas that the model's preprocessing crops away.
   function hideUnseen(context, [x, y, w, h], width, height) {
     context.fillStyle = "rgba(107, 114, 128, 0.75)";
     const fill = (left, top, right, bottom) => {
@@ -212,7 +213,7 @@
     inspect(panel, [i, r, c], [bounds.left + x + w, bounds.top + y]);
   }
 
-  // Reads out one token; null: none.
+  // Shows the tooltip of one token; null hides it.
   function inspect(panel, cursor, at) {
     const before = String(panel.cursor);
     panel.cursor = cursor;
@@ -254,12 +255,12 @@
       ? overlay ? [`rgba(${style("--veil")}, .75)`, `rgba(${style("--marker")}, ${MARKER})`] : [style("--cell"), `rgb(${style("--marker")})`]
       : ramp.map((x) => `rgb(${heat(Math.sqrt(x))})`);
     byId("legend-bar").style.background = `linear-gradient(90deg, ${stops}) white`;
-    byId("legend-low").textContent = view === "kept" ? "0 %" : "0";
+    byId("legend-low").textContent = view === "kept" ? "0%" : "0";
     byId("legend-high").textContent = view === "attention" ? short(current.most) : percent(current.most);
     byId("legend-text").textContent = {
       kept: "of the selected layers × KV heads keep the token; evicted patches are dimmed",
-      attention: "attention received, mean of the selection; colours of its square root",
-      scores: "of the highest score of its KV head, mean of the selection; colours of its square root",
+      attention: "attention received, mean over the selection; the colour scale uses the square root",
+      scores: "relative to the highest score of the KV head, mean over the selection; the colour scale uses the square root",
     }[view];
   }
 
@@ -288,7 +289,7 @@
   const buttons = data.keptTokens.map((count, layer) => {
     const button = make("button", "", columns);
     button.type = "button";
-    button.tabIndex = -1; // the slider is the keyboard's way
+    button.tabIndex = -1; // keyboard users select a layer with the slider
     let visual = 0;
     for (let h = 0; h < heads; h++)
       for (let t = 0, row = (layer * heads + h) * tokens; t < tokens; t++) visual += imageOf[t] >= 0 ? isKept(row + t) : 0;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of an inspection: one HTML file that needs nothing else."""
+"""The report of an inspection: one HTML file without external resources."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ MAX_SIDE = 1600  # pixels of an embedded picture
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write the HTML."""
+    """Write the HTML file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True
     )
@@ -41,10 +41,11 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 
 def payload(inspection: Inspection) -> dict[str, Any]:
-    """What the page's script draws.
+    """The data that the page's script draws.
 
-    Bits and levels are base64 of ``[num_layers, num_kv_heads, prompt_tokens]``: ``kept`` one bit a
-    token, first token in the highest one; levels one byte, as `levels` makes them.
+    ``kept``, ``attention`` and ``scores`` are base64 of arrays ``[num_layers, num_kv_heads,
+    prompt_tokens]``. ``kept`` has one bit for each token, the first token in the most significant
+    bit of a byte. The other two have one byte for each token, as returned by `levels`.
     """
     eviction = inspection.eviction
     return {
@@ -75,7 +76,7 @@ def payload(inspection: Inspection) -> dict[str, Any]:
 
 
 def _without_visual(inspection: Inspection) -> list[str]:
-    """Texts of the text tokens, in order."""
+    """The text of each text token, in prompt order."""
     visual = inspection.eviction.is_visual()
     return [t for t, seen in zip(inspection.tokens, visual, strict=True) if not seen]
 
@@ -94,7 +95,7 @@ def _base64(values: np.ndarray) -> str:
 
 
 def _uri(image: Image.Image) -> str:
-    """A data URI: PNG where that is no larger than JPEG, in no more pixels than a page needs."""
+    """A data URI with at most `MAX_SIDE` pixels a side: the smaller of PNG and JPEG."""
     small = image.copy()
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     encoded = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The static picture of an inspection."""
+"""The static picture of an inspection (PNG)."""
 
 import textwrap
 from pathlib import Path
@@ -19,18 +19,18 @@ from vl_cache_vllm.inspector.request import Inspection
 from vl_cache_vllm.inspector.trace import histogram
 
 WIDTH = 14.0  # inches
-MAX_LAYERS = 12  # with a map of their own
+MAX_LAYERS = 12  # drawn separately
 MAX_IMAGES = 4
-MAX_TEXT = 400  # characters of a question or answer
+MAX_TEXT = 400  # characters of a question or an output
 VISUAL, TEXT, EVICTED, INK = "#d97706", "#0f766e", "#9ca3af", "#1f2937"
 VEIL = "#ffffff"
 MARKER = "#f59e0b"
 _TOKENS = LinearSegmentedColormap.from_list("tokens", ["#e5e7eb", MARKER])
-_PATCHES = LinearSegmentedColormap.from_list("patches", [VEIL, "#fbda9f"])  # of white paper
+_PATCHES = LinearSegmentedColormap.from_list("patches", [VEIL, "#fbda9f"])  # marker over white
 
 
 def write_picture(inspection: Inspection, path: Path) -> None:
-    """Write the PNG."""
+    """Write the PNG file."""
     eviction = inspection.eviction
     shown = _shown_images(inspection)
     panels = inspection.panels()
@@ -62,26 +62,26 @@ def write_picture(inspection: Inspection, path: Path) -> None:
 
 
 def shown_layers(num_layers: int) -> list[int]:
-    """All layers, or as many as have room, evenly spaced with the first and the last."""
+    """At most `MAX_LAYERS` layers, evenly spaced, including the first and the last one."""
     count = min(num_layers, MAX_LAYERS)
     return [round(i * (num_layers - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def _shown_images(inspection: Inspection) -> list[int]:
-    """In order, those of which most tokens were kept."""
+    """The images with the most kept tokens, at most `MAX_IMAGES`, in prompt order."""
     share = inspection.eviction.kept_share()
     counts = [share[first:end].sum() for first, end in inspection.eviction.visual]
     return sorted(sorted(range(len(counts)), key=lambda i: -counts[i])[:MAX_IMAGES])
 
 
 def _draw(axis: Axes, panel: Panel, image: Any, values: np.ndarray, most: float) -> None:
-    """The panel with what is not kept dimmed; values of each token of the prompt, 0 to ``most``."""
+    """Draw a panel with evicted patches dimmed; ``values`` of all prompt tokens, 0 to ``most``."""
     axis.set(xlim=(0, panel.width), ylim=(panel.height, 0), xticks=[], yticks=[])
     axis.set_aspect("equal")
     axis.set_frame_on(False)
     if panel.picture is not None and image is not None:
         p = panel.picture
-        if panel.kind == "overlay":  # what lies outside the model's view stays grey
+        if panel.kind == "overlay":  # areas outside the model's view stay grey
             axis.add_patch(Rectangle((0, 0), panel.width, panel.height, color="#d1d5db", zorder=-1))
         axis.imshow(image, extent=(p.left, p.right, p.bottom, p.top), interpolation="antialiased")
     if panel.kind == "overlay":
@@ -109,7 +109,7 @@ def _draw(axis: Axes, panel: Panel, image: Any, values: np.ndarray, most: float)
 
 
 def _tinted(own: np.ndarray) -> np.ndarray:
-    """RGBA of a veil over what is evicted, below a marker over what is kept."""
+    """RGBA of a marker colour over kept patches and a white veil over evicted ones."""
     veil, marker = 0.75 * (1 - own), 0.38 * own
     alpha = marker + veil * (1 - marker)
     colour = marker[..., None] * np.array(to_rgb(MARKER))
@@ -135,7 +135,7 @@ def _overview(figure: Any, inspection: Inspection, panels: list[Panel], shown: l
     overlay = all(panels[i].kind == "overlay" for i in shown)
     colours = ScalarMappable(Normalize(0, most), _PATCHES if overlay else _TOKENS)
     bar = figure.colorbar(colours, ax=list(axes), shrink=0.8, format=PercentFormatter(1))
-    bar.set_label("share of layers x KV heads that keep it", fontsize=9)
+    bar.set_label("fraction of layers x KV heads that keep it", fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
 
@@ -181,8 +181,8 @@ def _caption(inspection: Inspection, panel: Panel, index: int) -> str:
     kept = inspection.eviction.kept_share()[first:end].sum()
     name = f"image {index + 1}: {kept:.0f} of {end - first} kept"
     notes = {
-        "overlay": "\ngrey: cropped away, or padding" if panel.partly_seen else "",
-        "tiles": "\nplaces of its parts in the picture unknown",
+        "overlay": "\ngrey: cropped or padding" if panel.partly_seen else "",
+        "tiles": "\npositions of the tiles in the image unknown",
         "strip": "\nlayout unknown: tokens in prompt order",
     }
     return name + notes[panel.kind]
@@ -194,12 +194,12 @@ def _texts(figure: Any, inspection: Inspection, width: int) -> None:
     same = inspection.answer == inspection.full_answer
     tokens = sum(eviction.kept_tokens) / eviction.num_layers
     entries = [
-        ("asked", inspection.question),
-        (f"answered with {eviction.retained:.0%} of the cache", inspection.answer),
-        ("with the whole cache", "the same" if same else inspection.full_answer),
+        ("question", inspection.question),
+        (f"output with {eviction.retained:.0%} of the cache", inspection.answer),
+        ("output with the full cache", "the same" if same else inspection.full_answer),
         (
             "budget",
-            f"{config.budget:.0%} asked for, {eviction.kept_blocks} of {eviction.prompt_blocks} "
+            f"{config.budget:.0%} requested, {eviction.kept_blocks} of {eviction.prompt_blocks} "
             f"blocks of {eviction.block_size} kept: {eviction.retained:.1%}",
         ),
         (
@@ -207,7 +207,7 @@ def _texts(figure: Any, inspection: Inspection, width: int) -> None:
             f"{eviction.prompt_tokens} in the prompt, {tokens:.0f} kept by a KV head on average; "
             f"{eviction.num_layers} layers, {eviction.num_kv_heads} KV heads",
         ),
-        ("policy", config.policy.name + (f": {settings}" if settings else ", its defaults")),
+        ("policy", config.policy.name + (f": {settings}" if settings else ", default settings")),
     ]
     axis = figure.add_subplot()
     axis.set_axis_off()
@@ -243,7 +243,7 @@ def _charts(figure: Any, inspection: Inspection) -> None:
     bars.legend(fontsize=8, ncols=3, frameon=False, loc="upper center")
     for axis, values, title in (
         (attention, eviction.attention, "Attention received"),
-        (scores, eviction.scores, "Score: what tokens rank by"),
+        (scores, eviction.scores, "Score used for ranking"),
     ):
         counted = histogram(values, eviction.kept)
         for shares, zero, colour, name in (
@@ -253,7 +253,7 @@ def _charts(figure: Any, inspection: Inspection) -> None:
             label = f"{name} ({zero:.0%} at zero)" if zero else name
             axis.stairs(shares, counted.edges, fill=True, color=colour, alpha=0.45)
             axis.stairs(shares, counted.edges, color=colour, lw=1.5, label=label)
-        axis.set(title=title, xscale="log", ylabel="share of its group")
+        axis.set(title=title, xscale="log", ylabel="fraction of the group")
         axis.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
         axis.legend(fontsize=8, ncols=2, frameon=False, loc="upper left")

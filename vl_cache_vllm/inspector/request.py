@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one request through vLLM's offline API, and again with its whole cache."""
+"""Run one request with vLLM's offline API, once with eviction and once with the full cache."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 TRACE = ("trace_path", "trace_positions", "trace_scores")
-_CONTEXT = 8  # tokens before one that its text may depend on
+_CONTEXT = 8  # preceding tokens that the text of a token may depend on
 
 
-class NotEvicted(ValueError):  # noqa: N818 - what happened, not what went wrong
-    """The request kept its whole cache; the message says why."""
+class NotEvicted(ValueError):  # noqa: N818 - names the outcome; it is not a failure
+    """The request kept its full cache; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that the picture and the page show."""
+    """Everything that the picture and the page show."""
 
     model: str
     config: KVCompressConfig
     question: str
     answer: str
-    full_answer: str  # with the whole cache
-    cut: tuple[bool, bool]  # whether either answer ended at max_tokens
+    full_answer: str  # output with the full cache
+    cut: tuple[bool, bool]  # whether the two outputs ended at max_tokens
     names: tuple[str, ...]  # of the images
     images: tuple[Image.Image, ...]
-    areas: tuple[Box, ...]  # what the model sees of them
+    areas: tuple[Box, ...]  # the areas of the images that the model sees
     eviction: Eviction
-    tokens: tuple[str, ...]  # text of each token; of visual ones it means nothing
+    tokens: tuple[str, ...]  # text of each token; meaningless for visual ones
 
     def panels(self) -> list[Panel]:
-        """How to draw the visual tokens, for each image of the prompt."""
+        """The layout of the visual tokens of each image."""
         result = []
         for i, visual in enumerate(self.eviction.visual):
             known = len(self.images) == len(self.eviction.visual)
@@ -56,7 +56,7 @@ class Inspection:
         return result
 
     def settings(self) -> list[tuple[str, Any]]:
-        """The policy's parameters and other settings that are not at their defaults."""
+        """Settings of the policy and of compression that differ from their defaults."""
         policy = self.config.policy
         return [
             (field.name, getattr(owner, field.name))
@@ -75,19 +75,19 @@ def inspect_request(
     processor: Any,
     max_tokens: int,
 ) -> Inspection:
-    """Ask once with eviction and once without.
+    """Run a request with eviction and again with the full cache.
 
     Args:
         llm: an engine with eviction that traces positions and scores.
-        trace: the file that it traces to.
-        model: its name, to be shown.
-        question: the prompt's text; the model's chat template goes around it.
-        images: (name, RGB picture), put before the text.
-        processor: the model's Hugging Face image processor; None where it has none.
-        max_tokens: of an answer.
+        trace: the trace file of the engine.
+        model: the name of the model, for display.
+        question: the text of the user message; the model's chat template is applied.
+        images: (name, RGB image), placed before the text.
+        processor: the model's Hugging Face image processor, or None.
+        max_tokens: maximum number of output tokens.
 
     Raises:
-        NotEvicted: with the reason.
+        NotEvicted: if the request kept its full cache.
     """
     content: list[dict[str, Any]] = [
         {"type": "image_pil", "image_pil": image} for _, image in images
@@ -128,7 +128,7 @@ def inspect_request(
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The text that each token adds to those before it."""
+    """The text that each token adds to the text of the preceding tokens."""
     texts = []
     for i in range(len(ids)):
         before = list(ids[max(0, i - _CONTEXT) : i])
@@ -139,7 +139,7 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
 def _reason(
     llm: LLM, config: KVCompressConfig, prompt_tokens: int, has_images: bool, max_tokens: int
 ) -> str:
-    """Why a request was left alone, from what is known outside the engine."""
+    """The reason why a request was not evicted, derived without access to the engine core."""
     cache = llm.llm_engine.vllm_config.cache_config
     block_size, blocks = cache.block_size, cache.num_gpu_blocks
     plan = plan_eviction(
@@ -150,23 +150,23 @@ def _reason(
         None if blocks is None else blocks - 1,
     )
     prompt = f"{prompt_tokens} prompt tokens are {plan.prompt_blocks} blocks of {block_size}"
-    smaller = f"a longer prompt, a smaller --block-size than {block_size} or a smaller budget helps"
+    smaller = f"use a longer prompt, a --block-size below {block_size} or a smaller budget"
     reasons = {
-        Skip.TEXT_ONLY: "there is no image in the prompt: give --image (or --kv-compress-text with "
-        "a policy that evicts text)",
-        Skip.SHORT_PROMPT: f"{prompt_tokens} prompt tokens are fewer than min_prompt_tokens, "
+        Skip.TEXT_ONLY: "the prompt has no image: add --image (or --kv-compress-text with a policy "
+        "that evicts text)",
+        Skip.SHORT_PROMPT: f"the prompt has {prompt_tokens} tokens, fewer than min_prompt_tokens, "
         f"{config.min_prompt_tokens}",
-        Skip.NO_SAVING: f"{prompt}, of which a budget of {config.budget} keeps "
-        f"{config.kept_blocks(plan.prompt_blocks)}: not one block would be saved; {smaller}",
-        Skip.POOL_TOO_SMALL: f"{prompt}, too many for a pool of {blocks}: give more "
+        Skip.NO_SAVING: f"{prompt}, and a budget of {config.budget} keeps "
+        f"{config.kept_blocks(plan.prompt_blocks)} of them: no block would be freed; {smaller}",
+        Skip.POOL_TOO_SMALL: f"{prompt}, too many for a pool of {blocks}: increase "
         "--kv-cache-memory-bytes",
     }
     if max_tokens < 2:
-        why = "--max-tokens 1 leaves nothing to decode"
+        why = "with --max-tokens 1 there are no decode steps"
     elif plan.skip is not None:
         why = reasons[plan.skip]
     elif config.when == "pressure":
-        why = "--kv-compress-when pressure evicts only while blocks are scarce: leave it out here"
+        why = "--kv-compress-when pressure evicts only while blocks are scarce: remove the flag"
     else:
-        why = "no text follows the image in this model's chat template: nothing observes it"
-    return f"the request kept its whole cache, so there is nothing to see: {why}"
+        why = "no text follows the image in this model's chat template, so the window is empty"
+    return f"the request kept its full cache, so there is nothing to show: {why}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One eviction as its trace records it, and what is computed from it; no vLLM, no drawing."""
+"""One eviction read from the trace file, and statistics of it. Needs neither vLLM nor plots."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 
 from vl_cache_vllm.policy import PatchGrid
 
-LEVELS = 255  # steps of a quantised positive value; level 0 is nothing at all
-DECADES = 8  # below the largest value; what is smaller shares the lowest level
+LEVELS = 255  # levels of a quantised positive value; level 0 is for values that are not positive
+DECADES = 8  # range below the largest value; smaller values get the lowest level
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the trace file says of a request, traced with positions and scores.
+    """The trace of one request, recorded with positions and scores.
 
-    Arrays are ``[num_layers, num_kv_heads, prompt_tokens]``: ``kept`` of bool, ``attention`` (that
-    a token received from the observed queries) and ``scores`` (what it ranked by) of float32.
+    Arrays have the shape ``[num_layers, num_kv_heads, prompt_tokens]``. ``kept`` is bool.
+    ``attention`` (received by a token from the observed queries) and ``scores`` (used for ranking)
+    are float32.
     """
 
     budget: float
@@ -28,7 +29,7 @@ class Eviction:
     block_size: int
     prompt_blocks: int
     kept_blocks: int
-    layers: tuple[int, ...]  # the model's numbers of the layers that are evicted
+    layers: tuple[int, ...]  # indices, in the model, of the layers with eviction
     density: tuple[float, ...]  # of each layer
     kept_tokens: tuple[int, ...]  # of each layer, the same for all its KV heads
     visual: tuple[tuple[int, int], ...]  # (first, end) of each image
@@ -39,10 +40,10 @@ class Eviction:
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> Eviction:
-        """Join the records that the workers of an engine traced of one request.
+        """Join the records that all workers of an engine wrote for one request.
 
-        A tensor-parallel rank has some KV heads, a pipeline stage some layers. Of a request that
-        was preempted and evicted again it is the first time.
+        A tensor-parallel rank holds some of the KV heads, a pipeline stage some of the layers. If
+        a request was preempted and evicted again, the first eviction is used.
         """
         stages: dict[int, dict[int, Mapping[str, Any]]] = {}
         for record in records:
@@ -83,29 +84,29 @@ class Eviction:
 
     @property
     def retained(self) -> float:
-        """Share of the prompt's blocks that was kept: the budget in whole blocks."""
+        """Fraction of the prompt's blocks that was kept: the budget rounded up to whole blocks."""
         return self.kept_blocks / self.prompt_blocks
 
     def is_visual(self) -> np.ndarray:
-        """bool ``[prompt_tokens]``."""
+        """Whether each token is visual, bool ``[prompt_tokens]``."""
         visual = np.zeros(self.prompt_tokens, bool)
         for first, end in self.visual:
             visual[first:end] = True
         return visual
 
     def kept_share(self, layer: int | None = None, head: int | None = None) -> np.ndarray:
-        """Of each token, the share of these layers' KV heads that keep it; None: all of them."""
+        """Fraction of the KV heads that keep each token; of all layers or heads where None."""
         return self.kept[_these(layer), _these(head)].mean(axis=(0, 1))
 
     def kept_by_kind(self) -> tuple[np.ndarray, np.ndarray]:
-        """Visual and text tokens that a KV head keeps, of each layer: means over its heads."""
+        """Visual and text tokens kept in each layer, averaged over its KV heads."""
         visual = self.is_visual()
         per_head = self.kept.sum(axis=2).mean(axis=1)
         seen = self.kept[:, :, visual].sum(axis=2).mean(axis=1)
         return seen, per_head - seen
 
     def grids_of(self, image: int) -> tuple[PatchGrid, ...]:
-        """The patch grids of one image; none where its layout is unknown."""
+        """The patch grids of one image; empty if its layout is unknown."""
         first, end = self.visual[image]
         return tuple(grid for grid in self.grids if first <= grid.first < end)
 
@@ -127,8 +128,9 @@ def levels(values: np.ndarray) -> tuple[np.ndarray, float, float]:
     """Quantise values for the page.
 
     Returns:
-        uint8 of the same shape, 0 for what is not positive, else 1 to `LEVELS` at equal ratios from
-        the second to the third result.
+        uint8 levels of the same shape, the lowest and the highest quantised value. Level 0 stands
+        for values that are not positive. Levels 1 to `LEVELS` are spaced at equal ratios between
+        the lowest and the highest value.
     """
     positive = values > 0
     if not positive.any():
@@ -146,10 +148,10 @@ def levels(values: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Shares of the kept and of the evicted tokens by value; each of the two adds up to 1.
+    """Fractions of the kept and of the evicted tokens by value; each of the two adds up to 1.
 
-    ``edges`` are at equal ratios, one more than bins; ``zero`` are the shares of (kept, evicted)
-    tokens whose value is 0.
+    ``edges`` has one entry more than there are bins, spaced at equal ratios. ``zero`` holds the
+    fractions of (kept, evicted) tokens whose value is 0.
     """
 
     edges: np.ndarray
@@ -159,7 +161,7 @@ class Histogram:
 
 
 def histogram(values: np.ndarray, kept: np.ndarray, bins: int = 32) -> Histogram:
-    """Distribution of values, log x, of kept against evicted tokens (arrays of one shape)."""
+    """Distribution of ``values`` over logarithmic bins, for kept and for evicted tokens."""
     positive = values > 0
     high = float(values.max()) if positive.any() else 1.0
     low = float(values[positive].min()) if positive.any() else 1.0
