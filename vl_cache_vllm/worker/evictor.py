@@ -18,7 +18,7 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.messages import EvictionReport, PendingReport
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.device import Fetched, Stopwatch, to_device
-from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 from vl_cache_vllm.policy import Prompt, Shard
 from vl_cache_vllm.worker.attention_stats import AttentionStats
@@ -97,7 +97,7 @@ class Evictor:
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_columns: tuple[list[tuple[int, ...]], tuple[torch.Tensor, ...]] | None = None
+        self._last_columns: tuple[list[tuple[int, ...]], EvictedRows] | None = None
 
     def begin_output(self, ended: Iterable[str], admitted: Iterable[str] | None) -> None:
         """Hear of a scheduler's output before the runner does.
@@ -176,21 +176,14 @@ class Evictor:
     ) -> None:
         # Decode steps of one batch have them in common until a request comes, goes or is evicted.
         if self._last_columns is None or self._last_columns[0] != evicted:
-            *columns, slot = to_device([*zip(*evicted, strict=True)], block_table.device)
-            self._last_columns = evicted, (*columns, self._kept_pages[slot])
-        evicted_tokens, prompt_blocks, kept_blocks, kept_pages = self._last_columns[1]
+            columns = to_device([*zip(*evicted, strict=True)], block_table.device)
+            evicted_tokens, prompt_blocks, kept_blocks, slot = columns
+            self._last_columns = (
+                evicted,
+                EvictedRows(evicted_tokens, prompt_blocks, kept_blocks, self._kept_pages[slot]),
+            )
         layer_tables(
-            block_table,
-            query_start_loc,
-            seq_lens,
-            evicted_tokens,
-            prompt_blocks,
-            kept_blocks,
-            kept_pages,
-            self.pool.block_size,
-            self.pool.layer_stride,
-            self.pool.block_stride,
-            tables,
+            self.pool, self._last_columns[1], block_table, query_start_loc, seq_lens, tables
         )
 
     def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
