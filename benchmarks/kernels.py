@@ -34,8 +34,8 @@ from testing.results import Row, write_report
 from vl_cache_vllm.ops import dispatch, native
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
-from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
-from vl_cache_vllm.ops.observe import observe
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
+from vl_cache_vllm.ops.observe import AttentionParams, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
 from vl_cache_vllm.ops.select import select
 
@@ -126,20 +126,20 @@ class SyntheticPrompt:
         self.step = self._decode_step()
 
     def _decode_step(self) -> tuple[Any, ...]:
-        """Arguments of `layer_tables` of many such requests, evicted, that decode."""
+        """Arguments of `layer_tables` for a decode step of many evicted requests like this one."""
         device, shape, width = self.row.device, self.shape, self.max_pages + 1
         ones = torch.ones(DECODING, dtype=torch.int64, device=device)
         return (
+            self.pool,
+            EvictedRows(
+                ones * self.tokens,
+                ones * (self.tokens // self.block_size),
+                ones * self.kept_blocks,
+                self.kept_pages.expand(DECODING, -1).contiguous(),
+            ),
             self.row.int().expand(DECODING, -1).contiguous(),
             torch.arange(DECODING + 1, dtype=torch.int32, device=device),
             (ones * (self.tokens + 1)).int(),
-            ones * self.tokens,
-            ones * (self.tokens // self.block_size),
-            ones * self.kept_blocks,
-            self.kept_pages.expand(DECODING, -1).contiguous(),
-            self.block_size,
-            self.pool.layer_stride,
-            self.pool.block_stride,
             LayerTables(
                 torch.empty(shape.num_layers, DECODING, width, dtype=torch.int32, device=device),
                 torch.empty(shape.num_layers, DECODING, dtype=torch.int32, device=device),
@@ -149,14 +149,13 @@ class SyntheticPrompt:
 
     def observe(self) -> torch.Tensor:
         """Of all layers."""
+        params = AttentionParams(self.shape.head_size**-0.5, 0.0, THRESHOLD)
         for layer in range(self.shape.num_layers):
             observe(
                 self.query,
                 PagedKeys(self.pool, layer, self.row[: -self.kept_blocks]),
                 self.tokens - OBSERVED,
-                self.shape.head_size**-0.5,
-                THRESHOLD,
-                0.0,
+                params,
                 self.column_sums[layer],
                 self.dense_entries[layer],
             )

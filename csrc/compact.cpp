@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copy the surviving tokens into the kept pages; the specification is vl_cache_vllm/ops/compact.py
-// and PagePool.copy_tokens.
+// Copy the selected tokens of every layer and KV head into the kept blocks. The specification is
+// vl_cache_vllm/ops/compact.py, which has an example, and PagePool.copy_tokens.
 
 #include <cstdint>
 #include <initializer_list>
@@ -8,11 +8,13 @@
 namespace {
 
 struct Move {
-  const int64_t* key_index;    // [block_size, head_size], offsets in one head's share of a page
-  const int64_t* value_index;  // same
+  const int64_t* key_index;    // [block_size, head_size], offsets in one head's part of a page
+  const int64_t* value_index;  // same for the values
   int64_t block_size, head_size;
 };
 
+// Copy the key and the value of one token of one KV head. `from` and `to` are the head's parts of
+// the two pages; `source` and `target` are the token's indices in them.
 template <typename Cell>
 void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, int64_t target) {
   for (const int64_t* index : {move.key_index, move.value_index}) {
@@ -22,27 +24,28 @@ void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, in
   }
 }
 
+// As vlc_compact, for one element type.
 template <typename Cell>
 void compact(Cell* pages, const Move& move, const int64_t* prompt_row, const int64_t* kept_row,
              const int64_t* kept_pages, const int64_t* positions, int64_t num_layers,
              int64_t num_kv_heads, int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
-  const int64_t share = 2 * move.block_size * move.head_size;  // of a head in a page
+  const int64_t head_cells = 2 * move.block_size * move.head_size;  // elements of one head's part
   const auto page_at = [&](int64_t layer, int64_t block) {
-    return pages + (layer * layer_stride + block * block_stride) * num_kv_heads * share;
+    return pages + (layer * layer_stride + block * block_stride) * num_kv_heads * head_cells;
   };
 #pragma omp parallel for schedule(dynamic)
   for (int64_t layer = 0; layer < num_layers; ++layer) {
-    int64_t deal = 0;  // pages dealt to the layers before
-    for (int64_t before = 0; before < layer; ++before) deal += kept_pages[before];
-    for (int64_t page = 0; page < kept_pages[layer]; ++page, ++deal) {
-      Cell* to = page_at(deal % num_layers, kept_row[deal / num_layers]);
+    int64_t page_index = 0;  // among the request's kept pages; a layer follows the layers before it
+    for (int64_t before = 0; before < layer; ++before) page_index += kept_pages[before];
+    for (int64_t page = 0; page < kept_pages[layer]; ++page, ++page_index) {
+      Cell* to = page_at(page_index % num_layers, kept_row[page_index / num_layers]);
       for (int64_t head = 0; head < num_kv_heads; ++head) {
         const int64_t* kept =
             positions + (layer * num_kv_heads + head) * max_kept + page * move.block_size;
         for (int64_t token = 0; token < move.block_size; ++token) {
           const Cell* from = page_at(layer, prompt_row[kept[token] / move.block_size]);
-          copy_token(move, from + head * share, kept[token] % move.block_size, to + head * share,
-                     token);
+          copy_token(move, from + head * head_cells, kept[token] % move.block_size,
+                     to + head * head_cells, token);
         }
       }
     }
@@ -51,8 +54,13 @@ void compact(Cell* pages, const Move& move, const int64_t* prompt_row, const int
 
 }  // namespace
 
-// pages: [num_pages, num_kv_heads, 2 * block_size * head_size] cells of cell_bytes (1, 2 or 4);
-// positions: [num_layers, num_kv_heads, max_kept]; strides in pages.
+// pages: [num_pages, num_kv_heads, 2 * block_size * head_size], elements of cell_bytes (1, 2 or 4)
+// key_index, value_index: [block_size, head_size], offsets of elements in one head's part of a page
+// prompt_row: [N], block ids of the prompt
+// kept_row: [M], block ids of the destination
+// kept_pages: [num_layers], pages of each layer, with the sum M * num_layers
+// positions: [num_layers, num_kv_heads, max_kept], positions in the prompt
+// layer_stride, block_stride: pages from layer to layer and from block to block
 extern "C" void vlc_compact(void* pages, const int64_t* key_index, const int64_t* value_index,
                             const int64_t* prompt_row, const int64_t* kept_row,
                             const int64_t* kept_pages, const int64_t* positions,

@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the observed queries attend; the specification is vl_cache_vllm/ops/observe.py.
+// Accumulate the attention that each key receives over the observation window, and count dense
+// entries. The specification is vl_cache_vllm/ops/observe.py.
 //
-// Keys are transposed once into tiles of 32 tokens. Then each task takes 16 rows (a row: one query
-// of one head) of one KV head over all tiles, so that logits stay in the second-level cache, and
-// adds to column sums of its own thread. Tasks are dealt to threads in a fixed order: results
-// depend on the number of threads only, and on that only by rounding.
+// A row is one query of one head: row r of a KV head is query r / group and head r % group of the
+// KV head's group. First, transpose the keys into tiles of 32 tokens. Then each task computes 16 rows of one KV head
+// over all tiles, so that its logits fit the second-level cache:
+//
+//   keys of a KV head      tile 0 | tile 1 | tile 2 | ...    each [head_size][32]
+//   task 0: rows  0-15    [      logits: 16 x width       ]  -> column sums of its thread
+//   task 1: rows 16-31    [                               ]  -> column sums of its thread
+//
+// At the end the column sums of all threads are added up. Threads get tasks in a fixed order, so
+// the result depends on the number of threads only, and only by rounding.
 
 #include <omp.h>
 
@@ -18,14 +25,14 @@
 
 namespace {
 
-constexpr int kTile = 2 * kLanes;  // tokens
-constexpr int kRows = 16;          // of a task
-constexpr int kStep = 4;           // rows that share registers
+constexpr int kTile = 2 * kLanes;  // tokens of a tile
+constexpr int kRows = 16;          // rows of a task
+constexpr int kStep = 4;           // rows that share loads of the keys
 
 struct Shape {
   int64_t num_queries, num_heads, num_kv_heads, head_size;
-  int64_t first_position;
-  float scale, log_threshold, softcap;
+  int64_t first_position;               // of the first query
+  float scale, log_threshold, softcap;  // softcap 0: none
 
   int64_t num_keys() const { return first_position + num_queries; }
   int64_t num_tiles() const { return (num_keys() + kTile - 1) / kTile; }
@@ -34,7 +41,7 @@ struct Shape {
   int64_t tasks_per_head() const { return (rows() + kRows - 1) / kRows; }
 };
 
-// Up to 32 tokens as [head_size][32]; missing ones are zero.
+// Write up to 32 keys as [head_size][32]; the columns of missing tokens are zero.
 FOR_EACH_ISA void transpose(const float* keys, int64_t stride, int64_t tokens, int64_t head_size,
                             float* tile) {
   for (int64_t token = 0; token < kTile; ++token)
@@ -42,7 +49,7 @@ FOR_EACH_ISA void transpose(const float* keys, int64_t stride, int64_t tokens, i
       tile[i * kTile + token] = token < tokens ? keys[token * stride + i] : 0.0f;
 }
 
-// Logits of 4 rows against one tile.
+// Compute the logits of 4 rows and one tile. query: [4][head_size]; logits: rows of `width` floats.
 INLINE void multiply(const float* query, const float* tile, int64_t head_size, float* logits,
                      int64_t width) {
   Floats sums[kStep][2] = {};
@@ -62,6 +69,7 @@ INLINE void multiply(const float* query, const float* tile, int64_t head_size, f
   }
 }
 
+// Replace `width` logits by softcap * tanh(logit / softcap).
 INLINE void cap(float* logits, int64_t width, float softcap) {
   for (int64_t i = 0; i < width; i += kLanes) {
     const Floats x = load(logits + i) / softcap;
@@ -70,33 +78,35 @@ INLINE void cap(float* logits, int64_t width, float softcap) {
   }
 }
 
-// One row of logits, of which `visible` are before or at the query; returns its dense entries.
+// Add one row's attention, times `weight`, to the column sums; returns its number of dense entries.
+// The first `visible` logits are of keys at or before the query; the array is overwritten.
 INLINE int64_t attend(float* logits, int64_t visible, float log_threshold, float weight,
                       float* column_sums) {
   const int64_t width = (visible + kLanes - 1) / kLanes * kLanes;
   std::fill(logits + visible, logits + width, -std::numeric_limits<float>::infinity());
-  Floats most = load(logits);
-  for (int64_t i = kLanes; i < width; i += kLanes) most = larger(load(logits + i), most);
-  const float row_max = largest(most);
-  const Floats least = broadcast(row_max + log_threshold);
+  Floats maxima = load(logits);
+  for (int64_t i = kLanes; i < width; i += kLanes) maxima = larger(load(logits + i), maxima);
+  const float row_max = largest(maxima);
+  const Floats threshold = broadcast(row_max + log_threshold);
   Floats total = {};
   Ints dense = {};
   for (int64_t i = 0; i < width; i += kLanes) {
     const Floats x = load(logits + i);
-    dense -= x >= least;
+    dense -= x >= threshold;  // a true lane is -1
     const Floats e = exponential(x - row_max);
     total += e;
     store(logits + i, e);
   }
-  const float share = weight / sum(total);
+  const float factor = weight / sum(total);
   for (int64_t i = 0; i < width; i += kLanes)
-    store(column_sums + i, load(column_sums + i) + load(logits + i) * share);
+    store(column_sums + i, load(column_sums + i) + load(logits + i) * factor);
   int64_t count = 0;
   for (int i = 0; i < kLanes; ++i) count += dense[i];
   return count;
 }
 
-// Rows `first` to `end` of one KV head. `logits` has room for 16 rows, `packed` for 16 queries.
+// Process the rows `first` to `end` (at most 16) of one KV head; returns their dense entries.
+// logits: buffer of 16 rows of keys; packed: buffer of 16 queries; column_sums: of one KV head.
 FOR_EACH_ISA int64_t observe_rows(const Shape& shape, const float* query, const float* tiles,
                                   const float* weights, int64_t kv_head, int64_t first,
                                   int64_t end, float* logits, float* packed, float* column_sums) {
@@ -127,9 +137,11 @@ FOR_EACH_ISA int64_t observe_rows(const Shape& shape, const float* query, const 
 
 }  // namespace
 
-// query: [num_queries, num_heads, head_size]; key: [num_kv_heads, >= num_keys, head_size] with the
-// strides given; weights: [num_kv_heads, num_queries] or null; column_sums: rows of
-// column_stride floats, at least num_keys; dense_entries: one number, added to.
+// query: [num_queries, num_heads, head_size], contiguous
+// key: [num_kv_heads, >= num_keys, head_size], with the given strides in elements
+// weights: [num_kv_heads, num_queries], or null for 1
+// column_sums: [num_kv_heads, >= num_keys], rows at a distance of column_stride elements; added to
+// dense_entries: one number, added to
 extern "C" void vlc_observe(const float* query, const float* key, int64_t key_head_stride,
                             int64_t key_token_stride, const float* weights, float* column_sums,
                             int64_t column_stride, int64_t* dense_entries, int64_t num_queries,

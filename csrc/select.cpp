@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The best tokens of every layer and KV head; the specification is vl_cache_vllm/ops/select.py.
+// Select the tokens with the highest scores, for every layer and KV head. The specification is
+// vl_cache_vllm/ops/select.py.
+//
+// Each token gets an integer key that is larger the earlier the token is kept. No two keys are
+// equal, since they contain the position: [precedence, 64 bits][score, 32][inverted position, 32].
+// std::nth_element then finds the key of the last kept token without sorting.
 
 #include <algorithm>
 #include <cmath>
@@ -12,35 +17,39 @@ namespace {
 
 typedef unsigned __int128 Wide;
 
-// Larger for what is kept first: the higher score, then the lower position.
-uint64_t place(float score, int64_t position) {
-  uint32_t bits = 0x7f800000u;  // what is no number ranks first, as in torch
+// The key without precedence: the higher score first, then the lower position.
+uint64_t order_key(float score, int64_t position) {
+  uint32_t bits = 0x7f800000u;  // NaN: the highest score, as in torch
   if (score == score) {
-    score += 0.0f;  // -0 is 0
+    score += 0.0f;  // -0 becomes 0
     std::memcpy(&bits, &score, sizeof bits);
   }
-  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // floats in the order of integers
+  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // integers in the order of the floats
   return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(position));
 }
 
-// Positions of the `count` best of the first `candidates` tokens, then those from there to the end.
+// Write the positions of the `count` largest keys of the first `candidates` tokens, in increasing
+// order, then all positions from `candidates` to `end`, the recent window. keys: buffer.
 template <typename Key, typename KeyOf>
 void keep(KeyOf key_of, int64_t candidates, int64_t end, int64_t count, Key* keys,
           int64_t* positions) {
   if (count > 0) {
     for (int64_t i = 0; i < candidates; ++i) keys[i] = key_of(i);
     std::nth_element(keys, keys + count - 1, keys + candidates, std::greater<Key>());
-    const Key least = keys[count - 1];  // keys differ
+    const Key last = keys[count - 1];  // of the last kept token
     for (int64_t i = 0; i < candidates; ++i)
-      if (key_of(i) >= least) *positions++ = i;
+      if (key_of(i) >= last) *positions++ = i;
   }
   for (int64_t i = candidates; i < end; ++i) *positions++ = i;
 }
 
 }  // namespace
 
-// scores: [num_layers, num_kv_heads, num_tokens]; precedence: [num_tokens] or null; positions:
-// [num_layers, num_kv_heads, max_kept], of which a layer's first kept_tokens are written.
+// scores: [num_layers, num_kv_heads, num_tokens]
+// kept_tokens: [num_layers], budget of each layer in tokens, at most max_kept
+// precedence: [num_tokens], or null if all tokens are in one group
+// positions: [num_layers, num_kv_heads, max_kept]; the first kept_tokens of a layer are written
+// recent_ratio: fraction of the budget for the most recent tokens
 extern "C" void vlc_select(const float* scores, const int64_t* kept_tokens,
                            const int64_t* precedence, int64_t* positions, int64_t num_layers,
                            int64_t num_kv_heads, int64_t num_tokens, int64_t max_kept,
@@ -52,9 +61,9 @@ extern "C" void vlc_select(const float* scores, const int64_t* kept_tokens,
     for (int64_t i = 0; i < num_layers * num_kv_heads; ++i) {
       const int64_t kept = kept_tokens[i / num_kv_heads];
       const int64_t recent =
-          std::ceil(std::nearbyint(kept * recent_ratio * 1e9) / 1e9);  // 0.1 * 30 is 3
+          std::ceil(std::nearbyint(kept * recent_ratio * 1e9) / 1e9);  // so that 0.1 * 30 is 3
       const float* own = scores + i * num_tokens;
-      const auto plain = [&](int64_t token) { return place(own[token], token); };
+      const auto plain = [&](int64_t token) { return order_key(own[token], token); };
       const auto preceding = [&](int64_t token) {
         const uint64_t group = static_cast<uint64_t>(precedence[token]) ^ (uint64_t{1} << 63);
         return Wide{group} << 64 | plain(token);

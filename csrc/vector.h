@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen floats at once, in GCC's vector extension: one AVX-512 register, two of AVX2, four of SSE.
+// Vectors of sixteen floats, in GCC's vector extension: one AVX-512 register, two AVX2 registers or
+// four SSE registers.
 #pragma once
 
 #include <cstdint>
 
-// A function and everything inlined into it, compiled for each instruction set; the loader picks.
+// Compile a function, with everything inlined into it, for each instruction set. The loader chooses
+// the version for the CPU.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_ISA \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
@@ -29,14 +31,14 @@ INLINE float sum(Floats values) {
 }
 
 INLINE float largest(Floats values) {
-  float most = values[0];
-  for (int i = 1; i < kLanes; ++i) most = values[i] > most ? values[i] : most;
-  return most;
+  float maximum = values[0];
+  for (int i = 1; i < kLanes; ++i) maximum = values[i] > maximum ? values[i] : maximum;
+  return maximum;
 }
 
-// e^x to 2 units in the last place for x from -87 to 88; below, down to -inf, 0.
+// e^x, accurate to 2 units in the last place for x from -87 to 88; 0 for smaller x, also -inf.
 INLINE Floats exponential(Floats x) {
-  const Floats rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+  const Floats rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats clamped = larger(x, broadcast(-87.0f));
   const Floats power = (clamped * 1.44269504f + rounder) - rounder;
   const Floats rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.compact.compact` in one launch, a program per destination page and KV head."""
+"""`vl_cache_vllm.ops.compact.compact` as one launch, a program per destination page and KV head.
+
+L layers, N prompt blocks, M kept blocks.
+"""
 
 import torch
 import triton
@@ -8,53 +11,62 @@ import triton.language as tl
 from vl_cache_vllm.ops.page_pool import PagePool
 
 
-# One compilation serves all prompts.
+# Compiled once for all prompts.
 @triton.jit(
     do_not_specialize=["max_kept", "layer_stride", "block_stride"],
     do_not_specialize_on_alignment=["prompt_row", "kept_row"],
 )
 def compact_kernel(
-    pages,
-    page_stride,
-    head_stride,
-    prompt_row,
-    kept_row,
-    kept_pages,
-    positions,
-    max_kept,
-    num_layers,
-    layer_stride,
-    block_stride,
-    block_size,
-    head_size,
-    key_offset,
-    key_token_stride,
-    key_element_stride,
-    value_offset,
-    value_token_stride,
-    value_element_stride,
-    LAYERS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    pages,  # [num_pages, num_kv_heads, cells of one head], the pool, any element type
+    page_stride,  # int, elements from page to page
+    head_stride,  # int, elements from KV head to KV head
+    prompt_row,  # [N] int64, block ids of the prompt
+    kept_row,  # [M] int64, block ids of the destination
+    kept_pages,  # [L] int64, pages of each layer
+    positions,  # [L, num_kv_heads, max_kept] int64, kept positions in the prompt
+    max_kept,  # int, tokens
+    num_layers,  # int, L
+    layer_stride,  # int, pages from layer to layer
+    block_stride,  # int, pages from block to block
+    block_size,  # int, tokens of a page
+    head_size,  # int, elements of a key
+    key_offset,  # int, elements from the start of a head's cells to its first key
+    key_token_stride,  # int, elements from token to token
+    key_element_stride,  # int, elements from one element of a key to the next
+    value_offset,  # int, as key_offset
+    value_token_stride,  # int, as key_token_stride
+    value_element_stride,  # int, as key_element_stride
+    LAYERS: tl.constexpr,  # L rounded up to a power of 2
+    TOKENS: tl.constexpr,  # block_size rounded up to a power of 2
+    ELEMENTS: tl.constexpr,  # head_size rounded up to a power of 2
 ):
-    """Grid ``(pages of the deal, num_kv_heads)``."""
-    deal = tl.program_id(0).to(tl.int64)
+    """Fill one KV head of one destination page. Grid ``(M * L, num_kv_heads)``.
+
+    Program ``(f, head)`` fills the page with index f among the request's kept pages, which is page
+    ``f % L`` of kept block ``f // L``. The page belongs to the layer whose range contains f. For
+    example, with 3 layers and kept pages 4, 1 and 1::
+
+        f        0  1  2  3  4  5
+        layer    0  0  0  0  1  2     number of layers whose range ends at or before f
+        page     0  1  2  3  0  0     f minus the pages of the layers before
+    """
+    page_index = tl.program_id(0).to(tl.int64)  # f
     head = tl.program_id(1).to(tl.int64)
     layers = tl.arange(0, LAYERS)
     exists = layers < num_layers
     pages_of = tl.load(kept_pages + layers, mask=exists, other=0)
     ends = tl.cumsum(pages_of, 0)
-    layer = tl.sum((exists & (ends <= deal)).to(tl.int64))
-    page = deal - tl.sum(tl.where(layers < layer, pages_of, 0))  # of this layer's
+    layer = tl.sum((exists & (ends <= page_index)).to(tl.int64))
+    page = page_index - tl.sum(tl.where(layers < layer, pages_of, 0))
 
     token = tl.arange(0, TOKENS)
     used = token < block_size
     row = positions + (layer * tl.num_programs(1) + head) * max_kept
-    position = tl.load(row + page * block_size + token, mask=used, other=0)
+    position = tl.load(row + page * block_size + token, mask=used, other=0)  # [TOKENS]
     block = tl.load(prompt_row + position // block_size, mask=used, other=0)
     source = (layer * layer_stride + block * block_stride) * page_stride  # [TOKENS]
-    block = tl.load(kept_row + deal // num_layers)
-    destination = (deal % num_layers * layer_stride + block * block_stride) * page_stride
+    block = tl.load(kept_row + page_index // num_layers)
+    destination = (page_index % num_layers * layer_stride + block * block_stride) * page_stride
 
     element = tl.arange(0, ELEMENTS)
     moved = used[:, None] & (element < head_size)[None, :]
@@ -76,10 +88,13 @@ def compact(
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """See the operation.
+    """Copy the kept tokens into the kept blocks; arguments as for the operation.
+
+    Grid ``(M * L, num_kv_heads)``: a program fills one KV head of one destination page. Its size
+    depends on shapes alone; each program finds its layer from ``kept_pages`` on the device.
 
     Raises:
-        ValueError: if tokens do not lie at regular strides in a page, as they do on every GPU.
+        ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
     """
     num_kv_heads, head_size = pool.num_kv_heads, pool.packing.key_index.shape[1]
     page_stride, head_stride, _ = pool.pages.stride()

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.layer_tables.layer_tables` in one launch, a program per layer and request."""
+"""`vl_cache_vllm.ops.layer_tables.layer_tables` as one launch, a program per layer and request.
+
+L layers, R requests, T tokens of the step, C columns of vLLM's block table, W columns of a layer's
+table. The operation's docstring has an example of how positions become pages.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from vl_cache_vllm.ops.layer_tables import LayerTables
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables
+from vl_cache_vllm.ops.page_pool import PagePool
 
-BLOCK = 128
+BLOCK = 128  # table entries, or tokens, per iteration
 
 
-# One compilation serves all batches.
+# Compiled once for all batches.
 @triton.jit(
     do_not_specialize=[
         *("row_stride", "num_columns", "width", "num_tokens", "layer_stride", "block_stride")
@@ -18,28 +23,32 @@ BLOCK = 128
     do_not_specialize_on_alignment=["evicted_tokens", "prompt_blocks", "kept_blocks"],
 )
 def layer_tables_kernel(
-    block_table,
-    row_stride,
-    num_columns,
-    query_start_loc,
-    seq_lens,
-    evicted_tokens,
-    prompt_blocks,
-    kept_blocks,
-    kept_pages,
-    out_table,
-    out_lens,
-    out_slots,
-    num_layers,
-    width,
-    num_tokens,
-    block_size,
-    layer_stride,
-    block_stride,
-    LAYERS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    block_table,  # [R, C] int32, block ids; a row is [prompt][kept][decode]
+    row_stride,  # int, elements from row to row of block_table
+    num_columns,  # int, C
+    query_start_loc,  # [R + 1] int32, index of each request's first token in the step
+    seq_lens,  # [R] int32, logical tokens including this step's
+    evicted_tokens,  # [R] int64, E: logical tokens that the kept pages replace; 0: not evicted
+    prompt_blocks,  # [R] int64, N; 0: not evicted
+    kept_blocks,  # [R] int64, M; 0: not evicted
+    kept_pages,  # [R, L] int64, pages of each layer; 0: not evicted
+    out_table,  # [L, R, W] int32, output: page ids
+    out_lens,  # [L, R] int32, output: stored tokens
+    out_slots,  # [L, T] int64, output: page id * block_size + offset
+    num_layers,  # int, L
+    width,  # int, W
+    num_tokens,  # int, T
+    block_size,  # int, tokens of a page
+    layer_stride,  # int, pages from layer to layer
+    block_stride,  # int, pages from block to block
+    LAYERS: tl.constexpr,  # L rounded up to a power of 2
+    BLOCK: tl.constexpr,  # table entries, or tokens, per iteration
 ):
-    """Grid ``(num_layers, num_reqs + 1)``; the last row of programs fills the unused slots."""
+    """Write the tables of one layer for one request. Grid ``(L, R + 1)``.
+
+    Program ``(layer, row)`` with ``row < R`` writes the request's table entries, length and slots.
+    Program ``(layer, R)`` writes -1 to the slots after the last token.
+    """
     layer = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     num_reqs = tl.num_programs(1) - 1
@@ -53,57 +62,59 @@ def layer_tables_kernel(
     else:
         evicted = tl.load(evicted_tokens + row)
         prompt = tl.load(prompt_blocks + row)
-        decode_start = prompt + tl.load(kept_blocks + row)
+        decode_start = prompt + tl.load(kept_blocks + row)  # column
         layers = tl.arange(0, LAYERS)
         of_row = kept_pages + row.to(tl.int64) * num_layers
-        deal = tl.sum(tl.load(of_row + layers, mask=layers < layer, other=0))
+        # Index of this layer's first page among the request's kept pages.
+        first_page = tl.sum(tl.load(of_row + layers, mask=layers < layer, other=0))
         kept = tl.load(of_row + layer)
         blocks = block_table + row.to(tl.int64) * row_stride
         table = out_table + (layer * num_reqs + row) * width
 
         length = tl.load(seq_lens + row).to(tl.int64)
-        since = kept * block_size + length - evicted
-        tl.store(out_lens + layer * num_reqs + row, since.to(tl.int32))
+        stored = kept * block_size + length - evicted
+        tl.store(out_lens + layer * num_reqs + row, stored.to(tl.int32))
 
-        num_pages = tl.minimum((since + block_size - 1) // block_size, width)
+        num_pages = tl.minimum((stored + block_size - 1) // block_size, width)
         for start in range(0, num_pages, BLOCK):
             entry = (start + steps).to(tl.int64)
             is_kept = entry < kept
-            page = deal + entry  # of the deal
-            column = tl.where(is_kept, prompt + page // num_layers, decode_start + entry - kept)
+            page_index = first_page + entry  # among the request's kept pages
+            column = tl.where(
+                is_kept, prompt + page_index // num_layers, decode_start + entry - kept
+            )
             column = tl.minimum(tl.maximum(column, 0), num_columns - 1)
             block = tl.load(blocks + column, mask=entry < num_pages, other=0).to(tl.int64)
-            page_layer = tl.where(is_kept, page % num_layers, layer)
-            number = page_layer * layer_stride + block * block_stride
-            tl.store(table + entry, number.to(tl.int32), mask=entry < num_pages)
+            page_layer = tl.where(is_kept, page_index % num_layers, layer)
+            page_id = page_layer * layer_stride + block * block_stride
+            tl.store(table + entry, page_id.to(tl.int32), mask=entry < num_pages)
 
         first = tl.load(query_start_loc + row)
         end = tl.load(query_start_loc + row + 1)
-        first_position = length - (end - first)
+        first_position = length - (end - first)  # logical
         for start in range(first, tl.minimum(end, num_tokens), BLOCK):
             token = start + steps
             used = (token < end) & (token < num_tokens)
             offset = first_position + (token - first) - evicted  # tokens since the eviction
             column = tl.minimum(tl.maximum(decode_start + offset // block_size, 0), num_columns - 1)
             block = tl.load(blocks + column, mask=used, other=0).to(tl.int64)
-            number = layer * layer_stride + block * block_stride
-            tl.store(slots + token, number * block_size + offset % block_size, mask=used)
+            page_id = layer * layer_stride + block * block_stride
+            tl.store(slots + token, page_id * block_size + offset % block_size, mask=used)
 
 
 def layer_tables(
+    pool: PagePool,
+    evicted: EvictedRows,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    evicted_tokens: torch.Tensor,
-    prompt_blocks: torch.Tensor,
-    kept_blocks: torch.Tensor,
-    kept_pages: torch.Tensor,
-    block_size: int,
-    layer_stride: int,
-    block_stride: int,
     out: LayerTables,
 ) -> None:
-    """See the operation; the grid depends on shapes alone, so a CUDA graph may hold the launch."""
+    """Compute the layers' tables, lengths and slots; arguments as for the operation.
+
+    Grid ``(L, R + 1)``: a program per layer and request, and one per layer for the unused slots.
+    The grid depends on shapes alone, so a CUDA graph can contain the launch.
+    """
     num_layers, num_reqs, width = out.block_table.shape
     layer_tables_kernel[num_layers, num_reqs + 1](
         block_table,
@@ -111,19 +122,19 @@ def layer_tables(
         block_table.shape[1],
         query_start_loc,
         seq_lens,
-        evicted_tokens.contiguous(),
-        prompt_blocks.contiguous(),
-        kept_blocks.contiguous(),
-        kept_pages.contiguous(),
+        evicted.evicted_tokens.contiguous(),
+        evicted.prompt_blocks.contiguous(),
+        evicted.kept_blocks.contiguous(),
+        evicted.kept_pages.contiguous(),
         out.block_table,
         out.seq_lens,
         out.slot_mapping,
         num_layers,
         width,
         out.slot_mapping.shape[1],
-        block_size,
-        layer_stride,
-        block_stride,
+        pool.block_size,
+        pool.layer_stride,
+        pool.block_stride,
         LAYERS=triton.next_power_of_2(num_layers),
         BLOCK=BLOCK,
     )

@@ -1,31 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.observe` in two passes over the keys, which never materialise attention.
+"""`vl_cache_vllm.ops.observe.observe` as two launches, which never store the attention matrix.
 
-The first pass finds each row's maximum logit and sum of exponentials, with the keys split over
-programs, because few queries alone would not fill a GPU. In the second one each program owns some
-keys of a KV head: it goes over the queries, adds up its columns and counts the dense entries.
+1. `statistics_kernel` computes each row's maximum logit and sum of exponentials. The keys are split
+   over several programs, since the few queries of an observation window would not fill a GPU.
+2. `columns_kernel` combines these statistics and recomputes the logits. Each program owns a tile of
+   keys of one KV head, loops over the rows, sums the columns and counts the dense entries.
 
-A row is a query of one head of the KV head's group: row r is query ``r // group``.
+Example with 2 KV heads, 3 row tiles, 8 key tiles and 4 splits; only the first head is drawn::
+
+              launch 1: 3 x 4 x 2 programs        launch 2: 8 x 2 programs
+
+              key tiles                           key tiles
+              0   1 | 2   3 | 4   5 | 6   7       0   1   2   3   4   5   6   7
+    rows 0   [ p0  ] [ p3  ] [ p6  ] [ p9  ]      |   |   |   |   |   |   |   |
+    rows 1   [ p1  ] [ p4  ] [ p7  ] [ p10 ]      p0  p1  p2  p3  p4  p5  p6  p7
+    rows 2   [ p2  ] [ p5  ] [ p8  ] [ p11 ]      v   v   v   v   v   v   v   v
+
+A row is one query of one head of a KV head's group: row r is query ``r // group`` and head
+``r % group`` of the group. Its position is ``first_position + r // group``.
 """
 
 import functools
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from vl_cache_vllm.ops.observe import AttentionParams
 from vl_cache_vllm.ops.page_pool import PagedKeys
 
-ROWS, KEYS = 64, 64  # of a program
-SPLITS = 16  # whose statistics are combined at once
+ROWS, KEYS = 64, 64  # rows and keys of a tile
+SPLITS = 16  # splits whose statistics are combined in one iteration
 PROGRAMS_PER_SM = 2
 
 
 @triton.jit
-def _load_queries(query, query_stride, head_stride, kv_head, row, num_rows, head_size, GROUP, E):
-    """``[rows, elements]``"""
+def _load_queries(
+    query,  # [num_queries, num_heads, head_size], any float type
+    query_stride,  # int, elements from query to query
+    head_stride,  # int, elements from query head to query head
+    kv_head,  # scalar int64
+    row,  # [ROWS] int32, row indices
+    num_rows,  # int, num_queries * GROUP
+    head_size,  # int, elements of a query
+    GROUP,  # constant, query heads per KV head
+    E,  # constant, head_size rounded up to a power of 2
+):
+    """Queries of a row tile, ``[ROWS, E]``; 0 outside the tensor."""
     element = tl.arange(0, E)
     head = kv_head * GROUP + row % GROUP
     start = query + (row // GROUP).to(tl.int64) * query_stride + head * head_stride
@@ -35,32 +58,40 @@ def _load_queries(query, query_stride, head_stride, kv_head, row, num_rows, head
 
 @triton.jit
 def _load_keys(
-    pages,
-    page_stride,
-    head_stride,
-    token_stride,
-    element_stride,
-    block_row,
-    block_stride,
-    block_size,
-    kv_head,
-    position,
-    num_keys,
-    head_size,
-    E,
+    key_pages,  # any element type, begins with the first element of the first key of block 0
+    page_stride,  # int, elements from page to page
+    head_stride,  # int, elements from KV head to KV head
+    token_stride,  # int, elements from token to token of a page
+    element_stride,  # int, elements from one element of a key to the next
+    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
+    block_stride,  # int, pages from block to block
+    block_size,  # int, tokens of a page
+    kv_head,  # scalar int64
+    position,  # [KEYS] int32, positions in the sequence
+    num_keys,  # int
+    head_size,  # int, elements of a key
+    E,  # constant, head_size rounded up to a power of 2
 ):
-    """``[elements, keys]``"""
+    """Keys of a tile, transposed, ``[E, KEYS]``; 0 outside the sequence."""
     element = tl.arange(0, E)
     exists = position < num_keys
     block = tl.load(block_row + position // block_size, mask=exists, other=0).to(tl.int64)
-    start = pages + block * block_stride * page_stride + kv_head * head_stride
+    start = key_pages + block * block_stride * page_stride + kv_head * head_stride
     start += position % block_size * token_stride
     exists = (element < head_size)[:, None] & exists[None, :]
     return tl.load(start[None, :] + element[:, None] * element_stride, mask=exists, other=0.0)
 
 
 @triton.jit
-def _logits(query, key, scale, softcap, HAS_SOFTCAP: tl.constexpr, WIDENS: tl.constexpr):
+def _logits(
+    query,  # [ROWS, E], any float type
+    key,  # [E, KEYS], any float type
+    scale,  # float, softmax scale
+    softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
+    HAS_SOFTCAP: tl.constexpr,  # bool
+    WIDENS: tl.constexpr,  # bool, convert to float32 before the product
+):
+    """Logits of a tile before masking, float32 ``[ROWS, KEYS]``."""
     if WIDENS:
         query, key = query.to(tl.float32), key.to(tl.float32)
     logits = tl.dot(query, key, input_precision="ieee") * scale
@@ -72,42 +103,43 @@ def _logits(query, key, scale, softcap, HAS_SOFTCAP: tl.constexpr, WIDENS: tl.co
 _VARYING = ["num_rows", "num_keys", "first_position", "block_stride"]
 
 
-# One compilation serves all prompts: numbers that vary are not specialised on.
+# Compiled once for all prompts.
 @triton.jit(
     do_not_specialize=[*_VARYING, "keys_per_split"],
     do_not_specialize_on_alignment=["block_row"],
 )
 def statistics_kernel(
-    query,
-    query_stride,
-    query_head_stride,
-    pages,
-    page_stride,
-    head_stride,
-    token_stride,
-    element_stride,
-    block_row,
-    block_stride,
-    block_size,
-    maxima,
-    sums,
-    num_rows,
-    num_keys,
-    keys_per_split,
-    first_position,
-    head_size,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WIDENS: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    query,  # [num_queries, num_heads, head_size], any float type
+    query_stride,  # int, elements from query to query
+    query_head_stride,  # int, elements from query head to query head
+    key_pages,  # any element type, begins with the first element of the first key of block 0
+    page_stride,  # int, elements from page to page
+    head_stride,  # int, elements from KV head to KV head
+    token_stride,  # int, elements from token to token of a page
+    element_stride,  # int, elements from one element of a key to the next
+    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
+    block_stride,  # int, pages from block to block
+    block_size,  # int, tokens of a page
+    maxima,  # [num_splits, num_kv_heads, num_rows] float32, output: largest logit; -inf: no key
+    sums,  # [num_splits, num_kv_heads, num_rows] float32, output: sum of exp(logit - maximum)
+    num_rows,  # int, num_queries * GROUP
+    num_keys,  # int, keys up to the last query
+    keys_per_split,  # int, a multiple of KEYS
+    first_position,  # int, position of the first query
+    head_size,  # int, elements of a query or key
+    scale,  # float, softmax scale
+    softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
+    GROUP: tl.constexpr,  # query heads per KV head
+    HAS_SOFTCAP: tl.constexpr,  # bool
+    WIDENS: tl.constexpr,  # bool, convert to float32 before the product
+    E: tl.constexpr,  # head_size rounded up to a power of 2, at least 16
+    ROWS: tl.constexpr,  # rows of a tile
+    KEYS: tl.constexpr,  # keys of a tile
 ):
-    """Each row's maximum and sum over a split of the keys, float32 ``[splits, kv_heads, rows]``.
+    """Compute the softmax statistics of a row tile over one split of the keys.
 
-    Grid ``(row tiles, splits, kv_heads)``.
+    Grid ``(row tiles, num_splits, num_kv_heads)``. Online softmax: when a later tile of keys has a
+    larger logit, the sum so far is rescaled to the new maximum.
     """
     first_row = tl.program_id(0) * ROWS
     split, kv_head = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -123,7 +155,7 @@ def statistics_kernel(
     for start in range(first_key, tl.minimum(first_key + keys_per_split, seen), KEYS):
         position = start + tl.arange(0, KEYS)
         keys = _load_keys(
-            pages,
+            key_pages,
             page_stride,
             head_stride,
             token_stride,
@@ -144,56 +176,61 @@ def statistics_kernel(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(maximum - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
         maximum = higher
-    place = (split * tl.num_programs(2) + kv_head) * num_rows + row
-    tl.store(maxima + place, maximum, mask=row < num_rows)
-    tl.store(sums + place, total, mask=row < num_rows)
+    index = (split * tl.num_programs(2) + kv_head) * num_rows + row
+    tl.store(maxima + index, maximum, mask=row < num_rows)
+    tl.store(sums + index, total, mask=row < num_rows)
 
 
+# Compiled once for all prompts.
 @triton.jit(
     do_not_specialize=[*_VARYING, "num_splits", "weights_stride", "column_stride"],
     do_not_specialize_on_alignment=["block_row", "weights", "column_sums", "dense_entries"],
 )
 def columns_kernel(
-    query,
-    query_stride,
-    query_head_stride,
-    pages,
-    page_stride,
-    head_stride,
-    token_stride,
-    element_stride,
-    block_row,
-    block_stride,
-    block_size,
-    maxima,
-    sums,
-    num_rows,
-    num_keys,
-    num_splits,
-    first_position,
-    head_size,
-    scale,
-    softcap,
-    log_threshold,
-    weights,
-    weights_stride,
-    column_sums,
-    column_stride,
-    dense_entries,
-    GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WIDENS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    query,  # [num_queries, num_heads, head_size], any float type
+    query_stride,  # int, elements from query to query
+    query_head_stride,  # int, elements from query head to query head
+    key_pages,  # any element type, begins with the first element of the first key of block 0
+    page_stride,  # int, elements from page to page
+    head_stride,  # int, elements from KV head to KV head
+    token_stride,  # int, elements from token to token of a page
+    element_stride,  # int, elements from one element of a key to the next
+    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
+    block_stride,  # int, pages from block to block
+    block_size,  # int, tokens of a page
+    maxima,  # [num_splits, num_kv_heads, num_rows] float32, of statistics_kernel
+    sums,  # [num_splits, num_kv_heads, num_rows] float32, of statistics_kernel
+    num_rows,  # int, num_queries * GROUP
+    num_keys,  # int, keys up to the last query
+    num_splits,  # int
+    first_position,  # int, position of the first query
+    head_size,  # int, elements of a query or key
+    scale,  # float, softmax scale
+    softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
+    log_threshold,  # float, ln p, 0 or less
+    weights,  # [num_kv_heads, num_queries] float32; not read without HAS_WEIGHTS
+    weights_stride,  # int, elements from KV head to KV head of weights
+    column_sums,  # [num_kv_heads, >= num_keys] float32, added to
+    column_stride,  # int, elements from KV head to KV head of column_sums
+    dense_entries,  # [] int64, added to
+    GROUP: tl.constexpr,  # query heads per KV head
+    HAS_SOFTCAP: tl.constexpr,  # bool
+    WIDENS: tl.constexpr,  # bool, convert to float32 before the product
+    HAS_WEIGHTS: tl.constexpr,  # bool
+    SPLITS: tl.constexpr,  # splits combined in one iteration
+    E: tl.constexpr,  # head_size rounded up to a power of 2, at least 16
+    ROWS: tl.constexpr,  # rows of a tile
+    KEYS: tl.constexpr,  # keys of a tile
 ):
-    """Add a tile of keys' columns, and its dense entries. Grid ``(key tiles, kv_heads)``."""
+    """Add the attention of all rows to the columns of one key tile, and count dense entries.
+
+    Grid ``(key tiles, num_kv_heads)``. A column has one owner, so the sums need no atomics and come
+    out identically in every run; the integer count is added atomically.
+    """
     first_key, kv_head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     position = first_key + tl.arange(0, KEYS)
     keys = _load_keys(
-        pages,
+        key_pages,
         page_stride,
         head_stride,
         token_stride,
@@ -209,7 +246,7 @@ def columns_kernel(
     )
     column = tl.zeros((KEYS,), tl.float32)
     dense = tl.zeros((KEYS,), tl.int32)
-    # Queries before the tile's first key do not see it.
+    # Rows before the tile's first key cannot attend to it: skip whole row tiles.
     first_row = tl.maximum(0, first_key - first_position) * GROUP // ROWS * ROWS
     for start in range(first_row, num_rows, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -220,14 +257,14 @@ def columns_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         for first_split in range(0, num_splits, SPLITS):
             split = first_split + tl.arange(0, SPLITS)
-            place = (split[:, None] * tl.num_programs(1) + kv_head) * num_rows + row[None, :]
+            index = (split[:, None] * tl.num_programs(1) + kv_head) * num_rows + row[None, :]
             exists = (split < num_splits)[:, None] & (row < num_rows)[None, :]
-            of_splits = tl.load(maxima + place, mask=exists, other=float("-inf"))
+            of_splits = tl.load(maxima + index, mask=exists, other=float("-inf"))
             before, maximum = maximum, tl.maximum(maximum, tl.max(of_splits, 0))
             base = tl.where(row < num_rows, maximum, 0.0)
-            shares = tl.load(sums + place, mask=exists, other=0.0)
-            shares *= tl.exp(of_splits - base[None, :])
-            total = total * tl.exp(before - base) + tl.sum(shares, 0)
+            parts = tl.load(sums + index, mask=exists, other=0.0)
+            parts *= tl.exp(of_splits - base[None, :])
+            total = total * tl.exp(before - base) + tl.sum(parts, 0)
         base = tl.where(row < num_rows, maximum, 0.0)
         total = tl.where(row < num_rows, total, 1.0)
 
@@ -250,34 +287,65 @@ def columns_kernel(
 
 @functools.cache
 def _num_programs(device: torch.device) -> int:
-    """Programs that keep a device busy."""
+    """Number of programs that keep a device busy."""
     if device.type != "cuda":
-        return 8  # of the interpreter: some
+        return 8  # interpreter: more than one, so that tests combine splits
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def observe_blocks(
+@dataclass(frozen=True)
+class _KeyBlocks:
+    """Keys of a sequence in blocks, as the kernels address them."""
+
+    key_pages: torch.Tensor  # begins with the first element of the first key of block 0
+    page_stride: int  # elements from page to page
+    head_stride: int  # elements from KV head to KV head
+    token_stride: int  # elements from token to token of a page
+    element_stride: int  # elements from one element of a key to the next
+    block_row: torch.Tensor  # [num_blocks] int32 or int64, block ids in the order of the tokens
+    block_stride: int  # pages from block to block
+    block_size: int  # tokens of a page
+
+    @classmethod
+    def of(cls, key: torch.Tensor | PagedKeys) -> "_KeyBlocks":
+        """Keys in a pool, or a plain tensor ``[num_kv_heads, num_keys, head_size]`` as one block.
+
+        Raises:
+            ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
+        """
+        if isinstance(key, torch.Tensor):
+            row = torch.zeros(1, dtype=torch.int32, device=key.device)
+            head_stride, token_stride, element_stride = key.stride()
+            strides = 0, head_stride, token_stride, element_stride
+            return cls(key, *strides, row, 0, key.shape[1])
+        pool = key.pool
+        offset, token_stride, element_stride = pool.packing.key.regular_strides()
+        page_stride, head_stride, _ = pool.pages.stride()
+        # A view that begins with the first key, since a kernel gets the address of a tensor.
+        offset += int(pool.pages.storage_offset()) + key.layer * pool.layer_stride * page_stride
+        key_pages = pool.pages.as_strided((1,), (1,), offset)
+        strides = page_stride, head_stride, token_stride, element_stride
+        return cls(key_pages, *strides, key.block_row, pool.block_stride, pool.block_size)
+
+
+def observe(
     query: torch.Tensor,
-    pages: torch.Tensor,
-    keys: tuple[int, int, int, int],
-    block_row: torch.Tensor,
-    block_stride: int,
-    block_size: int,
+    key: torch.Tensor | PagedKeys,
     first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
+    params: AttentionParams,
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
 ) -> None:
-    """`observe` with keys in blocks.
+    """Accumulate attention and count dense entries; arguments as for the operation.
 
-    Args:
-        pages: begins with the first element of block 0's first key.
-        keys: strides of pages, KV heads, tokens and elements.
-        block_stride: from one block's page to the next one's, in pages.
+    Grid of the first launch: ``(row tiles, num_splits, num_kv_heads)``, with as many splits as are
+    needed to keep the device busy. Grid of the second: ``(key tiles, num_kv_heads)``.
+
+    Raises:
+        ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
     """
+    keys = _KeyBlocks.of(key)
     num_queries, num_heads, head_size = query.shape
     num_kv_heads = column_sums.shape[0]
     group = num_heads // num_kv_heads
@@ -291,14 +359,26 @@ def observe_blocks(
     maxima = torch.empty(num_splits, num_kv_heads, num_rows, device=query.device)
     sums = torch.empty_like(maxima)
     inputs = (
-        *(query, query.stride(0), query.stride(1)),
-        *(pages, *keys, block_row, block_stride, block_size),
-        *(maxima, sums, num_rows, num_keys),
+        query,
+        query.stride(0),
+        query.stride(1),
+        keys.key_pages,
+        keys.page_stride,
+        keys.head_stride,
+        keys.token_stride,
+        keys.element_stride,
+        keys.block_row,
+        keys.block_stride,
+        keys.block_size,
+        maxima,
+        sums,
+        num_rows,
+        num_keys,
     )
-    shape = {
+    constants = {
         "GROUP": group,
-        "HAS_SOFTCAP": softcap > 0,
-        # The interpreter would multiply the bits of bfloat16 as integers.
+        "HAS_SOFTCAP": params.softcap > 0,
+        # The interpreter multiplies the bit patterns of bfloat16 as integers.
         "WIDENS": triton.knobs.runtime.interpret,
         "E": max(16, triton.next_power_of_2(head_size)),
         "ROWS": ROWS,
@@ -309,19 +389,20 @@ def observe_blocks(
         tiles_per_split * KEYS,
         first_position,
         head_size,
-        scale,
-        softcap,
-        **shape,
+        params.scale,
+        params.softcap,
+        **constants,
     )
+    # Without weights any tensor will do as the argument, since the kernel does not read it.
     weights = dense_entries if query_weights is None else query_weights.float().contiguous()
     columns_kernel[key_tiles, num_kv_heads](
         *inputs,
         num_splits,
         first_position,
         head_size,
-        scale,
-        softcap,
-        math.log(threshold),
+        params.scale,
+        params.softcap,
+        math.log(params.threshold),
         weights,
         num_queries,
         column_sums,
@@ -329,25 +410,5 @@ def observe_blocks(
         dense_entries,
         HAS_WEIGHTS=query_weights is not None,
         SPLITS=SPLITS,
-        **shape,
+        **constants,
     )
-
-
-def observe(query: torch.Tensor, key: torch.Tensor | PagedKeys, *how: Any, **named: Any) -> None:
-    """See the operation; keys that are not in pages are one block.
-
-    Raises:
-        ValueError: if tokens do not lie at regular strides in a page, as they do on every GPU.
-    """
-    if isinstance(key, torch.Tensor):
-        row = torch.zeros(1, dtype=torch.int32, device=key.device)
-        observe_blocks(query, key, (0, *key.stride()), row, 0, key.shape[1], *how, **named)
-        return
-    pool = key.pool
-    offset, token_stride, element_stride = pool.packing.key.regular_strides()
-    page_stride, head_stride, _ = pool.pages.stride()
-    offset += pool.pages.storage_offset() + key.layer * pool.layer_stride * page_stride
-    first_key = pool.pages.as_strided((1,), (1,), offset)
-    strides = page_stride, head_stride, token_stride, element_stride
-    blocks = key.block_row, pool.block_stride, pool.block_size
-    observe_blocks(query, first_key, strides, *blocks, *how, **named)

@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.select.select` in one launch, a program per layer and KV head.
+"""`vl_cache_vllm.ops.select.select` as one launch, a program per layer and KV head.
 
-A radix select finds the score of the last token that is kept, eight bits at a time, with the number
-of kept tokens read on the device; then the kept positions are written in their order.
+Each token gets an unsigned key whose order is the order of selection. A radix select finds the key
+of the last kept token, eight bits per pass, without sorting. One more pass writes the positions of
+the kept tokens in increasing order. The number of kept tokens is read on the device.
+
+Example with 4-bit keys, two bits per pass, and 3 kept tokens::
+
+    position           0     1     2     3     4     5
+    key              0111  1010  0110  1001  0110  0011
+    pass 1, first two bits: 10 twice, 01 three times, 00 once
+        two keys are above 01, so the third key begins with 01 and is the first of those
+    pass 2, last two bits of the keys 01..: 11 once, 10 twice
+        the key of the last kept token is 0111
+    kept: keys above 0111, then keys equal to it, until 3 are kept: positions 0, 1, 3
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024
+BLOCK = 1024  # tokens per iteration
 
 
 @triton.jit
 def _keys(
-    scores,
-    precedence,
-    token,
-    first_recent,
-    num_tokens,
-    HAS_PRECEDENCE: tl.constexpr,
+    scores,  # [num_tokens] float32, of one layer and KV head
+    precedence,  # [num_tokens] int64, 32 bits used; not read without HAS_PRECEDENCE
+    token,  # [BLOCK] int32, positions to load
+    first_recent,  # scalar int64, position of the first recent token
+    num_tokens,  # int
+    HAS_PRECEDENCE: tl.constexpr,  # bool
 ):
-    """Unsigned numbers that order tokens as they shall be kept, int64 bit patterns of 64 bits."""
+    """Unsigned keys in the order of selection, uint64 ``[BLOCK]``: the largest is kept first.
+
+    The low 32 bits order by score, the high ones by precedence. Recent tokens get the largest key.
+    """
     exists = token < num_tokens
     score = tl.load(scores + token, mask=exists, other=0.0)
     score = tl.where(score == 0, 0.0, score)  # 0.0 and -0.0 are equal
     bits = score.to(tl.int32, bitcast=True)
-    # Floats, negative ones turned round, are ordered as unsigned integers.
+    # With the sign bit flipped, or all bits of a negative number, the patterns of floats have the
+    # order of unsigned integers.
     key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True).to(tl.uint64)
     if HAS_PRECEDENCE:
         before = tl.load(precedence + token, mask=exists, other=0).to(tl.int32)
@@ -37,34 +52,34 @@ def _keys(
     return tl.where(token >= first_recent, highest, key)
 
 
-# One compilation serves all prompts and ratios. A number without a type would come in 32 bits, in
-# which a tenth of 10 tokens is more than one.
+# Compiled once for all prompts and ratios. The ratio has a type because Triton passes floats in 32
+# bits by default, in which a tenth of 10 tokens is more than one token.
 @triton.jit(do_not_specialize=["num_tokens", "max_kept"])
 def select_kernel(
-    scores,
-    kept_tokens,
-    precedence,
-    positions,
-    num_tokens,
-    max_kept,
-    recent_ratio: tl.float64,
-    HAS_PRECEDENCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    scores,  # [num_layers, num_kv_heads, num_tokens] float32
+    kept_tokens,  # [num_layers] int64, budget of each layer in tokens
+    precedence,  # [num_tokens] int64, 32 bits used; not read without HAS_PRECEDENCE
+    positions,  # [num_layers, num_kv_heads, max_kept] int64, output: kept positions
+    num_tokens,  # int
+    max_kept,  # int, tokens
+    recent_ratio: tl.float64,  # fraction of the budget for the most recent tokens
+    HAS_PRECEDENCE: tl.constexpr,  # bool
+    BLOCK: tl.constexpr,  # tokens per iteration
 ):
-    """Grid ``(num_layers, num_kv_heads)``."""
+    """Select the tokens of one KV head. Grid ``(num_layers, num_kv_heads)``."""
     layer = tl.program_id(0).to(tl.int64)
     row = layer * tl.num_programs(1) + tl.program_id(1)
     scores += row * num_tokens
     positions += row * max_kept
     kept = tl.load(kept_tokens + layer)
-    # As the specification does: rounded to nine decimals, then up.
-    share = tl.floor(kept.to(tl.float64) * recent_ratio * 1e9 + 0.5) / 1e9
-    first_recent = num_tokens - tl.ceil(share).to(tl.int64)
+    # As in the specification: round to nine decimals, then up.
+    recent = tl.floor(kept.to(tl.float64) * recent_ratio * 1e9 + 0.5) / 1e9
+    first_recent = num_tokens - tl.ceil(recent).to(tl.int64)
     steps = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
 
-    last = tl.zeros((), tl.uint64)  # the leading digits of the last kept token's key
-    wanted = kept  # of the tokens whose keys begin with these digits
+    last = tl.zeros((), tl.uint64)  # leading digits of the last kept token's key
+    wanted = kept  # tokens still to keep among those whose keys begin with these digits
     DIGITS: tl.constexpr = 8 if HAS_PRECEDENCE else 4
     for digit in tl.static_range(DIGITS):
         shift = 8 * (DIGITS - 1 - digit)
@@ -86,8 +101,8 @@ def select_kernel(
         key = _keys(scores, precedence, token, first_recent, num_tokens, HAS_PRECEDENCE)
         exists = token < num_tokens
         equal = exists & (key == last)
-        place = num_equal + tl.cumsum(equal.to(tl.int64), 0)  # from 1
-        is_kept = (exists & (key > last)) | (equal & (place <= wanted))
+        number = num_equal + tl.cumsum(equal.to(tl.int64), 0)  # from 1
+        is_kept = (exists & (key > last)) | (equal & (number <= wanted))
         entry = num_kept + tl.cumsum(is_kept.to(tl.int64), 0) - 1
         tl.store(positions + entry, token.to(tl.int64), mask=is_kept & (entry < max_kept))
         num_equal += tl.sum(equal.to(tl.int64))
@@ -101,7 +116,12 @@ def select(
     max_kept: int,
     precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the operation; scores are finite or infinite, precedences of 32 bits."""
+    """Select tokens by score; arguments as for the operation.
+
+    Grid ``(num_layers, num_kv_heads)``: a program selects the tokens of one KV head.
+
+    Scores must not be NaN, and precedences must fit 32 bits.
+    """
     num_layers, num_kv_heads, num_tokens = scores.shape
     positions = torch.zeros(
         num_layers, num_kv_heads, max_kept, dtype=torch.int64, device=scores.device

@@ -7,6 +7,7 @@ The documented behaviour, one promise a test; random histories are in `test_sche
 from collections import Counter
 
 import pytest
+from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request, RequestStatus
 
 from tests.helpers.blocks import (
@@ -22,10 +23,6 @@ from vl_cache_vllm.policy.vlcache import VLCachePolicy
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64
 GENERATED = 7  # the one token that is ever generated, so that answers share prefixes too
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Engine:

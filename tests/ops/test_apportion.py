@@ -73,14 +73,14 @@ def exact_apportion(weights: list[float], total: int, cap: int) -> Reference:
     return Reference(quotas, pages, is_near_tie)
 
 
-def dealt(weights: list[float], total: int, cap: int) -> list[int]:
+def distribute(weights: list[float], total: int, cap: int) -> list[int]:
     result = apportion(torch.tensor(weights, dtype=torch.float64), total, cap)
     assert result.dtype == torch.int64
     return result.tolist()
 
 
 def check(weights: list[float], total: int, cap: int) -> list[int]:
-    pages = dealt(weights, total, cap)
+    pages = distribute(weights, total, cap)
     assert sum(pages) == total
     assert all(1 <= count <= cap for count in pages)
     reference = exact_apportion(weights, total, cap)
@@ -118,8 +118,8 @@ def test_examples(weights: list[float], total: int, cap: int, expected: list[int
     ("total", "cap"), [(2, 8), (25, 8), (3, 0), (0, 8), (-3, 8)], ids=lambda n: str(n)
 )
 def test_impossible_divisions_are_refused(total: int, cap: int) -> None:
-    with pytest.raises(ValueError, match=f"cannot deal {total} pages to 3 layers"):
-        dealt([0.1, 0.2, 0.3], total, cap)
+    with pytest.raises(ValueError, match=f"cannot distribute {total} pages over 3 layers"):
+        distribute([0.1, 0.2, 0.3], total, cap)
 
 
 @st.composite
@@ -161,7 +161,7 @@ def test_random_round_weights(division: tuple[list[float], int, int]) -> None:
 def test_never_against_the_weights(division: tuple[list[float], int, int]) -> None:
     """Equal layers get equal pages but for one, the lower first; a heavier one at least as many."""
     weights, total, cap = division
-    pages = dealt(weights, total, cap)
+    pages = distribute(weights, total, cap)
     for i in range(len(weights)):
         for j in range(i + 1, len(weights)):
             if weights[i] == weights[j]:
@@ -175,7 +175,7 @@ def test_never_against_the_weights(division: tuple[list[float], int, int]) -> No
 @given(divisions(POLICY_WEIGHTS), st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**20]))
 def test_only_proportions_count(division: tuple[list[float], int, int], factor: float) -> None:
     weights, total, cap = division
-    assert dealt(weights, total, cap) == dealt([factor * w for w in weights], total, cap)
+    assert distribute(weights, total, cap) == distribute([factor * w for w in weights], total, cap)
 
 
 @examples(100)
@@ -189,7 +189,7 @@ def test_equal_weights_differ_by_at_most_one(num_layers: int, data: st.DataObjec
     )
     share, rest = divmod(total, num_layers)
     expected = [share + 1] * rest + [share] * (num_layers - rest)
-    assert dealt([0.1] * num_layers, total, 200) == expected
+    assert distribute([0.1] * num_layers, total, 200) == expected
 
 
 def test_at_a_cap_no_page_is_lost_to_rounding() -> None:
@@ -214,7 +214,7 @@ def test_exact_ties_go_to_the_lower_layer_whatever_its_weight(
 ) -> None:
     """All weights are binary fractions, so the ties are exact."""
     assert exact_apportion(weights, total, cap).pages == expected
-    assert dealt(weights, total, cap) == expected
+    assert distribute(weights, total, cap) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number, value_of
 from vl_cache_vllm.ops.compact import compact
-from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -14,7 +14,7 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
 # Pages per layer, summing to a multiple of the number of layers; M is that multiple.
-DEALS = pytest.mark.parametrize(
+DISTRIBUTIONS = pytest.mark.parametrize(
     "kept_pages",
     [(1, 1, 1), (4, 1, 1), (1, 1, 4), (1, 5, 3), (3, 3, 3), (6,), (1, 2, 3, 4, 5)],
     ids=lambda pages: "-".join(map(str, pages)),
@@ -38,7 +38,7 @@ def random_positions(
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
-@DEALS
+@DISTRIBUTIONS
 @DTYPES
 def test_equals_copying_token_by_token(
     page_order: str, packing: str, kept_pages: tuple[int, ...], dtype: torch.dtype
@@ -60,14 +60,14 @@ def test_equals_copying_token_by_token(
 
     compact(pool, prompt_row, kept_row, torch.tensor(kept_pages), positions)
 
-    dealt = 0  # page f of the deal is page f % L of block f // L
+    page_index = 0  # page f of the kept pages is page f % L of block f // L
     written = set()
     for layer, pages in enumerate(kept_pages):
         for page_in_layer in range(pages):
-            block = int(kept_row[dealt // num_layers])
-            destination = page_number(pool, dealt % num_layers, block)
+            block = int(kept_row[page_index // num_layers])
+            destination = page_number(pool, page_index % num_layers, block)
             written.add(destination)
-            dealt += 1
+            page_index += 1
             for head in range(num_kv_heads):
                 for token in range(block_size):
                     position = int(positions[layer, head, page_in_layer * block_size + token])
@@ -84,7 +84,7 @@ def test_equals_copying_token_by_token(
 
 
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
-@DEALS
+@DISTRIBUTIONS
 def test_layer_tables_find_the_survivors(
     page_order: str, packing: str, kept_pages: tuple[int, ...]
 ) -> None:
@@ -111,16 +111,16 @@ def test_layer_tables_find_the_survivors(
         torch.zeros(num_layers, 1, dtype=torch.int64),
     )
     layer_tables(
+        pool,
+        EvictedRows(
+            torch.tensor([prompt_tokens]),
+            torch.tensor([prompt_blocks]),
+            torch.tensor([num_kept]),
+            torch.tensor([kept_pages]),
+        ),
         row[None].int(),
         torch.tensor([0, 1], dtype=torch.int32),
         torch.tensor([prompt_tokens + 1], dtype=torch.int32),
-        torch.tensor([prompt_tokens]),
-        torch.tensor([prompt_blocks]),
-        torch.tensor([num_kept]),
-        torch.tensor([kept_pages]),
-        block_size,
-        pool.layer_stride,
-        pool.block_stride,
         out,
     )
     for layer, pages in enumerate(kept_pages):

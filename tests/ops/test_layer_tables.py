@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.utils.math_utils import cdiv
 
 from tests.conftest import examples
-from tests.helpers.pools import PAGE_ORDERS, strides
-from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from tests.helpers.pools import PAGE_ORDERS, make_pool, strides
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
+from vl_cache_vllm.ops.page_pool import PagePool
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -34,8 +36,16 @@ class Row:
         return self.computed + self.scheduled
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def pool_of(page_order: str, num_layers: int, block_size: int) -> PagePool:
+    """A pool whose pages are as small as they can be: their content does not matter."""
+    return make_pool(
+        page_order,
+        num_layers=num_layers,
+        num_blocks=NUM_BLOCKS,
+        num_kv_heads=1,
+        block_size=block_size,
+        head_size=1,
+    )
 
 
 def prompt_and_kept_blocks(row: Row, block_size: int) -> tuple[int, int]:
@@ -63,13 +73,13 @@ def naive_pages(
         in_use = blocks[: cdiv(row.end, block_size)]
         return [layer * layer_stride + block * block_stride for block in in_use]
     num_prompt, num_kept = prompt_and_kept_blocks(row, block_size)
-    deal = [  # all pages of the kept blocks, block after block
+    kept = [  # all pages of the kept blocks, block after block
         of_layer * layer_stride + block * block_stride
         for block in blocks[num_prompt : num_prompt + num_kept]
         for of_layer in range(num_layers)
     ]
     first = sum(row.kept_pages[:layer])
-    pages = deal[first : first + row.kept_pages[layer]]
+    pages = kept[first : first + row.kept_pages[layer]]
     for block in blocks[num_prompt + num_kept :]:
         pages.append(layer * layer_stride + block * block_stride)
     return pages
@@ -88,7 +98,6 @@ def check(
 ) -> LayerTables:
     """Compare a batch with the naive construction; returns the tables for further checks."""
     generator = torch.Generator().manual_seed(seed)
-    layer_stride, block_stride = strides(page_order, num_layers, NUM_BLOCKS)
     lengths = [row_length(row, block_size) for row in rows]
     columns = max(lengths) + spare_columns
     # Columns beyond a row hold whatever an earlier request left there.
@@ -112,16 +121,16 @@ def check(
         torch.full((num_layers, num_tokens + padding), FILLER, dtype=torch.int64),
     )
     layer_tables(
+        pool_of(page_order, num_layers, block_size),
+        EvictedRows(
+            torch.tensor([row.evicted_tokens for row in rows]),
+            torch.tensor([num_prompt for num_prompt, _ in numbers]),
+            torch.tensor([num_kept for _, num_kept in numbers]),
+            torch.tensor([row.kept_pages or (0,) * num_layers for row in rows]),
+        ),
         block_table.int(),
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor([row.end for row in rows], dtype=torch.int32),
-        torch.tensor([row.evicted_tokens for row in rows]),
-        torch.tensor([num_prompt for num_prompt, _ in numbers]),
-        torch.tensor([num_kept for _, num_kept in numbers]),
-        torch.tensor([row.kept_pages or (0,) * num_layers for row in rows]),
-        block_size,
-        layer_stride,
-        block_stride,
         out,
     )
     written = out.block_table[out.block_table != FILLER]
@@ -200,7 +209,7 @@ def test_single_layer_keeps_block_numbers(page_order: str) -> None:
 
 
 def test_documented_example() -> None:
-    """design.md: 8 prompt blocks of 3 layers kept as 2 blocks, dealt 4 + 1 + 1."""
+    """The example of `layer_tables`: 8 prompt blocks, 2 kept blocks, 4 + 1 + 1 pages."""
     row = [*range(10, 20), 30]  # 8 prompt blocks, 2 kept, 1 decode block
     out = LayerTables(
         torch.zeros(3, 1, 5, dtype=torch.int32),
@@ -208,16 +217,16 @@ def test_documented_example() -> None:
         torch.zeros(3, 1, dtype=torch.int64),
     )
     layer_tables(
+        pool_of("block-outermost", num_layers=3, block_size=4),
+        EvictedRows(
+            evicted_tokens=torch.tensor([31]),
+            prompt_blocks=torch.tensor([8]),
+            kept_blocks=torch.tensor([2]),
+            kept_pages=torch.tensor([[4, 1, 1]]),
+        ),
         torch.tensor([row], dtype=torch.int32),
         torch.tensor([0, 1], dtype=torch.int32),
         torch.tensor([32], dtype=torch.int32),
-        torch.tensor([31]),
-        torch.tensor([8]),
-        torch.tensor([2]),
-        torch.tensor([[4, 1, 1]]),
-        4,
-        1,
-        3,
         out,
     )
     # Block b, layer l is page 3 * b + l.

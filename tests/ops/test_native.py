@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the C++ operators are there and who serves."""
+"""The C++ operators: whether they are built, which implementation runs, and their registration."""
 
 import shutil
 import sysconfig
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vl_cache_vllm.ops import dispatch, native
 
@@ -41,8 +43,61 @@ def test_they_cannot_serve_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 def test_they_are_torch_operators() -> None:
-    for name in ("observe", "select", "compact", "layer_tables"):
+    assert {"observe", "select", "compact", "layer_tables"} == native.OPERATIONS
+    for name in native.OPERATIONS:
         assert hasattr(torch.ops.vl_cache, name)
+
+
+def arguments(name: str) -> tuple[Any, ...]:
+    """A small valid call: 2 layers, 2 KV heads, 4 tokens per block, 8 elements per key."""
+    int64 = torch.int64
+    if name == "observe":
+        query, key = torch.rand(3, 4, 8), torch.rand(2, 9, 8)
+        dense_entries = torch.zeros((), dtype=int64)
+        return query, key, 6, 0.3, 0.01, 0.0, torch.zeros(2, 9), dense_entries, torch.rand(2, 3)
+    if name == "select":
+        return torch.rand(2, 2, 9), torch.tensor([4, 8]), 0.1, 8, torch.arange(9)
+    if name == "compact":
+        index = torch.arange(32).view(4, 8)
+        positions = torch.arange(9)[:8].expand(2, 2, 8).contiguous()
+        blocks = torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([1, 1])
+        return torch.rand(8, 2, 64), index, index + 32, *blocks, positions, 4, 1
+    assert name == "layer_tables"
+    evicted = torch.tensor([9]), torch.tensor([3]), torch.tensor([1]), torch.tensor([[1, 1]])
+    return (
+        torch.arange(5, dtype=torch.int32)[None],
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([10], dtype=torch.int32),
+        *evicted,
+        *(4, 5, 1),
+        torch.zeros(2, 1, 2, dtype=torch.int32),
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.zeros(2, 1, dtype=int64),
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("name", sorted(native.OPERATIONS))
+def test_they_are_registered_correctly(name: str) -> None:
+    """`torch.library.opcheck` tests the schema, what is written, and the fake implementation."""
+    operator = getattr(torch.ops.vl_cache, name).default
+    checks = torch.library.opcheck(operator, arguments(name))
+    assert set(checks.values()) == {"SUCCESS"}, checks
+
+
+@needs_library
+@pytest.mark.parametrize("name", sorted(native.OPERATIONS))
+def test_fakes_return_what_the_operators_return(name: str) -> None:
+    operator = getattr(torch.ops.vl_cache, name)
+    real = operator(*arguments(name))
+    with FakeTensorMode():
+        fake = operator(*arguments(name))
+    if name != "select":
+        assert real is fake is None
+        return
+    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+    meta = operator(*(one.to("meta") if hasattr(one, "to") else one for one in arguments(name)))
+    assert meta.shape == real.shape and meta.device.type == "meta"
 
 
 @needs_library

@@ -9,12 +9,13 @@ import torch
 
 from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number
 from vl_cache_vllm.ops import dispatch
-from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
 THRESHOLD = 0.01
+PARAMS = AttentionParams(scale=0.2, softcap=0.0, threshold=THRESHOLD)
 
 
 def naive_observe(
@@ -76,7 +77,8 @@ def run(
     columns = first_position + query.shape[0] if columns is None else columns
     sums = torch.zeros(key.shape[0], columns)
     dense = torch.zeros((), dtype=torch.int64)
-    observe(query, key, first_position, scale, threshold, softcap, sums, dense)
+    params = AttentionParams(scale, softcap, threshold)
+    observe(query, key, first_position, params, sums, dense)
     return sums, int(dense)
 
 
@@ -106,7 +108,7 @@ def test_keys_in_pages(page_order: str, packing: str, block_size: int) -> None:
     num_queries, first = 6, 9 * block_size + 2
     query, _ = random_case(num_queries, 1, 2, 3, 12)
     sums, dense = torch.zeros(2, first + num_queries), torch.zeros((), dtype=torch.int64)
-    observe(query, PagedKeys(pool, 1, row), first, 0.2, THRESHOLD, 0.0, sums, dense)
+    observe(query, PagedKeys(pool, 1, row), first, PARAMS, sums, dense)
     key = torch.stack(
         [
             torch.stack(
@@ -126,7 +128,7 @@ def test_queries_have_weights() -> None:
     query, key = random_case(9, 63, 2, 3, 80)
     weights = torch.rand(2, 9, generator=torch.Generator().manual_seed(6))
     sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
-    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sums, dense, weights)
+    observe(query, key, 54, PARAMS, sums, dense, weights)
     one_by_one = torch.zeros(2, 63, dtype=torch.float64)
     for q in range(9):
         alone, _ = naive_observe(query[q : q + 1], key, 54 + q, 0.2, THRESHOLD, 0.0)
@@ -203,7 +205,7 @@ def test_chunks_add_up_to_one_observation(chunks: tuple[int, ...], group: int) -
         # Only the keys of the prompt so far are in the cache when a chunk runs.
         seen = key.clone()
         seen[:, first + end :] = torch.nan
-        observe(query[start:end], seen, first + start, 0.2, THRESHOLD, 0.0, sums, dense)
+        observe(query[start:end], seen, first + start, PARAMS, sums, dense)
         start = end
     torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-6)
     assert int(dense) == whole_dense
@@ -224,7 +226,7 @@ def test_accumulates_into_what_is_there_and_nowhere_else() -> None:
     query, key = random_case(4, 20, 2, 3, 16)
     alone, alone_dense = run(query, key, 10)
     sums, dense = torch.full((2, 63), 5.0), torch.tensor(1000)
-    observe(query, key, 10, 0.2, THRESHOLD, 0.0, sums, dense)
+    observe(query, key, 10, PARAMS, sums, dense)
     torch.testing.assert_close(sums[:, :14], alone + 5.0)
     assert torch.equal(sums[:, 14:], torch.full((2, 49), 5.0))
     assert int(dense) == 1000 + alone_dense
@@ -234,7 +236,7 @@ def test_accumulates_through_views_of_a_request_state() -> None:
     """The worker passes layer l of ``[L, K, tokens]`` and of ``[L]``."""
     query, key = random_case(4, 14, 2, 3, 16)
     sums, dense = torch.zeros(3, 2, 14), torch.zeros(3, dtype=torch.int64)
-    observe(query, key, 10, 0.2, THRESHOLD, 0.0, sums[1], dense[1])
+    observe(query, key, 10, PARAMS, sums[1], dense[1])
     alone, alone_dense = run(query, key, 10)
     assert torch.equal(sums[1], alone)
     assert dense.tolist() == [0, alone_dense, 0]
@@ -321,7 +323,8 @@ def naive_elite(
 @pytest.mark.parametrize(("num_queries", "first"), [(1, 62), (20, 43), (63, 0)])
 def test_elite_queries(softcap: float, share: float, num_queries: int, first: int) -> None:
     query, key = random_case(num_queries, 63, 2, 3, 16)
-    found = elite_queries(query, key, first, 0.2, softcap, share)
+    params = AttentionParams(0.2, softcap, THRESHOLD)
+    found = elite_queries(query, key, first, params, share)
     assert found.tolist() == naive_elite(query, key, first, softcap, share)
     assert found.any(-1).all()
 
@@ -331,7 +334,7 @@ def test_weights_of_queries_count_in_the_sums_only() -> None:
     elite = torch.zeros(2, 9, dtype=torch.bool)
     elite[0, [1, 4]] = elite[1, 8] = True
     sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
-    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sums, dense, elite)
+    observe(query, key, 54, PARAMS, sums, dense, elite)
     expected = torch.zeros(2, 63)
     for head, position in ((0, 1), (0, 4), (1, 8)):
         one, _ = run(query[position : position + 1], key, 54 + position, columns=63)
@@ -344,9 +347,9 @@ def test_weights_are_sliced_with_the_queries(monkeypatch: pytest.MonkeyPatch) ->
     query, key = random_case(9, 63, 2, 3, 16)
     elite = torch.rand(2, 9) < 0.5
     whole = torch.zeros(2, 63)
-    observe(query, key, 54, 0.2, THRESHOLD, 0.0, whole, torch.zeros((), dtype=torch.int64), elite)
+    observe(query, key, 54, PARAMS, whole, torch.zeros((), dtype=torch.int64), elite)
     module = importlib.import_module("vl_cache_vllm.ops.observe")
     monkeypatch.setattr(module, "_MAX_LOGITS", 2 * 6 * 63)  # two queries at a time
     sliced = torch.zeros(2, 63)
-    observe(query, key, 54, 0.2, THRESHOLD, 0.0, sliced, torch.zeros((), dtype=torch.int64), elite)
+    observe(query, key, 54, PARAMS, sliced, torch.zeros((), dtype=torch.int64), elite)
     torch.testing.assert_close(sliced, whole)

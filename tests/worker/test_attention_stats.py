@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.helpers.pools import pool_of_keys
-from vl_cache_vllm.ops.diversity import key_similarity
-from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
+from vl_cache_vllm.policy.diversity import key_similarity
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 
@@ -52,11 +52,12 @@ def test_elite_queries_score_alone() -> None:
     assert not torch.equal(elite.column_sums, plain.column_sums)
     torch.manual_seed(0)
     queries, keys = torch.randn(LAYERS, 12, 4, 8), torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)
+    params = AttentionParams(scale=0.3, softcap=0.0, threshold=0.01)
     for layer in range(LAYERS):
-        weights = elite_queries(queries[layer], keys[layer], FIRST, 0.3, 0.0, 0.5)
+        weights = elite_queries(queries[layer], keys[layer], FIRST, params, 0.5)
         assert 0 < int(weights.sum()) < weights.numel()
         expected, dense = torch.zeros(KV_HEADS, TOKENS), torch.zeros((), dtype=torch.int64)
-        observe(queries[layer], keys[layer], FIRST, 0.3, 0.01, 0.0, expected, dense, weights)
+        observe(queries[layer], keys[layer], FIRST, params, expected, dense, weights)
         torch.testing.assert_close(elite.column_sums[layer], expected)
 
 

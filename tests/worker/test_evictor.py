@@ -10,9 +10,9 @@ import torch
 
 from tests.helpers.pools import CPU_PACKINGS, PAGE_ORDERS, key_of, make_pool, page_number, value_of
 from tests.ops.test_apportion import exact_apportion
-from tests.ops.test_diversity import naive_mix
 from tests.ops.test_observe import naive_elite, naive_observe
 from tests.ops.test_select import naive_select
+from tests.policy.test_diversity import naive_mix
 from tests.policy.test_vlcache import naive_weights
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.page_pool import PagePool

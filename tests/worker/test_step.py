@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.utils.math_utils import cdiv
 
 from tests.conftest import examples
 from vl_cache_vllm.config import KVCompressConfig
@@ -23,10 +24,6 @@ from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
 
 BLOCK_SIZE = 8
 NUM_LAYERS = 3
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def config(budget: float = 0.25, **values: Any) -> KVCompressConfig:

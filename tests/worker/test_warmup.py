@@ -83,7 +83,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
     spy(
         attention_stats,
         "observe",
-        lambda *args: (isinstance(args[1], torch.Tensor), args[8] is not None),
+        lambda *args: (isinstance(args[1], torch.Tensor), args[6] is not None),
     )
     _, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
     warm_up_kernels(worker, 200, num_heads=4)

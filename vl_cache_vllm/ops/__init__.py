@@ -1,3 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device operations, one a file. The torch functions here are the reference: they specify
-what faster implementations (Triton in ``kernels/``, C++ in ``csrc/``) must compute."""
+"""Device operations of an eviction, one per file.
+
+Each operation is a torch function with the decorator `dispatch.operation`. The torch function is
+the specification: C++ (``csrc/``) and Triton (``kernels/``) must compute the same. The tests in
+``tests/ops`` compare every implementation with a loop in plain Python.
+"""

@@ -1,60 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer weights to whole pages that add up exactly."""
+"""Divide a total of pages among the layers, in proportion to their weights."""
 
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.rank import rank
+from vl_cache_vllm.ops.select import rank
 
 
 @operation
 def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
-    """Deal ``total_pages`` out in proportion to ``weights``, 1 to ``max_pages`` to each layer.
+    """Give each layer a whole number of pages, from 1 to ``max_pages``, that sum to the total.
 
-    Where the floor or the cap binds, the remaining layers share what is left in proportion to
-    their weights; fractions are settled by largest remainder, ties to the lower layer. Host
-    values only enter as bounds, so the call never reads the device back.
+    First compute fractional quotas: ``quota[l] = clip(scale * weights[l], 1, max_pages)``, with the
+    one ``scale`` for which they sum to ``total_pages``. Then round every quota down. The pages that
+    are still missing go one each to the layers with the largest remainders; of equal remainders the
+    lower layer comes first.
+
+    Example: weights 0.5, 0.3, 0.2 and 8 pages give the quotas 4.0, 2.4, 1.6, so the layers get
+    4, 2 and 2 pages.
+
+    All values that the host needs are arguments, so the call does not synchronise with the device.
 
     Args:
-        weights: positive, float64 ``[num_layers]``.
+        weights: positive, float64 ``[num_layers]``; only their proportions matter.
         total_pages: ``num_layers <= total_pages <= num_layers * max_pages``.
-        max_pages: the prompt's full pages.
+        max_pages: full pages of the prompt, which no layer's budget can exceed.
 
     Returns:
-        Pages per layer, int64 ``[num_layers]``, summing to ``total_pages``.
+        Pages of each layer, int64 ``[num_layers]``.
 
     Raises:
-        ValueError: if no such division exists.
+        ValueError: if ``total_pages`` is outside its bounds.
 
-    Source: paper, Algorithm 1; exact sums are this project's (docs/adr/0003).
+    Source: docs/method.md, Layer budgets; docs/adr/0003 explains the exact sum.
     """
     num_layers = weights.shape[0]
-    # Only proportions count; within these no step of the arithmetic leaves float64.
+    # Scale the weights to at most 1, and bound them so that no intermediate result overflows or
+    # underflows float64.
     weights = weights.nan_to_num(nan=0.0, posinf=1e300)
     weights = (weights / weights.max().clamp(min=1e-300)).clamp(min=1e-100)
-    check_deal(num_layers, total_pages, max_pages)
+    check_total_pages(num_layers, total_pages, max_pages)
     quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
-    # A layer at its cap has no claim to a rounded-up page, whatever its rounding noise.
-    # Rounded, so that noise does not decide between equal remainders either.
+    # A layer at its cap must not get another page because of rounding noise. Nine decimals, so
+    # that noise does not decide between equal remainders either.
     remainder = torch.where(pages < max_pages, (quota - pages).round(decimals=9), -1.0)
     return pages + (rank(remainder) < missing)
 
 
-def check_deal(num_layers: int, total_pages: int, max_pages: int) -> None:
-    """Raise ValueError if so many pages cannot be dealt."""
+def check_total_pages(num_layers: int, total_pages: int, max_pages: int) -> None:
+    """Raise ValueError if no distribution gives every layer 1 to ``max_pages`` pages."""
     if not num_layers <= total_pages <= num_layers * max_pages:
         raise ValueError(
-            f"cannot deal {total_pages} pages to {num_layers} layers with 1 to {max_pages} each"
+            f"cannot distribute {total_pages} pages over {num_layers} layers "
+            f"with 1 to {max_pages} pages each"
         )
 
 
 def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tensor:
-    """``clip(scale * weights, 1, cap)`` with the scale that makes it sum to ``total``.
+    """``clip(scale * weights, 1, cap)`` with the scale for which it sums to ``total``.
 
-    The sum is piecewise linear and increasing in the scale, with a kink wherever a layer leaves
-    the floor or reaches the cap: evaluate it at all 2L kinks, then interpolate.
+    The sum is piecewise linear in the scale and never decreases. It has a kink wherever a layer
+    leaves the floor (``scale = 1 / weight``) or reaches the cap (``scale = cap / weight``).
+    Evaluate it at all 2L kinks, then interpolate between the two kinks around ``total``.
     """
     kinks = torch.cat((1.0 / weights, cap / weights)).sort().values  # [2L]
     sums = (kinks[:, None] * weights).clamp(1.0, cap).sum(1)  # [2L]

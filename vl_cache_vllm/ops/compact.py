@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy the surviving tokens of every layer and KV head into the destination pages."""
+"""Copy the selected tokens of every layer and KV head into the kept blocks."""
 
 import torch
 
@@ -15,29 +15,46 @@ def compact(
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Gather survivors out of place; the prompt's pages are only read.
+    """Gather the keys and values at ``positions`` into the pages of the kept blocks.
 
-    Destination page f of the deal (see `layer_tables`) receives ``block_size`` consecutive
-    survivors of the layer that the deal gives it to.
+    The copy is out of place: pages of the prompt, which other requests may share, are only read.
+
+    The M kept blocks have M * L pages. Page index f is page ``f % L`` of kept block ``f // L``, and
+    the layers own consecutive ranges of f, in layer order (see `layer_tables`). Page j of a layer
+    receives the layer's selected tokens ``j * block_size`` to ``(j + 1) * block_size - 1``.
+
+    Example: 3 layers, M = 2 kept blocks a and b, kept pages 4, 1 and 1, 4 tokens per page::
+
+        page index f                 0     1     2      3       4     5
+        destination page             a.0   a.1   a.2    b.0     b.1   b.2
+        layer                        0     0     0      0       1     2
+        page j of the layer          0     1     2      3       0     0
+        entries of positions[layer]  0-3   4-7   8-11   12-15   0-3   0-3
+
+    In a prompt or decode block, page 1 belongs to layer 1. In a kept block it can belong to any
+    layer: a.1 holds tokens of layer 0.
+
+    Each KV head has positions of its own. A token keeps its head, and its key is not rotated again.
 
     Args:
-        pool: the page pool of all layers.
+        pool: the KV cache of all layers.
         prompt_row: block ids of the prompt, int64 ``[N]``.
-        kept_row: block ids of the destination, int64 ``[M]``; disjoint from ``prompt_row``.
-        kept_pages: pages of each layer, int64 ``[L]``, summing to M * L.
-        positions: kept positions, int64 ``[L, num_kv_heads, max_kept]``, valid up to
-            ``kept_pages[l] * block_size``.
+        kept_row: block ids of the destination, int64 ``[M]``, none of them in ``prompt_row``.
+        kept_pages: pages of each layer, int64 ``[L]``, with the sum M * L.
+        positions: positions in the prompt, int64 ``[L, num_kv_heads, max_kept]``; layer l has
+            ``kept_pages[l] * block_size`` entries, the others have no meaning.
     """
     num_layers, block_size = pool.num_layers, pool.block_size
-    total_pages = kept_row.shape[0] * num_layers
+    total_pages = kept_row.shape[0] * num_layers  # F
     device = positions.device
-    deal = torch.arange(total_pages, device=device)  # [F]
-    end = kept_pages.cumsum(0)
-    layer = torch.searchsorted(end, deal, right=True).clamp_(max=num_layers - 1)  # [F]
-    page_in_layer = deal - (end - kept_pages)[layer]
-    token = page_in_layer[:, None] * block_size + torch.arange(block_size, device=device)  # [F, N]
+    page_index = torch.arange(total_pages, device=device)  # [F]
+    end = kept_pages.cumsum(0)  # [L], end of each layer's range
+    layer = torch.searchsorted(end, page_index, right=True).clamp_(max=num_layers - 1)  # [F]
+    page_in_layer = page_index - (end - kept_pages)[layer]
+    token = page_in_layer[:, None] * block_size + torch.arange(block_size, device=device)
     heads = torch.arange(pool.num_kv_heads, device=device)
-    source = positions[layer[:, None, None], heads[:, None], token[:, None]]  # [F, K, N]
+    # [F, num_kv_heads, block_size]
+    source = positions[layer[:, None, None], heads[:, None], token[:, None]]
     source_page = pool.page_ids(layer[:, None, None], prompt_row[source // block_size])
-    destination = pool.page_ids(deal % num_layers, kept_row[deal // num_layers])  # [F]
+    destination = pool.page_ids(page_index % num_layers, kept_row[page_index // num_layers])  # [F]
     pool.copy_tokens(source_page, source % block_size, destination)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between host and device without waiting for the device."""
+"""Transfers between host and device that do not synchronise, and timing of device work."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 def to_device(
     values: Sequence[int] | Sequence[Sequence[int]], device: torch.device
 ) -> torch.Tensor:
-    """Numbers that the host knows, int64."""
+    """Copy integers of the host to a device, int64; asynchronous on a GPU."""
     numbers = torch.tensor(values, dtype=torch.int64)
     if device.type == "cpu":
         return numbers
@@ -19,7 +19,7 @@ def to_device(
 
 
 class Fetched:
-    """A copy of a device's tensor for the host, which is there when the device has come so far."""
+    """Asynchronous copy of a tensor to the host; `wait` blocks until it has completed."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._ready: torch.cuda.Event | None = None
@@ -32,16 +32,17 @@ class Fetched:
         self._ready.record()
 
     def wait(self) -> torch.Tensor:
-        """The values; waits for the device."""
+        """The values on the CPU; blocks until the device has copied them."""
         if self._ready is not None:
             self._ready.synchronize()
         return self._values
 
 
 class Stopwatch:
-    """Seconds that a device spends in blocks of code: ``with stopwatch: ...``.
+    """Total time that a device spends in blocks of code: ``with stopwatch: ...``.
 
-    On a GPU between events of its stream, which includes what the host leaves it idle in a block.
+    On a GPU it is the time between two events of the current stream, including the time in which
+    the device waits for the host inside a block.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +74,7 @@ class Stopwatch:
         self._events.append(event)
 
     def seconds(self) -> float:
-        """Of all blocks; waits for the device."""
+        """Seconds in all blocks so far; synchronises with the device."""
         if self._events:
             self._events[-1].synchronize()
         pairs = zip(self._events[::2], self._events[1::2], strict=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who serves an operation: torch, the C++ of ``csrc/`` or the Triton of ``kernels/``.
+"""Choose the implementation of an operation: torch, C++ (``csrc/``) or Triton (``kernels/``).
 
-The torch function of an operation is its specification. The others take the same arguments and
-have its name: C++ in `native`, Triton in the file of ``kernels/`` that is named as its own.
+The torch function of an operation is its specification. The other implementations have the same
+name and take the same arguments. C++ is called from `native`; the Triton launcher is in the file of
+``kernels/`` that has the name of the operation's file.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ _forced: Implementation | None = None
 
 
 def implementation_for(device: torch.device) -> Implementation:
-    """What serves tensors of a device."""
+    """The implementation for tensors on ``device``."""
     if _forced is not None:
         return _forced
     if device.type == "cuda":
@@ -33,12 +34,12 @@ def implementation_for(device: torch.device) -> Implementation:
 
 @contextlib.contextmanager
 def use(implementation: Implementation) -> Iterator[None]:
-    """Let one implementation serve all tensors; for tests and benchmarks.
+    """Use one implementation for all tensors; for tests and benchmarks.
 
-    Triton serves tensors of the CPU only under its interpreter (``TRITON_INTERPRET=1``).
+    Triton accepts CPU tensors only in its interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
-        RuntimeError: if C++ shall serve but has not been built.
+        RuntimeError: if C++ is requested but has not been built.
     """
     global _forced
     if implementation == "cpp" and not native.is_built():
@@ -51,7 +52,10 @@ def use(implementation: Implementation) -> Iterator[None]:
 
 
 def operation(reference: Callable[P, R]) -> Callable[P, R]:
-    """An operation by its torch function, whose first argument tells the device."""
+    """Decorator: make the torch function of an operation dispatch to all implementations.
+
+    The device is that of the first argument, a tensor or a `PagePool`.
+    """
 
     @functools.wraps(reference)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ operators of ``csrc/`` as torch operators ``vl_cache::*``, where they have been built.
+"""The C++ functions of ``csrc/`` as torch operators ``vl_cache::*``, if they have been built.
 
-They are a plain C library, so that building them needs a compiler but no torch, and one build
-serves every torch. Tensors are checked here; C++ sees pointers and numbers.
+They are a plain C library: the build needs a compiler but not torch, and one build works with every
+version of torch. C++ receives pointers and numbers, so this module checks types and strides. Each
+operator also has a fake implementation, which returns tensors of the right shape without computing;
+``torch.compile`` and ``FakeTensorMode`` use it.
 """
 
 import ctypes
 import importlib.machinery
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
+if TYPE_CHECKING:
+    from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables
+    from vl_cache_vllm.ops.observe import AttentionParams
+
 
 def _load() -> ctypes.CDLL | None:
-    """The library that `setup.py` built; None without one."""
+    """The library that ``setup.py`` built, or None."""
     package = Path(__file__).parents[1]
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         if (path := package / f"_native{suffix}").exists():
-            return ctypes.CDLL(str(path))  # after torch, whose OpenMP it shares
+            return ctypes.CDLL(str(path))  # after torch, so that both share one OpenMP runtime
     return None
 
 
@@ -30,7 +37,7 @@ _library = _load()
 
 
 def is_built() -> bool:
-    """Whether there is a library."""
+    """Whether the C++ library has been built and loaded."""
     return _library is not None
 
 
@@ -174,7 +181,7 @@ def _int64(tensor: torch.Tensor) -> torch.Tensor:
 def _call(
     name: str, *arguments: torch.Tensor | int | ctypes.c_float | ctypes.c_double | None
 ) -> None:
-    """Tensors go as pointers to their first element and stay alive until the call is over."""
+    """Call a C function; a tensor is passed as the address of its first element."""
     getattr(_library, name)(
         *(
             ctypes.c_void_p(argument.data_ptr())
@@ -187,30 +194,71 @@ def _call(
     )
 
 
-_OPERATORS: dict[Callable[..., Any], tuple[str, ...]] = {  # and what each writes
-    _observe: ("column_sums", "dense_entries"),
-    _select: (),
-    _compact: ("pages",),
-    _layer_tables: ("out_block_table", "out_seq_lens", "out_slot_mapping"),
+def _fake_select(
+    scores: torch.Tensor,
+    kept_tokens: torch.Tensor,
+    recent_ratio: float,
+    max_kept: int,
+    precedence: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return scores.new_empty((*scores.shape[:2], max_kept), dtype=torch.int64)
+
+
+def _fake_in_place(*args: Any) -> None:
+    """An operator that writes its arguments and returns nothing."""
+
+
+@dataclass(frozen=True)
+class _Operator:
+    run: Callable[..., Any]
+    mutates: tuple[str, ...] = ()  # names of the arguments that it writes
+    fake: Callable[..., Any] = _fake_in_place
+
+
+_OPERATORS = {
+    "observe": _Operator(_observe, ("column_sums", "dense_entries")),
+    "select": _Operator(_select, fake=_fake_select),
+    "compact": _Operator(_compact, ("pages",)),
+    "layer_tables": _Operator(
+        _layer_tables, ("out_block_table", "out_seq_lens", "out_slot_mapping")
+    ),
 }
 
 if _library is not None:
     _namespace = torch.library.Library("vl_cache", "DEF")
-    for _operator, _written in _OPERATORS.items():
-        _name = _operator.__name__.removeprefix("_")
-        _namespace.define(_name + torch.library.infer_schema(_operator, mutates_args=_written))
-        _namespace.impl(_name, _operator, "CPU")
+    for _name, _operator in _OPERATORS.items():
+        _schema = torch.library.infer_schema(_operator.run, mutates_args=_operator.mutates)
+        _namespace.define(_name + _schema)
+        _namespace.impl(_name, _operator.run, "CPU")
+        torch.library.register_fake(f"vl_cache::{_name}", _operator.fake, lib=_namespace)
 
 
 # --------------------------------------------------------------------------------------------------
-# As operations of the same name call them
+# The operations, with the arguments of their torch functions
 
-OPERATIONS = frozenset(operator.__name__.removeprefix("_") for operator in _OPERATORS)
+OPERATIONS = frozenset(_OPERATORS)
 
 
-def observe(query: torch.Tensor, key: torch.Tensor | PagedKeys, *how: Any, **named: Any) -> None:
-    key = key.read() if isinstance(key, PagedKeys) else key
-    torch.ops.vl_cache.observe(query, key, *how, **named)
+def observe(
+    query: torch.Tensor,
+    key: torch.Tensor | PagedKeys,
+    first_position: int,
+    params: "AttentionParams",
+    column_sums: torch.Tensor,
+    dense_entries: torch.Tensor,
+    query_weights: torch.Tensor | None = None,
+) -> None:
+    torch.ops.vl_cache.observe(
+        query,
+        key.read() if isinstance(key, PagedKeys) else key,
+        first_position,
+        params.scale,
+        params.threshold,
+        params.softcap,
+        column_sums,
+        dense_entries,
+        query_weights,
+    )
 
 
 def select(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -224,6 +272,11 @@ def compact(
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
+    """See the operation.
+
+    Raises:
+        ValueError: if the pages are not contiguous, as they are in every CPU cache.
+    """
     if not pool.pages.is_contiguous():
         raise ValueError("C++ compaction needs the cells of a head together, as CPU caches have")
     torch.ops.vl_cache.compact(
@@ -239,6 +292,26 @@ def compact(
     )
 
 
-def layer_tables(*args: Any) -> None:
-    *numbers, out = args
-    torch.ops.vl_cache.layer_tables(*numbers, out.block_table, out.seq_lens, out.slot_mapping)
+def layer_tables(
+    pool: PagePool,
+    evicted: "EvictedRows",
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: "LayerTables",
+) -> None:
+    torch.ops.vl_cache.layer_tables(
+        block_table,
+        query_start_loc,
+        seq_lens,
+        evicted.evicted_tokens,
+        evicted.prompt_blocks,
+        evicted.kept_blocks,
+        evicted.kept_pages,
+        pool.block_size,
+        pool.layer_stride,
+        pool.block_stride,
+        out.block_table,
+        out.seq_lens,
+        out.slot_mapping,
+    )

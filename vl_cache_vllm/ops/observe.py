@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the observed queries attend: column sums and the count of dense entries."""
+"""Accumulate, over the observation window, the attention that each key receives.
+
+The same pass counts the attention entries above the density threshold.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
 from vl_cache_vllm.ops.page_pool import PagedKeys
 
-# Bounds the float32 logits that one slice of queries materialises: 64 MiB.
+# Upper bound of the float32 logits that one slice of queries holds at once: 64 MiB.
 _MAX_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """How a layer turns logits into attention, and when an entry counts as dense."""
+
+    scale: float  # softmax scale, a factor of the logits
+    softcap: float  # logits become softcap * tanh(logits / softcap); 0 disables it
+    threshold: float  # p, 0 < p <= 1: an entry is dense if it reaches p times its row's maximum
 
 
 @operation
@@ -17,46 +30,56 @@ def observe(
     query: torch.Tensor,
     key: torch.Tensor | PagedKeys,
     first_position: int,
-    scale: float,
-    threshold: float,
-    softcap: float,
+    params: AttentionParams,
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
 ) -> None:
-    """Accumulate attention of consecutive queries over all keys before and at their position.
+    """Add the causal attention of consecutive queries to the sums of the keys.
+
+    Example: two queries at the positions 2 and 3, one head. Columns are summed over the rows; at
+    p = 0.5 the entries marked with * are dense, since they reach half of their row's maximum::
+
+        key                 0      1      2      3
+        query at 2         0.5*   0.1    0.4*    -      masked: key 3 is later than the query
+        query at 3         0.6*   0.1    0.2    0.1
+        column_sums  +=    1.1    0.2    0.6    0.1
+        dense_entries  +=  3
+
+    Arithmetic is in float32 for every type of the cache. The density test needs no softmax:
+    ``A[q, j] >= p * max A[q]`` holds if and only if ``logit[q, j] >= max logit[q] + ln p``.
 
     Args:
-        query: ``[num_queries, num_heads, head_size]``, rotary embedding applied.
-        key: ``[num_kv_heads, num_keys, head_size]``, ``num_keys >= first_position + num_queries``;
-            later keys are ignored. Triton reads those in pages in place.
+        query: queries with the rotary embedding applied, ``[num_queries, num_heads, head_size]``.
+        key: keys of the sequence, ``[num_kv_heads, num_keys, head_size]``, with
+            ``num_keys >= first_position + num_queries``; later keys are ignored. Triton reads
+            `PagedKeys` in place, the other implementations copy them.
         first_position: position of ``query[0]`` in the sequence.
-        scale: softmax scale.
-        threshold: p; an entry is dense iff it is at least p times its row's maximum.
-        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 disables it.
-        column_sums: float32 ``[num_kv_heads, >= num_keys]``, added to: attention per key, summed
-            over queries and the heads of the KV head's group.
-        dense_entries: int64 scalar tensor, added to: dense entries over all query heads.
-        query_weights: of each query in the column sums, ``[num_kv_heads, num_queries]``; None: 1.
+        params: parameters of the layer's attention and of the density.
+        column_sums: float32 ``[num_kv_heads, >= num_keys]``, added to. The attention of a key is
+            summed over the queries and over the query heads of the KV head's group.
+        dense_entries: int64 ``[]``, added to: number of dense entries, over all query heads.
+        query_weights: factor of each query in ``column_sums``, ``[num_kv_heads, num_queries]``;
+            None: 1. It does not change ``dense_entries``.
 
-    Source: paper sections 1 and 3. Scores in float32 whatever the cache's type.
+    Source: docs/method.md, Density of a layer and Token scores.
     """
     if isinstance(key, PagedKeys):
         key = key.read()
     num_queries, num_heads, _ = query.shape
     num_keys = first_position + num_queries
-    keys = key[:, :num_keys].float().transpose(1, 2)  # [K, D, S]
+    keys = key[:, :num_keys].float().transpose(1, 2)  # [num_kv_heads, head_size, num_keys]
     step = max(1, _MAX_LOGITS // (num_heads * num_keys))
     for start in range(0, num_queries, step):
         part = query[start : start + step]
         rows = part.shape[0]
-        logits = _logits(part, keys, scale, softcap)
-        # Only keys from this slice's first query on can lie after a query.
+        logits = _logits(part, keys, params)  # [num_kv_heads, group, rows, num_keys]
+        # Only keys at or after this slice's first query can be later than a query.
         recent = first_position + start
         future = torch.ones(rows, num_keys - recent, dtype=torch.bool, device=query.device).triu(1)
         logits[..., recent:].masked_fill_(future, -torch.inf)
         row_max = logits.amax(-1, keepdim=True)
-        dense_entries += (logits >= row_max + math.log(threshold)).sum()
+        dense_entries += (logits >= row_max + math.log(params.threshold)).sum()
         attention = logits.sub_(row_max).exp_()
         attention.div_(attention.sum(-1, keepdim=True))
         if query_weights is not None:
@@ -68,35 +91,44 @@ def elite_queries(
     query: torch.Tensor,
     key: torch.Tensor,
     first_position: int,
-    scale: float,
-    softcap: float,
-    share: float,
+    params: AttentionParams,
+    fraction: float,
 ) -> torch.Tensor:
-    """The queries whose tokens the last one attends to most.
+    """Mark the queries whose own tokens receive the most attention from the last query.
+
+    A query is elite if its token receives at least ``fraction`` of the largest attention that the
+    last query pays to the token of any query. Attention is the mean over a KV head's group.
 
     Args:
-        query, key, first_position, scale, softcap: as for `observe`; the queries are the prompt's
-            last.
-        share: of the largest attention that the last query pays to the token of any query, on
-            average over a KV head's group; whose token receives as much is elite.
+        query: as for `observe`; the last query is the last token of the prompt.
+        key: as for `observe`, but not in pages.
+        first_position: as for `observe`.
+        params: as for `observe`; the threshold is not used.
+        fraction: 0 to 1.
 
     Returns:
-        bool ``[num_kv_heads, num_queries]``, at least one of each row true.
+        bool ``[num_kv_heads, num_queries]``; each row has at least one true entry.
 
-    Source: AirCache (arXiv 2503.23956), there over all heads.
+    Source: AirCache (arXiv 2503.23956), which takes the mean over all heads.
     """
     keys = key[:, : first_position + query.shape[0]].float().transpose(1, 2)
-    attention = _logits(query[-1:], keys, scale, softcap).softmax(-1).mean(1)[:, 0]  # [K, S]
+    attention = _logits(query[-1:], keys, params).softmax(-1).mean(1)[:, 0]  # [kv_heads, num_keys]
     received = attention[:, first_position:]
-    return received >= share * received.amax(-1, keepdim=True)
+    return received >= fraction * received.amax(-1, keepdim=True)
 
 
-def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
-    """``[Q, H, D]`` against float32 ``[K, D, S]``: ``[K, H / K, Q, S]``, not masked."""
+def _logits(query: torch.Tensor, keys: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """Logits before masking, float32 ``[num_kv_heads, group, num_queries, num_keys]``.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``.
+        keys: float32 ``[num_kv_heads, head_size, num_keys]``.
+        params: scale and softcap.
+    """
     num_queries, num_kv_heads = query.shape[0], keys.shape[0]
-    grouped = (query.float() * scale).view(num_queries, num_kv_heads, -1, query.shape[-1])
+    grouped = (query.float() * params.scale).view(num_queries, num_kv_heads, -1, query.shape[-1])
     grouped = grouped.permute(1, 2, 0, 3)
     logits = torch.matmul(grouped.flatten(1, 2), keys).view(*grouped.shape[:3], -1)
-    if softcap > 0:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    if params.softcap > 0:
+        logits.div_(params.softcap).tanh_().mul_(params.softcap)
     return logits

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache of all layers as one pool of interchangeable pages."""
+"""The KV cache of all layers as one pool of interchangeable pages.
+
+A page holds ``block_size`` tokens of one layer, with all its KV heads. A block of the scheduler is
+one page for every layer. Each KV head has a contiguous or interleaved part of the page, in which
+the elements ("cells") of its keys and values can have any order.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class CellOrder:
-    """Where the elements of a page's tokens lie inside one head's share of the page."""
+    """Offsets of the elements of a page's keys (or values) in one head's part of the page."""
 
-    index: torch.Tensor  # int64 [block_size, head_size], element offsets
+    index: torch.Tensor  # int64 [block_size, head_size], offsets in elements
 
     @cached_property
     def _strides(self) -> tuple[int, int, int] | None:
-        """Offset, token stride and element stride, if the order is that regular."""
+        """As `regular_strides`; None if the order is not regular."""
         offset = int(self.index[0, 0])
         token = int(self.index[1, 0]) - offset if self.index.shape[0] > 1 else 0
         element = int(self.index[0, 1]) - offset if self.index.shape[1] > 1 else 0
@@ -24,17 +29,20 @@ class CellOrder:
         return (offset, token, element) if torch.equal(regular, self.index) else None
 
     def regular_strides(self) -> tuple[int, int, int]:
-        """Offset of the first token, stride of tokens, stride of a token's elements.
+        """Offset of the first token, token stride, element stride; all in elements.
 
         Raises:
-            ValueError: if the order is not that regular, as some of CPU kernels are not.
+            ValueError: if the order has no such strides, as for some CPU kernels.
         """
         if self._strides is None:
             raise ValueError("the tokens of a page do not lie at regular strides")
         return self._strides
 
     def unpack(self, pages: torch.Tensor) -> torch.Tensor:
-        """``[n, K, page]`` as ``[n, K, block_size, head_size]``; a view if regular."""
+        """The tokens of pages, ``[n, num_kv_heads, block_size, head_size]``.
+
+        A view of ``pages``, ``[n, num_kv_heads, cells of one head]``, if the order is regular.
+        """
         if self._strides is None:
             return pages.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
         offset, token, element = self._strides
@@ -47,13 +55,24 @@ class CellOrder:
     def gather(
         self, pages: torch.Tensor, page: torch.Tensor, head: torch.Tensor, token: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens picked from ``[n, K, page]`` by broadcast indices, ``[*index, head_size]``."""
+        """Single tokens of pages, ``[*index, head_size]``.
+
+        Args:
+            pages: ``[n, num_kv_heads, cells of one head]``.
+            page, head, token: indices of the tokens, broadcast to the shape ``index``.
+        """
         if self._strides is None:
             return pages[page[..., None], head[..., None], self.index[token]]
         return self.unpack(pages)[page, head, token]
 
     def pack(self, pages: torch.Tensor, page: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Write ``[F, K, block_size, head_size]`` into the pages ``page``, ``[F]``."""
+        """Write whole pages.
+
+        Args:
+            pages: ``[n, num_kv_heads, cells of one head]``.
+            page: indices of the pages to write, int64 ``[F]``.
+            tokens: their content, ``[F, num_kv_heads, block_size, head_size]``.
+        """
         if self._strides is None:
             head = torch.arange(pages.shape[1], device=pages.device)[:, None]
             pages[page[:, None, None], head, self.index.flatten()] = tokens.flatten(-2)
@@ -63,21 +82,26 @@ class CellOrder:
 
 @dataclass(frozen=True)
 class PagePacking:
-    """The orders of K and V in a page.
+    """The orders of keys and values in a page.
 
-    Attention kernels choose them (CPU "vec": K transposed, AMX: tiles); nothing else in the
-    code knows more about it than these indices.
+    The attention kernel defines them; the CPU's "vec" kernel, for example, transposes the keys and
+    its AMX kernel packs them into tiles. The rest of the code uses these indices only.
     """
 
-    key_index: torch.Tensor  # int64 [block_size, head_size], element offsets
-    value_index: torch.Tensor  # int64 [block_size, head_size]
+    key_index: torch.Tensor  # int64 [block_size, head_size], offsets in elements
+    value_index: torch.Tensor  # int64 [block_size, head_size], offsets in elements
 
     @classmethod
     def side_by_side(cls, block_size: int, head_size: int, token_stride: int) -> "PagePacking":
-        """K and V of a token and head lie together, as in vLLM's GPU caches.
+        """The value of a token and head follows its key, as in vLLM's GPU caches.
 
-        The indices stay on the CPU: of regular orders only strides are used, and no device is asked
-        for them.
+        The indices stay on the CPU. A regular order is used through its strides only, so a GPU
+        does not need the indices.
+
+        Args:
+            block_size: tokens of a page.
+            head_size: elements of a key.
+            token_stride: elements from a token to the next one of the same head.
         """
         key = torch.arange(block_size)[:, None] * token_stride + torch.arange(head_size)
         return cls(key, key + head_size)
@@ -93,17 +117,25 @@ class PagePacking:
 
 @dataclass(frozen=True)
 class PagePool:
-    """View of the cache as ``num_blocks x num_layers`` pages.
+    """A view of the KV cache as ``num_blocks * num_layers`` pages.
 
-    Page (layer, block) is number ``layer * layer_stride + block * block_stride``.
+    The page of (layer, block) has the id ``layer * layer_stride + block * block_stride``. With 3
+    layers and 4 blocks, vLLM allocates one of two orders::
+
+        layer outermost: strides 4, 1      block outermost: strides 1, 3
+
+                 block  0   1   2   3               block  0   1   2   3
+        layer 0         0   1   2   3      layer 0         0   3   6   9
+        layer 1         4   5   6   7      layer 1         1   4   7  10
+        layer 2         8   9  10  11      layer 2         2   5   8  11
     """
 
     pages: torch.Tensor  # [num_pages, num_kv_heads, cells of one head]; heads may interleave
     packing: PagePacking
     num_layers: int
-    layer_stride: int  # in pages
-    block_stride: int  # in pages
-    number_type: torch.dtype | None = None  # of an fp8 cache, whose pages are bytes
+    layer_stride: int  # pages from a layer's page to the next layer's page of the same block
+    block_stride: int  # pages from a block's page to the next block's page of the same layer
+    number_type: torch.dtype | None = None  # element type of an fp8 cache, whose pages are bytes
 
     @property
     def device(self) -> torch.device:
@@ -118,34 +150,42 @@ class PagePool:
         return self.pages.shape[1]
 
     def page_ids(self, layer: torch.Tensor | int, block: torch.Tensor) -> torch.Tensor:
-        """Numbers of the pages of ``block`` at ``layer`` (broadcast)."""
+        """Page ids of (layer, block), broadcast."""
         return layer * self.layer_stride + block * self.block_stride
 
     def read_keys(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
-        """The keys in a row of blocks, ``[num_kv_heads, len(row) * block_size, head_size]``.
+        """Copy the keys of a layer out of its pages.
 
-        Of an fp8 cache as they are stored, without the layer's scale.
+        Keys of an fp8 cache are returned as stored, without the layer's scale.
+
+        Args:
+            layer: index of the layer in the pool.
+            block_row: block ids in the order of the tokens, ``[n]``.
+
+        Returns:
+            ``[num_kv_heads, n * block_size, head_size]``.
         """
         return self._read(layer, block_row, self.packing.key)
 
     def read_values(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
-        """The values stored in a row of blocks, shaped as `read_keys`."""
+        """As `read_keys`, for the values."""
         return self._read(layer, block_row, self.packing.value)
 
     def _read(self, layer: int, block_row: torch.Tensor, order: CellOrder) -> torch.Tensor:
-        pages = self.pages[self.page_ids(layer, block_row.long())]  # [n, K, page]
+        # [n, num_kv_heads, cells of one head]
+        pages = self.pages[self.page_ids(layer, block_row.long())]
         tokens = order.unpack(pages).transpose(0, 1).flatten(1, 2)
         return tokens if self.number_type is None else tokens.view(self.number_type)
 
     def copy_tokens(
         self, source_page: torch.Tensor, source_offset: torch.Tensor, destination: torch.Tensor
     ) -> None:
-        """Fill whole pages with tokens gathered from other pages.
+        """Fill whole pages with the keys and values of tokens from other pages.
 
         Args:
-            source_page: page of each token, int64 ``[F, num_kv_heads, block_size]``.
-            source_offset: token within that page, same shape.
-            destination: pages to fill, int64 ``[F]``; none is a source.
+            source_page: page id of each token, int64 ``[F, num_kv_heads, block_size]``.
+            source_offset: index of the token in that page, same shape.
+            destination: ids of the pages to fill, int64 ``[F]``; none of them is a source.
         """
         head = torch.arange(self.num_kv_heads, device=self.pages.device)[:, None]
         for order in (self.packing.key, self.packing.value):
@@ -155,12 +195,12 @@ class PagePool:
 
 @dataclass(frozen=True)
 class PagedKeys:
-    """The keys of a layer in a row of blocks, where they lie."""
+    """The keys of one layer of a sequence, in place in the pool."""
 
     pool: PagePool
     layer: int
-    block_row: torch.Tensor  # [N]
+    block_row: torch.Tensor  # block ids in the order of the tokens, [n]
 
     def read(self) -> torch.Tensor:
-        """As `PagePool.read_keys` gives them."""
+        """A copy, as from `PagePool.read_keys`."""
         return self.pool.read_keys(self.layer, self.block_row)

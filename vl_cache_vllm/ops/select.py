@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best tokens of every layer and KV head."""
+"""Select the tokens with the highest scores, for every layer and KV head."""
 
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.rank import rank
 
 
 @operation
@@ -15,34 +14,48 @@ def select(
     max_kept: int,
     precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Keep the ``kept_tokens[l]`` best tokens of each KV head of layer l.
+    """Select ``kept_tokens[l]`` tokens for each KV head of layer l.
 
-    The last ``ceil(recent_ratio * kept_tokens[l])`` tokens are always among them; the others
-    rank by precedence, then by score, ties to the lower position.
+    The last ``ceil(recent_ratio * kept_tokens[l])`` tokens are always selected and count towards
+    the budget. The other tokens are ordered by precedence, then by score; of equal ones the lower
+    position comes first.
 
     Args:
         scores: float32 ``[num_layers, num_kv_heads, tokens]``.
-        kept_tokens: int64 ``[num_layers]``, on the device, each at most ``max_kept``.
-        recent_ratio: 0 to 1.
-        max_kept: a bound of ``kept_tokens`` known to the host, at most ``tokens``.
-        precedence: int64 ``[tokens]``, higher is kept first; None: all alike.
+        kept_tokens: budget of each layer in tokens, int64 ``[num_layers]`` on the device, at most
+            ``max_kept`` each.
+        recent_ratio: fraction of the budget for the most recent tokens, 0 to 1.
+        max_kept: upper bound of ``kept_tokens`` that the host knows, at most ``tokens``.
+        precedence: group of each token, int64 ``[tokens]``; tokens of a higher group come first.
+            None: all tokens are in one group.
 
     Returns:
-        Positions in increasing order, int64 ``[num_layers, num_kv_heads, max_kept]``; only the
-        first ``kept_tokens[l]`` entries of layer l are meaningful.
+        Positions in increasing order, int64 ``[num_layers, num_kv_heads, max_kept]``. Only the
+        first ``kept_tokens[l]`` entries of layer l have a meaning; the others are positions too.
 
-    Source: paper section 3.
+    Source: docs/method.md, Token scores.
     """
     num_tokens = scores.shape[-1]
     position = torch.arange(num_tokens, device=scores.device)
-    # float64: 0.1 * k must not round up past a whole number of tokens.
+    # Rounded in float64, so that 0.14 * 50 is 7 and not a little more, of which ceil makes 8.
     recent = torch.ceil((kept_tokens.double() * recent_ratio).round(decimals=9)).long()
-    is_recent = position >= (num_tokens - recent)[:, None, None]  # [L, 1, E]
+    is_recent = position >= (num_tokens - recent)[:, None, None]  # [L, 1, tokens]
     if precedence is not None:
-        # Places, not scores, can be moved past others without loss.
+        # Adding an offset to a score would round it, so add the offset to the score's rank.
         scores = (precedence * num_tokens - rank(scores)).double()
     ranked = torch.where(is_recent, torch.inf, scores)
     kept = rank(ranked) < kept_tokens[:, None, None]
-    # Kept positions first, each side in increasing order.
+    # One sort puts the kept positions first and keeps each side in increasing order.
     key = torch.where(kept, position, position + num_tokens)
     return key.sort(dim=-1).values[..., :max_kept] % num_tokens
+
+
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    """Index of each entry in the descending order of the last dimension, int64.
+
+    The highest entry has rank 0; of equal entries the lower position comes first. This order
+    defines `select`, so everything that must agree with it uses this function.
+    """
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.empty_like(order).scatter_(-1, order, ranks.expand_as(order))

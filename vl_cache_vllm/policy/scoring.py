@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vl_cache_vllm.ops.rank import rank
+from vl_cache_vllm.ops.select import rank
 from vl_cache_vllm.policy.prompt import PatchGrid
 
 POOLING_2D = "average visual tokens over pooling x pooling neighbours on their patch grid"

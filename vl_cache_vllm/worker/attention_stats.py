@@ -4,10 +4,10 @@
 import torch
 
 from vl_cache_vllm.ops.device import Stopwatch
-from vl_cache_vllm.ops.diversity import key_similarity
-from vl_cache_vllm.ops.observe import elite_queries, observe
+from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy import EvictionPolicy
+from vl_cache_vllm.policy.diversity import key_similarity
 
 
 class AttentionStats:
@@ -50,8 +50,9 @@ class AttentionStats:
         scale: float,
         softcap: float,
     ) -> None:
-        """Take in the next queries of a layer; arguments as for `observe`."""
+        """Take in the next queries of a layer; arguments as for `observe` and `AttentionParams`."""
         policy = self._policy
+        params = AttentionParams(scale, softcap, policy.threshold)
         end = first_position + query.shape[0]
         weights = None
         is_last = end == self.tokens
@@ -65,14 +66,12 @@ class AttentionStats:
             self._waiting[layer].clear()
             first_position = end - query.shape[0]
             assert isinstance(key, torch.Tensor)
-            weights = elite_queries(query, key, first_position, scale, softcap, policy.elite_window)
+            weights = elite_queries(query, key, first_position, params, policy.elite_window)
         observe(
             query,
             key,
             first_position,
-            scale,
-            policy.threshold,
-            softcap,
+            params,
             self.column_sums[layer],
             self.dense_entries[layer],
             weights,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from vl_cache_vllm.ops.apportion import apportion
-from vl_cache_vllm.ops.diversity import mix_diversity
 from vl_cache_vllm.ops.select import select
 from vl_cache_vllm.policy import EvictionPolicy, Prompt
+from vl_cache_vllm.policy.diversity import mix_diversity
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 
 

@@ -8,7 +8,7 @@ import torch
 from vllm.utils.math_utils import round_up
 
 from vl_cache_vllm.ops.device import to_device
-from vl_cache_vllm.ops.layer_tables import LayerTables, layer_tables
+from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.requests import RequestState
 
@@ -53,7 +53,7 @@ class StepTables:
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_columns: tuple[list[tuple[int, ...]], tuple[torch.Tensor, ...]] | None = None
+        self._last_rows: tuple[list[tuple[int, ...]], EvictedRows] | None = None
 
     def kept_pages(self, slot: int) -> torch.Tensor:
         """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
@@ -65,7 +65,7 @@ class StepTables:
             more = torch.zeros_like(self._kept_pages)
             self._kept_pages = torch.cat((self._kept_pages, more))
         self._kept_pages[slot] = kept_pages
-        self._last_columns = None
+        self._last_rows = None
 
     def fill(
         self,
@@ -98,24 +98,14 @@ class StepTables:
         else:
             width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
             tables = self._views(num_reqs, num_tokens, width)
-        # Consecutive decode steps share these columns until a request joins, ends or is evicted.
-        if self._last_columns is None or self._last_columns[0] != evicted:
-            *columns, slot = to_device([*zip(*evicted, strict=True)], block_table.device)
-            self._last_columns = evicted, (*columns, self._kept_pages[slot])
-        evicted_tokens, prompt_blocks, kept_blocks, kept_pages = self._last_columns[1]
-        layer_tables(
-            block_table,
-            query_start_loc,
-            seq_lens,
-            evicted_tokens,
-            prompt_blocks,
-            kept_blocks,
-            kept_pages,
-            self._pool.block_size,
-            self._pool.layer_stride,
-            self._pool.block_stride,
-            tables,
-        )
+        # Consecutive decode steps share these rows until a request joins, ends or is evicted.
+        if self._last_rows is None or self._last_rows[0] != evicted:
+            columns = to_device([*zip(*evicted, strict=True)], block_table.device)
+            evicted_tokens, prompt_blocks, kept_blocks, slot = columns
+            kept_pages = self._kept_pages[slot]
+            rows = EvictedRows(evicted_tokens, prompt_blocks, kept_blocks, kept_pages)
+            self._last_rows = evicted, rows
+        layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
 
     def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vl_cache_vllm.ops.diversity import key_similarity, mix_diversity
+from vl_cache_vllm.policy.diversity import key_similarity, mix_diversity
 
 
 def naive_mix(scores: list[float], keys: torch.Tensor, strength: float) -> list[float]:
