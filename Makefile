@@ -11,7 +11,7 @@ STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile tools/set_up
 # Intel's OpenMP, which comes with vLLM's CPU build, is markedly faster than the default one.
 RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD}" HF_HUB_OFFLINE=1
 
-# Training allocates the same large tensors in every step; the C library should keep them.
+# Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 .PHONY: env test lint demo bench bench-smoke soak accuracy train clean
@@ -27,6 +27,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_markdown.py
 
 # The second run drives the tests marked both_runners through vLLM's V2 model runner, and the Triton
 # kernels, through Triton's interpreter.
@@ -40,7 +41,7 @@ demo: env
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
 
-# One to two hours on two cores, which it wants for itself.
+# One to two hours on two cores; nothing else should run meanwhile.
 bench: env
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --num-prompts 32 --json benchmarks/results/serving-early.json

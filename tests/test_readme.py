@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_length() -> None:
     assert "<!--" not in TEXT  # no generated part
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/compatibility.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/compatibility.md"])
 def test_pages_that_are_linked_exist(name: str) -> None:
     page = ROOT / name
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
@@ -110,10 +111,22 @@ def test_settings_with_their_defaults() -> None:
     assert named == {*POLICIES, "none"}
 
 
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_targets_and_modules_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= make_targets()
+    modules = re.findall(r"`(?:python -m )?((?:benchmarks|checks|evaluation)\.\w+)", text)
+    assert [module for module in modules if find_spec(module) is None] == []
+
+
 def test_shell_commands() -> None:
     commands = blocks("bash")
     assert commands
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = make_targets()
     served = 0
     for line in commands:
         words = shlex.split(line, comments=True)
