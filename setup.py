@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package layout and C++ operators. Metadata lives in pyproject.toml."""
 
-import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-
-version = re.search(r'__version__ = "(.+)"', Path("vl_cache_vllm/__init__.py").read_text())
-assert version is not None
 
 flags = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # A plain C library, loaded with ctypes: no Python or torch headers, any torch. Optional: without a
@@ -22,7 +18,6 @@ operators = Extension(
 )
 
 setup(
-    version=version[1],
     packages=[*find_packages(include=["vl_cache_vllm*"]), "vl_cache_vllm.kernels"],
     # The Triton kernels stand at the top level of the repository, beside csrc/.
     package_dir={"vl_cache_vllm.kernels": "kernels"},
