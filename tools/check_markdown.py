@@ -159,7 +159,7 @@ def findings(page: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
         if relative not in GENERATED and not line.is_table:
             if len(line.text) > MAX_COLUMNS:
                 yield line.number, f"{len(line.text)} columns, at most {MAX_COLUMNS}"
-            if ends := sentence_ends(line):
+            if not line.text.startswith("#") and (ends := sentence_ends(line)):
                 yield line.number, f"start a new line before {line.text[ends[0] :][:30]!r}"
         for target in targets_of(line):
             if (reason := broken_link(page, target, root)) is not None:
