@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method as a readable program: what eviction must do, on top of transformers' eager attention.
 
-Written from the method's description alone (sections "Sparsity of a layer", "Layer budgets", "Token
-score") and shares no code with the product. It materialises attention and loops; it is slow and
-plain on purpose. Letters: E prompt tokens, P post-vision tokens, L layers, H query heads.
+Written from docs/method.md alone ("Density of a layer", "Layer budgets", "Token scores"); it shares
+no code with the product. It materialises attention and loops; it is slow and plain on purpose.
+Letters: E prompt tokens, P post-vision tokens, L layers, H query heads.
 """
 
 import copy
@@ -80,7 +80,7 @@ class Continuation:
 
 
 def layer_density(attention: torch.Tensor, first: int) -> float:
-    """Share of causal entries that pass the row filter (section 1).
+    """Fraction of causal entries that pass the row filter ("Density of a layer").
 
     Args:
         attention: probabilities [H, P, E] of the queries at positions first, first + 1, ...
@@ -96,7 +96,7 @@ def layer_density(attention: torch.Tensor, first: int) -> float:
 
 
 def layer_weights(density: Sequence[float], budget: float, uniform_mix: float) -> list[float]:
-    """beta of each layer (section 2); ``uniform_mix`` 0 is the paper."""
+    """beta of each layer ("Layer budgets"); ``uniform_mix`` 0 is the paper."""
     num_layers = len(density)
     weights = []
     for d in density:
@@ -141,7 +141,7 @@ def deal_pages(weights: Sequence[float], total: int, most: int) -> list[int]:
 
 
 def token_scores(attention: torch.Tensor, num_kv_heads: int, pooling: int) -> Floats:
-    """psi [KV heads, E] (section 3): what each prompt token received from the post-vision queries.
+    """psi [KV heads, E] ("Token scores"): attention of the post-vision queries to each token.
 
     Args:
         attention: probabilities [H, P, E]; query heads of one KV head are neighbours.

@@ -75,4 +75,3 @@ def test_tables_are_the_results() -> None:
     docs = (ROOT / "docs/reliability.md").read_text()
     assert soak.markdown(report) in docs
     assert soak.faults_markdown(report) in docs
-    assert soak.markdown(report) in (ROOT / "README.md").read_text()

@@ -200,7 +200,7 @@ def test_single_layer_keeps_block_numbers(page_order: str) -> None:
 
 
 def test_documented_example() -> None:
-    """design.md: 8 prompt blocks of 3 layers kept as 2 blocks, dealt 4 + 1 + 1."""
+    """docs/design.md, "The page pool": 8 blocks of 3 layers kept as 2, split 4 + 1 + 1."""
     row = [*range(10, 20), 30]  # 8 prompt blocks, 2 kept, 1 decode block
     out = LayerTables(
         torch.zeros(3, 1, 5, dtype=torch.int32),
