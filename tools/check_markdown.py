@@ -172,15 +172,15 @@ def pages(root: Path = ROOT) -> list[Path]:
     return sorted({page for pattern in PAGES for page in root.glob(pattern)})
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    files = parser.parse_args(arguments).files or pages()
+    files = parser.parse_args(arguments).files or pages(root)
     count = 0
     for page in files:
-        for number, message in findings(page):
+        for number, message in findings(page, root):
             count += 1
-            print(f"{page.resolve().relative_to(ROOT)}:{number}: {message}")
+            print(f"{page.resolve().relative_to(root.resolve())}:{number}: {message}")
     return 1 if count else 0
 
 
