@@ -238,4 +238,4 @@ def test_the_guide_has_the_committed_numbers() -> None:
         cells = [cells[task] for task in ("lookup", "hop", "row", "which", "dump")]
         kept = sum(cell["retained"] for cell in cells) / len(cells)
         scores = " | ".join(f"{100 * cell['score']:.1f}" for cell in cells)
-        assert f"| {100 * float(budget):.0f} % | {100 * kept:.0f} % | {scores} |" in guide
+        assert f"| {100 * float(budget):.0f}% | {100 * kept:.0f}% | {scores} |" in guide
