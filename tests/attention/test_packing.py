@@ -92,7 +92,7 @@ def test_packing_covers_the_page_once(
 
 
 def test_vec_stores_keys_transposed() -> None:
-    """What design.md says of the "vec" instruction set; documents the pattern in one line."""
+    """docs/design.md, "What the design relies on in vLLM": K of "vec" is transposed."""
     packing = derive_packing("vec", 32, 64, torch.float32)
     token, dim = torch.meshgrid(torch.arange(32), torch.arange(64), indexing="ij")
     assert torch.equal(packing.key_index, dim * 32 + token)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def naive_select(scores: list[float], kept: int, recent_ratio: str) -> list[int]:
-    """The kept positions of one KV head, as docs/method.md says it, Token scores."""
+    """The kept positions of one KV head, as docs/method.md, "Token scores", defines them."""
     num_tokens = len(scores)
     recent = math.ceil(Fraction(recent_ratio) * kept)
     window = list(range(num_tokens - recent, num_tokens))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidKV's layer budgets, paper.md section 5: B = C - w, min = B / 20, max = 2 B - min."""
+"""PyramidKV's layer budgets: B = C - w, min = B / 20, max = 2 B - min.
+
+Source: docs/method.md, "Other policies".
+"""
 
 import pytest
 import torch

@@ -47,8 +47,7 @@ print(describe_settings())
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[3.0, 1.0, 1.0, 3.0]\n")
     assert (
-        "\n- POLICY keep-edges:\n- max_observation_tokens (default 8): so many last"
-        in result.stdout
+        "\n- POLICY keep-edges:\n- max_observation_tokens (default 8): Number of" in result.stdout
     )
 
 
