@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of vLLM's vision-language architectures are served with eviction, and whether exactly so.
 
-    python -m benchmarks.matrix [--json [FILE]] [--markdown] [KIND ...]
+    python -m benchmarks.matrix [--json [FILE]] [--merge] [--markdown] [KIND ...]
 
 Each kind of `benchmarks.tiny_zoo` runs in a process of its own: a tiny model with random weights
 reads prompts with images, is evicted, decodes, and is compared with `benchmarks.recorded`.
@@ -178,6 +178,7 @@ def _engine(
         load_format="random",
         block_size=BLOCK_SIZE,
         max_model_len=4096,
+        kv_cache_memory_bytes=128 << 20,
         limit_mm_per_prompt={"image": tiny_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a request's record must hold its whole prompt
         trust_remote_code=True,
@@ -292,24 +293,46 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(path: Path, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's rows with new ones in the place of theirs, in the order of the kinds.
+
+    Raises:
+        ValueError: if the file was measured on another machine or with other versions.
+    """
+    report, here = json.loads(path.read_text()), machine.describe()
+    for name in ("processor", "cores", "python", "torch", "transformers", "vllm"):
+        if report["machine"][name] != here[name]:
+            raise ValueError(
+                f"{path} was measured with {name} {report['machine'][name]}, this is {here[name]}"
+            )
+    both = {**report["results"], **rows}
+    return {kind: both[kind] for kind in tiny_zoo.KINDS if kind in both}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(tiny_zoo.KINDS))
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FILE")
+    parser.add_argument("--merge", action="store_true", help="keep the file's rows of other kinds")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     options = parser.parse_args(arguments)
+    if options.merge and not options.json:
+        parser.error("--merge needs --json")
     unknown = sorted(set(options.kinds) - set(tiny_zoo.KINDS))
     if unknown:
         parser.error(f"unknown kind(s) {', '.join(unknown)}; known: {', '.join(tiny_zoo.KINDS)}")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = {}
+    rows: dict[str, Any] = {}
+    if options.merge:
+        merged(options.json, rows)  # fail before the work is done
     for kind in options.kinds or tiny_zoo.KINDS:
         rows[kind] = row = run(kind)
         print(f"{kind:20} {row['seconds']:6} s  {row['result']}", row["reason"] or "", flush=True)
     if options.json:
         given = sys.argv[1:] if arguments is None else arguments
+        rows = merged(options.json, rows) if options.merge else rows
         machine.write_report(options.json, "benchmarks.matrix", given, results=rows)
     if options.markdown:
         print(markdown(rows), end="")
