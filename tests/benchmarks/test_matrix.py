@@ -158,7 +158,7 @@ def test_rows_of_other_kinds_are_kept(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     report["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="was measured with torch 1.0"):
+    with pytest.raises(ValueError, match="was measured with torch"):
         matrix.merged(path, {})
 
 
