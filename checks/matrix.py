@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model matrix: which vision-language architectures are supported, and whether exactly.
 
-    python -m checks.matrix [--json [FILE]] [--markdown] [KIND ...]
+    python -m checks.matrix [--json [FILE]] [--merge] [--markdown] [KIND ...]
 
 Each kind of `testing.model_zoo` runs in its own process. A tiny model with random weights prefills
 prompts with images, evicts and decodes, and its attention layers are compared with
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from testing import model_zoo
 from testing.cli import make_parser, set_vllm_environment
-from testing.results import write_report
+from testing.results import describe_machine, write_report
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -183,6 +183,7 @@ def _engine(
         load_format="random",
         block_size=BLOCK_SIZE,
         max_model_len=4096,
+        kv_cache_memory_bytes=128 << 20,
         limit_mm_per_prompt={"image": model_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=True,
@@ -297,6 +298,22 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(path: Path, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a file with new rows in place of old ones, in the order of the kinds.
+
+    Raises:
+        ValueError: if the file was measured on another machine or with other versions.
+    """
+    report, here = json.loads(path.read_text()), describe_machine()
+    for name in ("processor", "cores", "python", "torch", "transformers", "vllm"):
+        if report["machine"][name] != here[name]:
+            raise ValueError(
+                f"{path} was measured with {name} {report['machine'][name]}, this is {here[name]}"
+            )
+    both = {**report["results"], **rows}
+    return {kind: both[kind] for kind in model_zoo.KINDS if kind in both}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, json=False)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(model_zoo.KINDS))
@@ -308,17 +325,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="write the results here; by default to the committed file",
     )
+    parser.add_argument("--merge", action="store_true", help="keep the file's rows of other kinds")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     options = parser.parse_args(arguments)
+    if options.merge and not options.json:
+        parser.error("--merge needs --json")
     unknown = sorted(set(options.kinds) - set(model_zoo.KINDS))
     if unknown:
         parser.error(f"unknown kind(s) {', '.join(unknown)}; known: {', '.join(model_zoo.KINDS)}")
     set_vllm_environment()
-    rows = {}
+    rows: dict[str, Any] = {}
+    if options.merge:
+        merged(options.json, rows)  # fail before the work is done
     for kind in options.kinds or model_zoo.KINDS:
         rows[kind] = row = run(kind)
         print(f"{kind:20} {row['seconds']:6} s  {row['result']}", row["reason"] or "", flush=True)
     if options.json:
+        rows = merged(options.json, rows) if options.merge else rows
         write_report(options.json, "checks.matrix", arguments, results=rows)
     if options.markdown:
         print(markdown(rows), end="")

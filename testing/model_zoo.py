@@ -395,6 +395,59 @@ def _gemma3() -> Kind:
     )
 
 
+def _gemma4(**text: Any) -> Kind:
+    """Heads of full attention are twice as large as those with a window, as published."""
+    layers = dict(enumerate(_HYBRID))
+    full = {f"{n:02}": dict(head_dim=512) for n, kind in layers.items() if kind == _HYBRID[1]}
+    return Kind(
+        config=dict(
+            architectures=["Gemma4ForConditionalGeneration"],
+            model_type="gemma4",
+            text_config=_text(
+                "gemma4_text",
+                head_dim=256,
+                per_layer_config=full,
+                sliding_window=128,
+                layer_types=_HYBRID,
+                hidden_size_per_layer_input=0,
+                vocab_size_per_layer_input=_VOCAB_SIZE,
+                tie_word_embeddings=True,
+            )
+            | text,
+            vision_config=_vision(
+                "gemma4_vision",
+                head_dim=32,
+                num_key_value_heads=2,
+                patch_size=16,
+                default_output_length=70,
+            ),
+            audio_config=None,
+            image_token_id=_ID["<image_soft_token>"],
+            boi_token_id=_ID["<start_of_image>"],
+            eoi_token_id=_ID["<end_of_image>"],
+            video_token_id=_ID["<|video|>"],
+            audio_token_id=_ID["<|AUDIO|>"],
+            boa_token_id=_ID["<|audio_bos|>"],
+            eoa_token_index=_ID["<|audio_eos|>"],
+        ),
+        processor=lambda tokenizer: transformers.Gemma4Processor(
+            transformers.Gemma4AudioFeatureExtractor(),
+            transformers.Gemma4ImageProcessor(max_soft_tokens=70),
+            tokenizer,
+            transformers.Gemma4VideoProcessor(),
+        ),
+        placeholder="<image_soft_token>",
+        tokens=dict(
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+            image_token="<image_soft_token>",
+            audio_token="<|AUDIO|>",
+            boa_token="<|audio_bos|>",
+            eoa_token="<|audio_eos|>",
+        ),
+    )
+
+
 def _blip2() -> Kind:
     return Kind(
         config=dict(
@@ -682,6 +735,12 @@ _BUILT: dict[str, Kind] = {
     "minicpm-v": _minicpmv(),
     "phi4-siglip": _phi4_siglip(),
     "gemma3": _gemma3(),
+    "gemma4": _gemma4(),
+    "gemma4-moe": _gemma4(
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64
+    ),
+    "gemma4-k-eq-v": _gemma4(attention_k_eq_v=True),
+    "gemma4-vision-bidi": _gemma4(use_bidirectional_attention="vision"),
     "paligemma": _paligemma(),
     "cohere2-vision": _cohere2_vision(),
     "aya-vision": _aya_vision(),

@@ -28,9 +28,23 @@ class RandomLoader(BaseModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         for name, parameter in model.named_parameters():
             parameter.copy_(_value(name, parameter))
+        if getattr(model_config.hf_text_config, "attention_k_eq_v", False):
+            _load_keys_as_values(model)
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         for layer, gain in zip(layers, logit_std(len(layers)), strict=True):
-            layer.impl.scale *= gain
+            # Gemma 4 leaves the scale to learned norms. Made-up ones would give logits in the
+            # hundreds, in which float32 rounds away what the matrix wants to see.
+            layer.impl.scale = gain * min(layer.impl.scale, layer.head_size**-0.5)
+
+
+def _load_keys_as_values(model: torch.nn.Module) -> None:
+    """In Gemma 4's layers of full attention, as vLLM does when it reads a checkpoint of one."""
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn") and not getattr(module, "is_sliding", True):
+            _, key, value = module.qkv_proj.weight.split(
+                [module.q_size, module.kv_size, module.kv_size]
+            )
+            value.copy_(key)
 
 
 def _value(name: str, like: torch.Tensor) -> torch.Tensor:

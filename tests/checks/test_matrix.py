@@ -149,6 +149,36 @@ def test_refused_through_vllm() -> None:
     assert row["reason"] == "layers that are not full attention: chunked_attention"
 
 
+def test_rows_of_other_kinds_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.json"
+    old = {kind: {"result": "old"} for kind in ("qwen3-vl", "llava", "gone")}
+    matrix.machine.write_report(path, "benchmarks.matrix", (), results=old)
+    rows = matrix.merged(path, {"qwen3-vl": {"result": "new"}, "gemma4": {"result": "new"}})
+    assert list(rows) == ["llava", "qwen3-vl", "gemma4"]
+    assert [row["result"] for row in rows.values()] == ["old", "new", "new"]
+    report = json.loads(path.read_text())
+    report["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="was measured with torch"):
+        matrix.merged(path, {})
+
+
+@pytest.mark.parametrize(("logits", "rounds"), [(5.0, False), (5.0 * 512**0.5, True)])
+def test_rounding_is_a_matter_of_the_logits(logits: float, rounds: bool) -> None:
+    """Attention in float32 against float64 over heads of 512, without a kernel of ours or vLLM's.
+
+    Where the scale does not divide by the root of the head size, as in Gemma 4 with norms that
+    nobody trained, logits are so large that float32 alone goes beyond what the matrix allows.
+    """
+    tokens = torch.randn(3, 1, PROMPT_TOKENS, 512, generator=torch.Generator().manual_seed(0))
+    exact, single = (
+        F.scaled_dot_product_attention(*tokens.to(dtype), is_causal=True, scale=logits / 512**0.5)
+        for dtype in (torch.float64, torch.float32)
+    )
+    distance = float((single - exact).abs().max() / exact.abs().max())
+    assert (distance > matrix.MAX_DISTANCE) == rounds
+
+
 def test_hanging_processes_are_killed(tmp_path: Path) -> None:
     result = matrix._in_a_process(matrix.stock, "idefics3", tmp_path, time_limit=0.01)
     assert result == matrix.KindResult("failed", "no answer after 0.01 s")
