@@ -24,7 +24,7 @@ DISTRIBUTIONS = pytest.mark.parametrize(
 def random_positions(
     kept_pages: tuple[int, ...], num_kv_heads: int, block_size: int, prompt_tokens: int
 ) -> torch.Tensor:
-    """Kept positions as `select` returns them; meaningless beyond a layer's own share."""
+    """Kept positions as `select` returns them; meaningless beyond a layer's budget."""
     generator = torch.Generator().manual_seed(3)
     max_kept = max(kept_pages) * block_size
     positions = torch.zeros(len(kept_pages), num_kv_heads, max_kept, dtype=torch.int64)

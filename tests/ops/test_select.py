@@ -100,7 +100,7 @@ def test_max_kept_below_the_number_of_tokens_only_shortens_the_result() -> None:
 
 
 def test_every_entry_is_a_position_even_where_meaningless() -> None:
-    """`compact` indexes with whole rows, so entries beyond a layer's share must be in range."""
+    """`compact` indexes with whole rows, so entries beyond a layer's budget must be in range."""
     scores = torch.rand(2, 2, 13, generator=torch.Generator().manual_seed(5))
     result = select(scores, torch.tensor([1, 12]), 0.1, 12)
     assert result.min() >= 0
