@@ -150,7 +150,7 @@ def test_refused_through_vllm() -> None:
 
 
 def test_hanging_processes_are_killed(tmp_path: Path) -> None:
-    result = matrix._in_a_process(matrix.stock, "idefics3", tmp_path, time_limit=0.01)
+    result = matrix._in_a_process(matrix.baseline, "idefics3", tmp_path, time_limit=0.01)
     assert result == matrix.KindResult("failed", "no answer after 0.01 s")
 
 
