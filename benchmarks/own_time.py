@@ -70,12 +70,15 @@ class Clock:
         return wrap
 
 
-def overrides(mixed: type, ours: type) -> Iterator[tuple[str, type]]:
-    """Methods that ``ours`` overrides in ``mixed``, each with the class that it overrides."""
-    classes = mixed.__mro__
-    hidden = classes[classes.index(ours) + 1 :]
-    for name, method in vars(ours).items():
-        base = next((cls for cls in hidden if name in vars(cls)), None)
+def overrides(cls: type, mixin: type) -> Iterator[tuple[str, type]]:
+    """Methods of ``mixin`` that override one of its successors in the MRO of ``cls``.
+
+    Yields:
+        The name of the method, and the class whose method it overrides.
+    """
+    successors = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    for name, method in vars(mixin).items():
+        base = next((other for other in successors if name in vars(other)), None)
         if callable(method) and not name.startswith("__") and base is not None:
             yield name, base
 
@@ -102,13 +105,13 @@ def own_time() -> Iterator[Clock]:
     ]
     scheduler: list[tuple[type, str]] = []
     vllm: list[tuple[type, str]] = []
-    for mixed, ours in (
+    for cls, mixin in (
         (EvictionScheduler, EvictionSchedulerMixin),
         (EvictionBlockManager, EvictionBlockManager),
     ):
-        for name, theirs in overrides(mixed, ours):
-            scheduler.append((ours, name))
-            vllm.append((theirs, name))
+        for name, base in overrides(cls, mixin):
+            scheduler.append((mixin, name))
+            vllm.append((base, name))
 
     clock = Clock()
     with (

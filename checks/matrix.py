@@ -162,7 +162,7 @@ def compare(
     }
 
 
-def stock(kind: str, folder: Path) -> KindResult:
+def baseline(kind: str, folder: Path) -> KindResult:
     """Serve a kind without eviction."""
     # The only type that all CPU kernels of vLLM support.
     with _engine(kind, folder, None, dtype="bfloat16") as llm:
@@ -243,7 +243,7 @@ def run(kind: str, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
         folder = Path(name)
         outcome = _in_a_process(evicted, kind, folder, time_limit)
         if outcome.result in ("refused", "failed"):
-            without = _in_a_process(stock, kind, folder, time_limit)
+            without = _in_a_process(baseline, kind, folder, time_limit)
             if without.result != "served":
                 outcome = KindResult("not served", without.reason)
         config = json.loads((folder / "model" / "config.json").read_text())

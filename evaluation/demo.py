@@ -65,12 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
         tenth = completions(log, eviction, questions, pictures)
         record = json.loads(trace.read_text().splitlines()[0])
 
-    for question, whole, kept in zip(questions, full, tenth, strict=True):
+    for question, with_full, with_tenth in zip(questions, full, tenth, strict=True):
         print(f"\n{question.task:<12} {question.text}")
         print(f"  expected   {question.answer}")
-        for name, answer in (("full cache", whole), (f"{BUDGET:.0%} cache", kept)):
-            mark = "correct" if answer.text == question.answer else "WRONG"
-            print(f"  {name:<10} {answer.text}  [{mark}{answer.held}]")
+        for name, output in (("full cache", with_full), (f"{BUDGET:.0%} cache", with_tenth)):
+            mark = "correct" if output.text == question.answer else "WRONG"
+            print(f"  {name:<10} {output.text}  [{mark}{output.held}]")
     print(f"\n{POLICY} at {BUDGET:.0%}: {record['prompt_tokens']} prompt tokens,", end=" ")
     print(f"{record['prompt_blocks']} blocks after prefill -> {record['kept_blocks']} kept")
     print("layer        density   kept tokens per KV head")

@@ -88,8 +88,8 @@ class Presser:
 
     def press(self, press: BasePress, inputs: BatchFeature) -> Kept:
         """Prefill a prompt with a press."""
-        whole, pressed = DynamicCache(), DynamicCache()
-        self._read(inputs, whole)
+        full, pressed = DynamicCache(), DynamicCache()
+        self._read(inputs, full)
         scores: list[torch.Tensor] = []
         scorer = press.press if isinstance(press, PerLayerCompressionPress) else press
         score = scorer.score
@@ -107,7 +107,7 @@ class Presser:
             del scorer.score
         positions = [
             _found(kept.keys[0], every.keys[0])
-            for kept, every in zip(pressed.layers, whole.layers, strict=True)
+            for kept, every in zip(pressed.layers, full.layers, strict=True)
         ]
         return Kept(positions, scores)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of documents with several questions each, as tensors."""
+"""Batches of documents, each with several questions, as tensors."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,28 @@ from training.pages import BLANK, Document, Layout, Page, Question, generate
 from training.render import CELL, render
 from training.tokenizer import ASSISTANT, END, IMAGE, PAD, USER
 
-# Image normalisation, as the image processor of the checkpoint applies it: paper is near zero.
+# Image normalisation of the checkpoint's image processor. It maps paper to about zero.
 MEAN, STD = 0.9, 0.22
 IGNORED = -100
 
 
 @dataclass
 class Batch:
-    """``pages``: uint8 [batch, pages, n, n, 3 * 14 * 14]; ``glyphs``: [batch, pages, n * n].
+    """A batch of documents with the same number of pages.
 
-    ``numbers`` [batch, pages, 2] are the digits of each page's number; ``keys`` [batch, pages,
-    n * n, 2] the key of a value, at the value's first cell, else -100; ``asked`` and ``via``
-    [batch, tokens, 2] the key that a question names and the first characters of its value, at the
-    token before the answer, else -100; ``labels`` [batch, tokens] the next token where it belongs
-    to an answer, else -100. ``slots`` and ``tasks`` are the tokens and the task of each branch.
+    Attributes:
+        pages: patches, uint8 [batch, pages, n, n, 3 * 14 * 14].
+        glyphs: the character of each patch, [batch, pages, n * n].
+        numbers: the digits of each page's number, [batch, pages, 2].
+        keys: the key of a value at its first cell, else -100; [batch, pages, n * n, 2].
+        asked: the key in a question, at the token before the answer, else -100; [batch, tokens, 2].
+        via: the first characters of that key's value, like ``asked``.
+        prefix_ids: tokens around the images, [prefix].
+        image_positions: positions of the visual tokens in the prefix.
+        branch_ids: questions and answers, [batch, tokens].
+        labels: the next token where it belongs to an answer, else -100; [batch, tokens].
+        slots: number of tokens of each branch.
+        tasks: task of each branch.
     """
 
     pages: Tensor
@@ -46,18 +54,18 @@ class Batch:
 
 
 def patches(image: np.ndarray) -> np.ndarray:
-    """[n * 14, n * 14, 3] -> [n, n, 3 * 14 * 14], each patch in the order of a convolution."""
+    """[n * 14, n * 14, 3] -> [n, n, 3 * 14 * 14], with each patch in the order of a convolution."""
     n = image.shape[0] // CELL
     return image.reshape(n, CELL, n, CELL, 3).transpose(0, 2, 4, 1, 3).reshape(n, n, -1)
 
 
 def normalised(pages: Tensor) -> Tensor:
-    """uint8 patches [..., 3 * 14 * 14] -> float32 as the image processor gives them."""
+    """Normalise uint8 patches [..., 3 * 14 * 14] to float32 like the image processor."""
     return (pages.float() / 255 - MEAN) / STD
 
 
 class Encoder:
-    """Turns documents and questions into token ids."""
+    """Encodes documents and questions as token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -77,7 +85,7 @@ class Encoder:
         return [self._glyph[c] for c in text]
 
     def glyphs(self, page: Page) -> list[int]:
-        """The token whose embedding each patch should look like; quarters count as blank."""
+        """The target of each patch in the alignment loss; quarters of large glyphs are blank."""
         return [
             self._glyph[c] if part == 0 else self.blank
             for c, part in zip(page.text, page.part, strict=True)
@@ -90,13 +98,13 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which questions a document gets: (task, how many, tokens of each one's slot)."""
+    """The questions of a document: (task, number of questions, tokens in each slot)."""
 
     slots: tuple[tuple[str, int, int], ...]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each branch."""
+        """Number of tokens of each branch."""
         return tuple(length for _, count, length in self.slots for _ in range(count))
 
     @property
@@ -106,7 +114,7 @@ class Mixture:
 
 
 class Batches(IterableDataset):
-    """An endless, seeded stream of batches; all documents of a batch have as many pages."""
+    """An endless, seeded stream of batches."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a training checkpoint as a Hugging Face checkpoint that stock vLLM serves.
+"""Exports a training checkpoint as a Hugging Face checkpoint that vLLM can serve.
 
 python -m training.export build/page-reader models/page-reader
 """
@@ -100,19 +100,19 @@ def export(
         pad_token_id=config.text_config.pad_token_id,
         do_sample=False,
     ).save_pretrained(out)
-    # LLaVA reads the last layer before this norm; loaders want its parameters all the same.
+    # LLaVA uses the output of the last layer without this norm, but loaders require its parameters.
     norm = "model.vision_tower.vision_model.post_layernorm."
     width = shape.vision_width
     unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
     weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # readable for whoever serves it
+    (out / "model.safetensors").chmod(0o644)  # readable for other users
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("training", type=Path, help="folder that training.train wrote")
-    parser.add_argument("out", type=Path, help="folder of the Hugging Face checkpoint")
+    parser.add_argument("training", type=Path, help="output folder of training.train")
+    parser.add_argument("out", type=Path, help="folder for the Hugging Face checkpoint")
     options = parser.parse_args(arguments)
     saved = torch.load(options.training / "checkpoint.pt", weights_only=True)
     shape = Shape(vocab=len(build_tokenizer()))

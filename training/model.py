@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader: a LLaVA (CLIP tower, projector, Llama decoder), as fast as a CPU can train it.
+"""The page reader: a LLaVA (CLIP tower, projector, Llama decoder) optimised for training on a CPU.
 
-Parameters have the names of the published LLaVA checkpoints, so the state dict is the checkpoint.
-One training sample is a document and several questions about it: the pages are read once, and
-each question with its answer is a branch that sees the pages and itself, at the positions that it
-has when it is asked alone. Training on branches is training on single questions.
+Parameters have the names of published LLaVA checkpoints, so that the state dict is the checkpoint.
+A training sample is a document with several questions. The pages are processed once. Each question
+with its answer is a branch that attends to the pages and to itself, at the positions of a prompt
+with this question alone. Therefore training on branches is equivalent to training on prompts with
+single questions.
 """
 
 import functools
@@ -15,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 448  # queries of the pages that are attended at once
+CHUNK = 448  # page queries in one attention call
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the reader; ``grid`` is the number of patches a side."""
+    """Sizes of the reader. ``grid`` is the number of patches per side of a page."""
 
     vocab: int = 384
     grid: int = 20
@@ -108,7 +109,7 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.1)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """``patches``: [pages, n, n, 3 * 14 * 14]; a page smaller than the grid lies top left."""
+        """Embed patches [pages, n, n, 3 * 14 * 14]; smaller pages use the top left of the grid."""
         n = patches.shape[1]
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))
         where = self.position_embedding.weight
@@ -174,19 +175,19 @@ class MLP(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split convention; cos, sin: [tokens, head_size]."""
+    """Rotary position embedding (half-split convention); ``cos``, ``sin``: [tokens, head size]."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 @functools.cache
 def causal_mask(n: int) -> Tensor:
-    """Added to the logits of the last ``n`` queries and keys: 0 or minus infinity, [n, n]."""
+    """Mask to add to the logits of the last ``n`` queries and keys: 0 or -inf, [n, n]."""
     return torch.full((n, n), float("-inf")).triu(1)
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(q k^T + mask) v, with the probabilities kept for the way back."""
+    """softmax(q k^T + mask) v; keeps the probabilities for the backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
@@ -207,10 +208,10 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention; ``mask`` [queries, n] is added to the logits of the last n keys.
+    """Attention. ``mask`` [queries, n] is added to the logits of the last n keys.
 
-    Three matrix products and a softmax in bfloat16 are three times as fast on CPU as the fused
-    operator with its backward pass.
+    On a CPU, three matrix products and a softmax in bfloat16 are three times as fast as PyTorch's
+    fused operator with its backward pass.
     """
     return _Attend.apply(q * k.shape[-1] ** -0.5, k, v, mask)
 
@@ -240,7 +241,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, prefix: int, mask: Tensor, cos: Tensor, sin: Tensor, last: bool
     ) -> Tensor:
-        """``x``: [batch, prefix + branches, width]. ``last``: return the branches' tokens only."""
+        """One layer.
+
+        Args:
+            x: [batch, prefix + branches, width].
+            prefix: number of tokens of the pages.
+            mask: of the branches, see `branch_mask`.
+            cos, sin: rotary embedding of all positions.
+            last: return the tokens of the branches only.
+        """
         q, k, v = self.project(x, cos, sin, prefix if last else 0)
         own = 0 if last else prefix
         branches = attend(q[:, :, own:], k, v, mask)
@@ -258,7 +267,7 @@ class LanguageModel(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(s.vocab, s.width)
-        # A patch's feature that is like its glyph's embedding then also has the right logits.
+        # With this scale, a patch feature close to its glyph's embedding also has the right logits.
         nn.init.normal_(self.embed_tokens.weight, std=0.3)
         self.layers = nn.ModuleList(DecoderLayer(s) for _ in range(s.layers))
         self.norm = RMSNorm(s.width, s.norm_eps)
@@ -292,17 +301,18 @@ class Reader(nn.Module):
         branch_ids: Tensor,
         slots: Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states of the branches, and all tokens' after each layer but the last.
+        """Final hidden states of the branches, and hidden states of all tokens after each layer.
 
         Args:
             features: [batch, pages * n * n, width].
-            prefix_ids: [prefix], the text around the images, the same for the whole batch.
-            image_positions: [pages * n * n], where in the prefix the features go.
-            branch_ids: [batch, sum(slots)], questions and answers, padded to their slots.
-            slots: tokens of each branch.
+            prefix_ids: text around the images, equal for the whole batch, [prefix].
+            image_positions: positions of the features in the prefix, [pages * n * n].
+            branch_ids: questions and answers, padded to their slots, [batch, sum(slots)].
+            slots: number of tokens of each branch.
 
         Returns:
-            [batch, sum(slots), width] and a list of [batch, prefix + sum(slots), width]
+            [batch, sum(slots), width], and for each layer but the last
+            [batch, prefix + sum(slots), width].
         """
         s, language = self.shape, self.model.language_model
         batch = features.shape[0]
@@ -329,7 +339,7 @@ def rotary(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Ten
 
 
 def branch_mask(slots: Sequence[int]) -> Tensor:
-    """Added to the branches' logits among each other: 0 or minus infinity, [sum(slots)] * 2."""
+    """Mask between the tokens of the branches: 0 or -inf, [sum(slots), sum(slots)]."""
     owner = torch.cat([torch.full((n,), i) for i, n in enumerate(slots)])
     same = (owner[:, None] == owner[None, :]).tril()
     return torch.zeros(same.shape).masked_fill(~same, float("-inf"))

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages to read: grids of glyphs, the questions that can be asked of them, and the answers.
+"""Documents of the page reader: grids of glyphs, with questions and answers.
 
-A document is one to four pages of ``grid`` x ``grid`` cells. A page has a heading with its
-two-digit number, key-value records in running text or a ruled table (``K7:4XQ``), rows that are
+A document has one to four pages of ``grid`` x ``grid`` cells. A page contains a heading with its
+two-digit number, key-value records (``K7:4XQ``) in running text or in a ruled table, rows that are
 longer than a line (``B3=`` and about 30 characters), and distractors: grey lower-case words and
-large titles. A record's value may be another record's key, which makes two-step questions.
+large titles. The value of a record may be the key of another record. Such records allow two-step
+questions.
 
-Keys and the tens of page numbers are unique in a document, and no two neighbouring characters occur
-twice in its values: where to go on reading is always decided by the last characters.
+Keys and the tens digits of page numbers are unique in a document. No pair of adjacent characters
+occurs twice in its values, so that the last characters always determine the next one.
 
-A document is a function of its split, its index and its `Layout` only.
+A document depends only on its split, its index and its `Layout`.
 """
 
 import random
@@ -61,7 +62,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of pages and of what stands on them; lengths in characters, ranges inclusive."""
+    """Sizes of pages and of their contents. Lengths are in characters, ranges are inclusive."""
 
     grid: int = 20
     num_pages: tuple[int, int] = (1, 4)
@@ -73,13 +74,13 @@ class Layout:
     distractors: bool = True
 
     def of_pages(self, count: int) -> "Layout":
-        """The same with exactly so many pages."""
+        """This layout with exactly ``count`` pages."""
         return replace(self, num_pages=(count, count))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A key and its value; ``start`` is the cell of the key's first character on ``page``."""
+    """A key with its value. ``start`` is the cell of the key's first character on ``page``."""
 
     key: str
     value: str
@@ -99,10 +100,10 @@ class Record:
 
 @dataclass
 class Page:
-    """What stands in each cell, in reading order: a character, its ink, its part of a large glyph.
+    """The contents of each cell in reading order: character, ink and part of a large glyph.
 
-    ``part`` is 0 for an ordinary glyph and 1 to 4 for the quarters of one of twice the size
-    (top left, top right, bottom left, bottom right).
+    ``part`` is 0 for an ordinary glyph. It is 1 to 4 for the quarters of a glyph of twice the size:
+    top left, top right, bottom left, bottom right.
     """
 
     grid: int
@@ -112,7 +113,7 @@ class Page:
     part: list[int]
     records: list[Record] = field(default_factory=list)
     number_cells: tuple[int, ...] = ()
-    rules: tuple[int, ...] = ()  # text lines with a ruled line below
+    rules: tuple[int, ...] = ()  # lines of text with a ruled line below
 
     def write(self, start: int, text: str, ink: int, part: int = 0) -> None:
         for i, character in enumerate(text, start):
@@ -120,16 +121,17 @@ class Page:
 
     @property
     def plain(self) -> list[Record]:
-        """The records in reading order, without the long rows."""
+        """The records in reading order, without long rows."""
         return [r for r in self.records if r.mark == RECORD_MARK]
 
 
 @dataclass(frozen=True)
 class Question:
-    """``cells``: the (page, cell) pairs that bear the answer, in the answer's order.
+    """A question with its answer.
 
-    ``via`` are the first two characters of the named key's value, which stand on the way to every
-    answer (of a hop, they are the key in the middle). Empty where a page is named.
+    ``cells`` are the (page, cell) pairs of the answer, in its order. ``via`` are the first two
+    characters of the named key's value, which are needed to find the answer; for a hop they are the
+    intermediate key. It is empty if the question names a page.
     """
 
     task: str
@@ -148,7 +150,11 @@ class Document:
         return [r for page in self.pages for r in page.records if r.mark == mark]
 
     def questions(self, task: str, rng: random.Random, count: int) -> list[Question]:
-        """Up to ``count`` different questions of a task; fewer where the document has no more."""
+        """Up to ``count`` different questions of a task; fewer if the document allows no more.
+
+        Raises:
+            ValueError: for an unknown task.
+        """
         subjects: Sequence[Record | int]
         records = self._records(RECORD_MARK)
         if task == "lookup":
@@ -191,17 +197,17 @@ class Document:
 
 
 def generate(split: str, index: int, layout: Layout) -> Document:
-    """The document with this index in this split.
+    """The document with an index in a split.
 
     Raises:
-        ValueError: when the layout leaves a page without room for one record.
+        ValueError: if the records and rows of the layout do not fit a page.
     """
     rng = random.Random(f"{split}/{index}")
     return _Writer(rng, layout).document()
 
 
 class _Writer:
-    """Writes one document: what is unique across its pages is kept here."""
+    """Writes a document, and keeps track of what must be unique in it."""
 
     def __init__(self, rng: random.Random, layout: Layout) -> None:
         self.rng, self.layout = rng, layout
@@ -213,7 +219,7 @@ class _Writer:
         rng, layout = self.rng, self.layout
         count = rng.randint(*layout.num_pages)
         numbers = [tens + rng.choice(DIGITS) for tens in rng.sample(DIGITS, count)]
-        # Keys first, so that a link can name a record on any page and no value contains a key.
+        # Keys come first: a link can name a record on any page, and no value contains a key.
         tables = [self._is_table() for _ in range(count)]
         records = [self._keys(layout.num_records) for _ in range(count)]
         rows = [self._keys(layout.num_rows) for _ in range(count)]
@@ -231,18 +237,18 @@ class _Writer:
 
     @property
     def _column(self) -> int:
-        """Length of a value that makes half a line, with its key, its mark and a blank."""
+        """Length of a value that fills half a line together with its key, mark and a blank."""
         return self.layout.grid // 2 - 4
 
     def _is_table(self) -> bool:
-        """Whether a page's records stand in a ruled table of two columns of equal width."""
+        """Whether the records of a page form a ruled table of two columns of equal width."""
         shortest, longest = self.layout.value_length
         return shortest <= self._column <= longest and self.rng.random() < 0.35
 
     def _links(self, records: list[list[str]], tables: list[bool]) -> dict[str, str]:
-        """Which record's value is which other record's key; a link never leads to a link.
+        """Records whose value is the key of another record, with that key. Links are not chained.
 
-        A table has no links: its values have the length of the column.
+        Tables have no links, because their values have the length of the column.
         """
         keys = [key for page in records for key in page]
         sources = [
@@ -251,12 +257,12 @@ class _Writer:
         num_links = min(round(self.layout.link_share * len(keys)), len(sources), len(keys) // 2)
         chosen = set(self.rng.sample(sources, num_links))
         targets = [key for key in keys if key not in chosen]
-        # No key is named twice: where to go on after it must stay clear.
+        # Each key is the value of at most one record, so that its continuation is unambiguous.
         self.rng.shuffle(targets)
         return {key: targets.pop() for key in sources if key in chosen}
 
     def _value(self, length: int) -> str:
-        """Random characters of which no neighbouring pair was used before."""
+        """Random characters without a pair of adjacent characters that was used before."""
         rng = self.rng
         value = rng.choice(VALUE_CHARACTERS)
         tries = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws pages: one glyph a cell of 14 x 14 pixels, in an ordinary font."""
+"""Renders pages: one glyph per cell of 14 x 14 pixels, in an ordinary font."""
 
 import functools
 import string
@@ -22,7 +22,7 @@ _INDEX = {BLANK: 0} | {c: i for i, c in enumerate(_DRAWN, 1)}
 
 @functools.cache
 def _glyphs() -> np.ndarray:
-    """Coverage of each glyph, float32 ``[size * offset, part, character, 14, 14]`` in 0..1."""
+    """Ink coverage of each glyph, float32 0 to 1, ``[size * offset, part, character, 14, 14]``."""
     bank = np.zeros((len(_SIZES), len(_OFFSETS), 5, len(_INDEX), CELL, CELL), np.float32)
     for s, size in enumerate(_SIZES):
         for o, (dx, dy) in enumerate(_OFFSETS):
@@ -46,9 +46,9 @@ def _draw(character: str, size: float, side: int, dx: int, dy: int) -> np.ndarra
 
 
 def render(page: Page, seed: int) -> np.ndarray:
-    """The page as it is printed: uint8 ``[grid * 14, grid * 14, 3]``, RGB.
+    """The image of a page: RGB, uint8 ``[grid * 14, grid * 14, 3]``.
 
-    ``seed`` decides paper, ink density, glyph size, print offset and grain.
+    ``seed`` determines paper colour, ink density, glyph size, print offset and noise.
     """
     rng = np.random.default_rng(seed)
     n = page.grid

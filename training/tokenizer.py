@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader's tokenizer: byte-level BPE with merges for the words of the questions only.
+"""The tokenizer of the page reader: byte-level BPE with merges only for words of the questions.
 
-Upper-case letters and digits never merge, so that each glyph of a key or a value is one token.
+Upper-case letters and digits are never merged, so that each glyph of a key or value is one token.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +21,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [t.format("") for templates in TEMPLATES.values() for t in templates]
     words = sorted({word for text in corpus for word in text.replace("?", " ").split()})
-    # Capitals only begin the first word of a question; their merges need a lower-case partner.
+    # Capitals occur only at the start of a question, so they merge only with lower-case letters.
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCABULARY_SIZE - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the page reader: short pages first, then pages and prompts of the evaluation's length.
+"""Trains the page reader, first on short pages, then on pages and prompts of evaluation length.
 
     python -m training.train --out build/page-reader
 
-Interrupted, the same command goes on from the last checkpoint. Every batch is new, so the
-accuracies in the log are those on unseen documents (exact: the whole answer is the most likely one,
-token by token).
+After an interruption the same command continues from the last checkpoint. Every batch is new, so
+that the accuracies in the log are those on unseen documents. "exact" means that every token of the
+answer is the most likely one.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from training.pages import Layout
 from training.tokenizer import build_tokenizer
 
 ALIGNMENT_WEIGHT = 0.3
-BLANK_WEIGHT = 0.1  # most patches are blank
+BLANK_WEIGHT = 0.1  # low, because most patches are blank
 HINT_WEIGHT = 0.3
-NAME_LAYER = 1  # below the look-ups: what patches and questions are called is known after it
-VIA_LAYER = 3  # after which the end of a question is asked how the named key's value begins
+NAME_LAYER = 1  # after this layer, hidden states must contain the keys of patches and questions
+VIA_LAYER = 3  # after this layer, the end of a question must contain the start of the value
 WARM_UP = 50
 
 
@@ -41,10 +41,10 @@ class Stage:
     tokens_per_batch: int
     layout: Layout
     mixture: Mixture
-    first_weight: float = 1.0  # of each answer's first character, where the looking-up happens
-    lr: float = 1.0  # share of the peak learning rate
+    first_weight: float = 1.0  # loss weight of the first character of an answer: the look-up
+    lr: float = 1.0  # fraction of the peak learning rate
     max_documents: int = 64
-    restart: bool = False  # the learning rate warms up again, and falls at the end again
+    restart: bool = False  # start a new cycle of the learning rate, with warm-up and decay
 
 
 _SHORT = Stage(
@@ -54,10 +54,10 @@ _SHORT = Stage(
     Layout(8, (1, 1), (1, 4), (0, 1), (2, 6), (4, 10)),
     Mixture((("lookup", 4, 20), ("hop", 3, 24), ("row", 1, 24), ("dump", 1, 54))),
 )
-# Two steps of looking up take longest to learn: many such questions, and weight on finding the
-# place. No "which page" where there is one page, and few pages without others: answering with any
-# heading is a habit that is hard to leave. From here on a high learning rate only shakes what has
-# formed.
+# Two-step look-ups take longest to learn, so there are many such questions, and the first character
+# has a higher weight. "Which page" is not asked about single pages, and there are few of them: any
+# heading would be correct there, and the model does not easily unlearn that answer. From here on a
+# high learning rate would disturb what the model has learned.
 _MIDDLE = Stage(
     "12x12",
     250,
@@ -77,7 +77,7 @@ _LONG = replace(
         (("lookup", 4, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 1, 146), ("which", 8, 13))
     ),
 )
-# Dumps come last: long answers.
+# Dumps come last, because their answers are long.
 _FINAL = replace(
     _LONG,
     name="20x20-final",
@@ -87,7 +87,7 @@ _FINAL = replace(
         (("lookup", 3, 20), ("hop", 5, 24), ("row", 2, 46), ("dump", 3, 146), ("which", 8, 13))
     ),
 )
-# What is wrong then: one dump in ten goes on after the page's last record, or loses its place.
+# Remaining errors: one dump in ten continues after the last record or skips records.
 _DUMPS = replace(
     _FINAL,
     name="20x20-dumps",
@@ -103,7 +103,11 @@ STAGES = (_SHORT, _MIDDLE, _LONG, _FINAL, _DUMPS)
 
 
 def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
-    """Which stage a step belongs to, and its number there."""
+    """The index of the stage of a step, and the number of the step in that stage.
+
+    Raises:
+        IndexError: if the step is after the last stage.
+    """
     for i, stage in enumerate(stages):
         if step < stage.steps:
             return i, step
@@ -114,7 +118,7 @@ def stage_of(step: int, stages: tuple[Stage, ...]) -> tuple[int, int]:
 def learning_rate(
     step: int, stages: tuple[Stage, ...], peak: float, decay_share: float = 0.25
 ) -> float:
-    """Warm up, stay up until the circuits have formed, fall linearly at the end; of each cycle."""
+    """The learning rate of a step: in each cycle a warm-up, a constant part and a linear decay."""
     lr = peak * stages[stage_of(step, stages)[0]].lr
     cycles: list[int] = []
     for stage in stages:
@@ -131,13 +135,13 @@ def learning_rate(
 class Trainer:
     """Model, losses and optimizers.
 
-    Three losses: of the answers; of the alignment of each patch's feature with its glyph's
-    embedding; and of three hints, each two characters read from hidden states by a head that is not
-    part of the model. After `NAME_LAYER`, the patches are asked for the number of their page, and
-    both the first patch of a value and the end of a question for the key that names them: one head
-    for both, so that a look-up finds them alike. After `VIA_LAYER` the end of the question is asked
-    how that key's value begins. So a look-up forms low enough in the model for a second one above
-    it.
+    There are three losses: of the answers; of the alignment between the feature of a patch and the
+    embedding of its glyph; and of auxiliary predictions ("hints"). A hint predicts two characters
+    from hidden states, with a head that is not part of the model. After `NAME_LAYER`, patches
+    predict the number of their page. The first patch of a value and the end of a question predict
+    their key with one shared head, so that a look-up can match them. After `VIA_LAYER`, the end of
+    the question predicts the start of the key's value. Look-ups therefore form in low layers, and a
+    second look-up fits into the layers above.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder, optimizer: str, lr: float) -> None:
@@ -181,7 +185,7 @@ class Trainer:
             table = model.model.language_model.embed_tokens.weight
             read = F.linear(features, table).float()
         labels = batch.labels[asked]
-        # The token before an answer's first is no answer.
+        # True at the first token of each answer.
         first = F.pad(~asked, (1, 0), value=True)[:, :-1][asked]
         weight = torch.where(first, stage.first_weight, 1.0)
         answers = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
@@ -213,7 +217,7 @@ class Trainer:
         patches = low[:, batch.image_positions].view(documents, num_pages, cells, -1)
         branches = low[:, -batch.branch_ids.shape[1] :]
         printed = batch.glyphs != self.encoder.blank
-        printed[..., ::3] = False  # two thirds are enough
+        printed[..., ::3] = False  # a subset of two thirds is sufficient
         numbers = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
         named, asked = batch.keys[..., 0] != IGNORED, batch.asked[..., 0] != IGNORED
         high = between[VIA_LAYER][:, -batch.branch_ids.shape[1] :]
@@ -294,7 +298,7 @@ def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> No
         saved = torch.load(checkpoint, weights_only=True)
         trainer.load(saved["trainer"])
         step, seconds = saved["step"], saved["seconds"]
-        print(f"going on from step {step}")
+        print(f"continuing from step {step}")
     recent: dict[str, list[float]] = defaultdict(list)
     stream, current = None, -1
     clock = time.perf_counter()
@@ -323,7 +327,9 @@ def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> No
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and log")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the checkpoint and the log"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")

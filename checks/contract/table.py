@@ -254,7 +254,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Overridden(f"{LOGGERS}:AggregateStatLoggerBase.log", ""),
         Overridden(f"{LOGGERS}:AggregateStatLoggerBase.log_engine_initialized", ""),
         Overridden(f"{LOGGERS}:AggregateStatLoggerBase.__init__", "vllm_config, engine_indexes"),
-        # Ours stands first and takes the counts out before the others look.
+        # The plugin's logger is first and removes its counts before the other loggers run.
         Steps(
             f"{LOGGERS}:StatLoggerManager.record",
             ("for stat_logger in self.stat_loggers", "stat_logger.record("),
@@ -477,7 +477,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "tuple[tuple[list[KVCacheBlock], ...], int, int]",
         ),
         Called(f"{KV_CACHE_MANAGER}.create_kv_cache_blocks", "blocks", "KVCacheBlocks"),
-        # Where groups with a sliding window keep a prefix for later hits.
+        # Where groups with a sliding window cache a prefix for later hits.
         Steps(
             "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
             (
@@ -486,7 +486,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ),
         ),
         Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks get_num_free_blocks"),
-        # Running requests first; of a new one the hit is known before it gets blocks.
+        # Running requests come first. The prefix hit of a new one is known before it gets blocks.
         Steps(
             f"{SCHEDULER}.schedule",
             (
@@ -503,7 +503,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.requests[request.request_id] = request",
             ),
         ),
-        # Reports of a step are counted before its statistics are made.
+        # Reports of a step are counted before its statistics are created.
         Steps(f"{SCHEDULER}.update_from_output", ("self.make_stats(",)),
     ),
     "attention/per_layer.py": (
@@ -522,7 +522,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "vllm.model_executor.layers.attention.attention:Attention.forward",
             ("not self.attn_backend.forward_includes_kv_cache_update",),
         ),
-        # A prefill's last token alone runs as a decode: `DecodeGraphsMixin` and worker/v2.py.
+        # A step with only the last token of a prefill runs as a decode step: `DecodeGraphsMixin`.
         Steps(
             "vllm.v1.worker.gpu.attn_utils:get_attn_cg_support",
             ("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
@@ -601,7 +601,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{CPU_ATTN}:CPUAttentionBackendImpl.do_kv_cache_update",
             "layer, key, value, kv_cache, slot_mapping",
         ),
-        # The kernel's arguments that `schedule` repeats for one layer's lengths.
+        # The kernel's arguments, which `schedule` repeats with the lengths of one layer.
         Steps(
             f"{CPU_ATTN}:CPUAttentionMetadataBuilder.build",
             (
@@ -613,12 +613,12 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "kv_cache_dtype=self.kv_cache_dtype)",
             ),
         ),
-        # K and V lie one after the other in a head's page.
+        # In a head's page, V follows K.
         Steps(
             f"{CPU_ATTN}:CPUAttentionBackendImpl.do_kv_cache_update",
             ("kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))", ".chunk(2, dim=2)"),
         ),
-        # `isa` of a layer, set by the builder.
+        # The builder sets `isa` of a layer.
         Steps(
             f"{CPU_ATTN}:CPUAttentionMetadataBuilder._set_isa_to_layers", ("layer.isa = self.isa",)
         ),
@@ -712,7 +712,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids preempted_req_ids"),
         Has("vllm.v1.core.sched.output:SchedulerOutput", "scheduled_cached_reqs"),
         Overridden(f"{WORKER}.sample_tokens", "..."),
-        # The cache is there when the worker returns from it, and the warm-up comes later.
+        # The cache exists when this method of the worker returns. The warm-up comes later.
         Steps(
             f"{WORKER}.initialize_from_config",
             ("self.model_runner.initialize_kv_cache(kv_cache_config",),
@@ -753,7 +753,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Called("vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__", "index"),
         Called("vllm.v1.worker.block_table:BlockTable.get_device_tensor", "num_reqs"),
         Has("vllm.v1.utils:CpuGpuBuffer", "gpu"),
-        # A real batch is known by the keyword; the batch and lengths are those of this step.
+        # The keyword identifies a real batch. Batch and lengths are those of this step.
         Steps(
             f"{V1_RUNNER}.execute_model",
             (
@@ -765,7 +765,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Steps(f"{V1_RUNNER}._dummy_run", ("self._build_attention_metadata(",)),
         Never(f"{V1_RUNNER}._dummy_run", "self._build_attention_metadata(...num_scheduled_tokens="),
-        # Block ids are extended in place while a request goes on, replaced when it starts over.
+        # Block ids are extended in place, and replaced when a preempted request resumes.
         Steps(
             f"{V1_RUNNER}._update_states",
             ("block_ids.extend(new_ids)", "req_state.block_ids = new_block_ids"),
@@ -829,7 +829,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "input_batch, cudagraph_mode, block_tables, ...",
             "dict[str, Any]",
         ),
-        # A request that starts over is removed first, and its slot is free once it is removed.
+        # A resumed request is removed first, which frees its slot.
         Steps(
             f"{V2_RUNNER}.add_requests",
             (
@@ -842,7 +842,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{V2_RUNNER}.finish_requests",
             ("finished_req_ids.union(preempted_req_ids)", "self._remove_request(req_id)"),
         ),
-        # The rows that we read are gathered before the metadata is made.
+        # The rows that this package reads are gathered before the metadata is built.
         Steps(
             f"{V2_RUNNER}.execute_model",
             (
@@ -854,7 +854,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.model_state.prepare_attn(input_batch",
             ),
         ),
-        # Dummy batches: for capture, or with request ids that were never added.
+        # Dummy batches are marked for capture, or have request ids that were never added.
         Steps(
             "vllm.v1.worker.gpu.cudagraph_utils:prepare_inputs_to_capture",
             ("model_state.prepare_attn(...for_capture=",),

@@ -152,7 +152,7 @@ def test_refused_through_vllm() -> None:
 def test_rows_of_other_kinds_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "matrix.json"
     old = {kind: {"result": "old"} for kind in ("qwen3-vl", "llava", "gone")}
-    matrix.machine.write_report(path, "benchmarks.matrix", (), results=old)
+    matrix.write_report(path, "checks.matrix", (), results=old)
     rows = matrix.merged(path, {"qwen3-vl": {"result": "new"}, "gemma4": {"result": "new"}})
     assert list(rows) == ["llava", "qwen3-vl", "gemma4"]
     assert [row["result"] for row in rows.values()] == ["old", "new", "new"]
@@ -180,7 +180,7 @@ def test_rounding_is_a_matter_of_the_logits(logits: float, rounds: bool) -> None
 
 
 def test_hanging_processes_are_killed(tmp_path: Path) -> None:
-    result = matrix._in_a_process(matrix.stock, "idefics3", tmp_path, time_limit=0.01)
+    result = matrix._in_a_process(matrix.baseline, "idefics3", tmp_path, time_limit=0.01)
     assert result == matrix.KindResult("failed", "no answer after 0.01 s")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed vLLM keeps the contract; other sources fail with exactly the lines they should."""
+"""The installed vLLM satisfies the contract, and violations are reported with exact messages."""
 
 import ast
 import inspect
@@ -33,7 +33,7 @@ def vllm() -> Sources:
     return Sources(installed())
 
 
-def test_the_installed_vllm_keeps_it(vllm: Sources) -> None:
+def test_the_installed_vllm_satisfies_the_contract(vllm: Sources) -> None:
     assert violations(vllm) == []
 
 
@@ -125,7 +125,7 @@ ROWS: tuple[Row, ...] = (
 
 
 def lines(folder: Path, changes: tuple[tuple[str, str, str], ...]) -> list[str]:
-    """Of the made-up host with changes (file, old, new)."""
+    """Violations in the example host after changes (file, old, new)."""
     host = folder / "host"
     host.mkdir()
     files = dict(HOST)
@@ -137,7 +137,7 @@ def lines(folder: Path, changes: tuple[tuple[str, str, str], ...]) -> list[str]:
     return [line for row in ROWS for line in row.violations(Sources(host))]
 
 
-def test_a_host_that_keeps_all(tmp_path: Path) -> None:
+def test_a_host_that_satisfies_all_rows(tmp_path: Path) -> None:
     assert lines(tmp_path, ()) == []
 
 
@@ -292,13 +292,13 @@ def test_the_command(
     assert capsys.readouterr().out == "vLLM 9.1: 0 of 1 expectations not met\n"
 
 
-# The table cannot fall behind.
+# The table is complete.
 
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def used_names(tree: ast.AST) -> Iterator[str]:
-    """Every name of vLLM's that a file imports, as targets; attributes of imported modules too."""
+    """All names of vLLM that a file imports or reads from imported modules, as targets."""
     modules: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -338,7 +338,7 @@ def test_every_import_is_in_the_table(path: Path) -> None:
 
 
 def test_imports_are_seen() -> None:
-    """The test above passes vacuously if they are missed."""
+    """Without this, the test above could pass because it finds no imports."""
     source = """
 import vllm
 from vllm import envs
@@ -373,7 +373,7 @@ def test_every_hook_is_in_the_table() -> None:
 
 
 def overriding_methods(vllm: Sources) -> Iterator[tuple[str, str, inspect.Signature, ast.AST]]:
-    """(class, method, its signature, vLLM's method) where a class of ours replaces one."""
+    """(class, method, its signature, vLLM's method) for each method that this package overrides."""
     ours = Sources(ROOT)
     for path in SOURCES:
         name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
@@ -396,7 +396,7 @@ def overriding_methods(vllm: Sources) -> Iterator[tuple[str, str, inspect.Signat
 
 
 def fits(ours: inspect.Signature, parameters: str) -> bool:
-    """Whether every call of the table's parameters, by position or name, can be taken."""
+    """Whether a signature accepts the parameters of a row, by position and by name."""
     is_open = parameters.endswith("...")
     text = parameters.removesuffix("...").removesuffix(", ").replace("=", "=0")
     (function,) = ast.parse(f"def f({text}): ...").body

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users of a vLLM that is not supported are told, and that it works without us."""
+"""With an unsupported vLLM, users get a message, and serving without eviction works."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ REASON = f"vLLM 0.99.0: {RANGE}"
 
 
 class ForeignArgs:
-    """What is left of `EngineArgs` in a vLLM to come."""
+    """`EngineArgs` of a future vLLM that still has these methods."""
 
     additional_config: dict[str, Any]
 
@@ -39,7 +39,7 @@ class ForeignArgs:
 
 
 class RenamedArgs:
-    """One that has no `from_cli_args` any more."""
+    """`EngineArgs` without `from_cli_args`."""
 
     @staticmethod
     def add_cli_args(parser: Any) -> Any:
@@ -51,7 +51,7 @@ class RenamedArgs:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What a user reads, at vLLM's default log level."""
+    """Messages that a user sees at vLLM's default log level."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -68,7 +68,7 @@ def told() -> Iterator[list[str]]:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Put a class in the place of `EngineArgs` of a vLLM 0.99."""
+    """Replace `EngineArgs` by a class, with vLLM reporting version 0.99."""
     monkeypatch.setattr("vllm.__version__", "0.99.0")
 
     def use(cls: type | None) -> Any:
