@@ -148,14 +148,13 @@ def evict(prompt: Asked, config: KVCompressConfig, block_size: int) -> list[Tens
     if start < prompt.pages:
         raise ValueError(f"{policy.name}: only settings that observe the question can be swept")
     num_kv_heads = prompt.cache[0][0].shape[0]
-    observed = AttentionStats(policy, num_layers, num_kv_heads, tokens, torch.device("cpu"))
+    observed = AttentionStats(config, num_layers, num_kv_heads, tokens, torch.device("cpu"))
     for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
         scale = keys.shape[-1] ** -0.5
         observed.add(i, queries[start - prompt.pages :], keys, start, scale, 0.0)
     num_heads = prompt.queries[0].shape[1]
     choice = select_kept(
-        policy,
-        config.budget,
+        config,
         observed,
         observed.dense_entries,
         Prompt(tokens, prompt.visual, prompt.grids),

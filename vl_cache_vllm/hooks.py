@@ -268,7 +268,7 @@ def _check_requests() -> None:
                         f"{' and '.join(given)} cannot be honoured: this server was started "
                         "without --kv-compress"
                     )
-                config.for_request(extra)
+                config.for_request(params)
             except ValueError as error:
                 _forget_images(self, prompt)
                 raise VLLMValidationError(str(error), parameter=given[0]) from error
@@ -348,9 +348,7 @@ def enable(vllm_config: VllmConfig) -> None:
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )
     _add_metrics()
-    init_logger("vllm.vl_cache").info(
-        "KV compression: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items())
-    )
+    init_logger("vllm.vl_cache").info("KV compression: %s", config)
 
 
 @contextlib.contextmanager

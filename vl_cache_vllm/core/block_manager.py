@@ -27,13 +27,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request, RequestStatus
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import (
-    EvictionPlan,
-    Skip,
-    plan_eviction,
-    post_vision_start,
-    request_config,
-)
+from vl_cache_vllm.core.admission import EvictionPlan, Skip, plan_eviction, post_vision_start
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import OutputLengths, peak_blocks
 from vl_cache_vllm.core.pressure import PressureGauge
@@ -46,7 +40,7 @@ class EvictionBlockManager(FullAttentionManager):
     def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._config: KVCompressConfig = kv_cache_spec.kv_compress
-        self.pressure = PressureGauge(self._config.pressure_high, self._config.pressure_low)
+        self.pressure = PressureGauge(self._config.pressure.high, self._config.pressure.low)
         self._lookup: Callable[[str], Request | None] = lambda _: None
         self._others: Sequence[SingleTypeKVCacheManager] = ()
         # Decided plans, also the negative ones: vLLM's end of prefill moves along with a decoding
@@ -92,7 +86,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _possible_plan(self, request: Request) -> EvictionPlan:
         """The plan as far as the request alone decides it."""
         plan = plan_eviction(
-            request_config(self._config, request.sampling_params),
+            self._config.for_request(request.sampling_params),
             self.block_size,
             request.num_tokens,
             post_vision_start(self._config, request.mm_features),
@@ -188,7 +182,7 @@ class EvictionBlockManager(FullAttentionManager):
         """Position of the first observed query."""
         vision_end = post_vision_start(self._config, request.mm_features)
         assert vision_end is not None
-        policy = request_config(self._config, request.sampling_params).policy
+        policy = self._config.for_request(request.sampling_params).policy
         return policy.observation_start(vision_end, plan.prompt_tokens)
 
     def _wants_room(self, request_id: str, num_tokens: int) -> EvictionPlan | None:

@@ -3,41 +3,42 @@
 
 import torch
 
+from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.device import Stopwatch
 from vl_cache_vllm.ops.diversity import key_similarity
 from vl_cache_vllm.ops.observe import elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
-from vl_cache_vllm.policy import EvictionPolicy
 
 
 class AttentionStats:
     """What a policy decides on, of every layer of one prompt.
 
     Args:
-        policy: the request's.
+        config: the request's settings.
         num_layers, num_kv_heads: of the cache.
         tokens: of the prompt.
         device: of the results.
 
     ``column_sums``, float32 ``[num_layers, num_kv_heads, tokens]``, and ``dense_entries``, int64
     ``[num_layers]``, are those of `observe`; ``similarity`` is that of `key_similarity`, shaped as
-    the sums, None for a policy without diversity. ``stopwatch`` is for who adds to them.
+    the sums, None without the option ``diversity``. ``stopwatch`` is for who adds to them.
     """
 
     def __init__(
         self,
-        policy: EvictionPolicy,
+        config: KVCompressConfig,
         num_layers: int,
         num_kv_heads: int,
         tokens: int,
         device: torch.device,
     ) -> None:
-        self._policy = policy
+        self._threshold = config.policy.density_threshold
+        self._options = config.experimental
         self.tokens = tokens
         self.stopwatch = Stopwatch(device)
         self.column_sums = torch.zeros(num_layers, num_kv_heads, tokens, device=device)
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
-        self.similarity = torch.zeros_like(self.column_sums) if policy.diversity else None
+        self.similarity = torch.zeros_like(self.column_sums) if self._options.diversity else None
         # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
@@ -51,13 +52,13 @@ class AttentionStats:
         softcap: float,
     ) -> None:
         """Take in the next queries of a layer; arguments as for `observe`."""
-        policy = self._policy
+        options = self._options
         end = first_position + query.shape[0]
         weights = None
         is_last = end == self.tokens
-        if isinstance(key, PagedKeys) and is_last and (policy.elite_window or policy.diversity):
+        if isinstance(key, PagedKeys) and is_last and (options.elite_window or options.diversity):
             key = key.read()
-        if policy.elite_window:
+        if options.elite_window:
             if not is_last:
                 self._waiting[layer].append(query.clone())  # the runner reuses its buffers
                 return
@@ -65,13 +66,15 @@ class AttentionStats:
             self._waiting[layer].clear()
             first_position = end - query.shape[0]
             assert isinstance(key, torch.Tensor)
-            weights = elite_queries(query, key, first_position, scale, softcap, policy.elite_window)
+            weights = elite_queries(
+                query, key, first_position, scale, softcap, options.elite_window
+            )
         observe(
             query,
             key,
             first_position,
             scale,
-            policy.threshold,
+            self._threshold,
             softcap,
             self.column_sums[layer],
             self.dense_entries[layer],

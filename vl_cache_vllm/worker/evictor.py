@@ -81,7 +81,7 @@ class Evictor:
         """What the scheduler says of the step's requests that are not new."""
         self.admitted: set[str] | None = None
         """Who may be observed (`vl_cache_vllm.core.observation_budget`); None: everybody."""
-        self._trace_file = _open_trace(config.trace_path)
+        self._trace_file = _open_trace(config.trace.path)
         self._reports: list[PendingReport] = []
         device, num_layers = pool.pages.device, pool.num_layers
         # Row 0 stays zero: it serves requests that are not evicted.
@@ -222,7 +222,7 @@ class Evictor:
             state = observation.state
             if state.observed is None:
                 state.observed = AttentionStats(
-                    state.config.policy,
+                    state.config,
                     self.pool.num_layers,
                     self.pool.num_kv_heads,
                     state.prefill_tokens,
@@ -282,8 +282,7 @@ class Evictor:
         stopwatch = Stopwatch(pool.device)
         with stopwatch:
             choice = select_kept(
-                policy,
-                state.config.budget,
+                state.config,
                 observed,
                 dense_entries,
                 prompt,
@@ -339,12 +338,12 @@ class Evictor:
             "visual": prompt.visual,
             "grids": [dataclasses.astuple(grid) for grid in prompt.grids],
         }
-        if self.config.trace_positions:
+        if self.config.trace.positions:
             record["kept_positions"] = [
                 layer[:, :kept].tolist()
                 for layer, kept in zip(choice.positions, kept_tokens, strict=True)
             ]
-        if self.config.trace_scores:
+        if self.config.trace.scores:
             record["attention"] = _rounded(observed.column_sums)
             record["scores"] = _rounded(choice.scores)
         assert self._trace_file is not None
@@ -383,7 +382,7 @@ def _open_trace(path: str | None) -> int | None:
     try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"KV compression cannot write its trace_path: {error}") from error
+        raise ValueError(f"KV compression cannot write its trace.path: {error}") from error
 
 
 def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -18,7 +18,6 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import (
     plan_eviction,
     post_vision_start,
-    request_config,
     visual_ranges,
 )
 from vl_cache_vllm.core.patch_grids import patch_grids
@@ -224,7 +223,7 @@ class RequestTable:
         decodes = params is not None and (params.max_tokens is None or params.max_tokens > 1)
         return self.start(
             request_id,
-            request_config(config, params),
+            config.for_request(params),
             post_vision_start(config, features) if decodes else None,
             prefill_tokens,
             visual_ranges(features),

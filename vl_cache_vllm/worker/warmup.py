@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.config import KVCompressConfig, TraceConfig
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
@@ -30,23 +30,24 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
         config,
         budget=0.5,
         min_prompt_tokens=1,
-        trace_path=None,
-        trace_positions=False,
-        trace_scores=False,
+        trace=TraceConfig(),
     )
 
 
 def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
     """Settings that requests may have besides and for which other kernels are compiled."""
-    kinds: tuple[dict[str, Any], ...] = (
-        {"sink_tokens": 0, "keep_text": False, "elite_window": 0.0, "diversity": 0.0},
-        {"sink_tokens": 1, "elite_window": 0.5, "max_observation_tokens": QUERIES},
-        {"elite_window": 0.0, "diversity": 0.5},
+    kinds: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        ({"sink_tokens": 0, "keep_text": False}, {"elite_window": 0.0, "diversity": 0.0}),
+        ({"sink_tokens": 1, "max_observation_tokens": QUERIES}, {"elite_window": 0.5}),
+        ({}, {"elite_window": 0.0, "diversity": 0.5}),
     )
-    for options in kinds:
+    for options, experimental in kinds:
         with contextlib.suppress(ValueError):  # what a policy refuses no request can have
-            policy = dataclasses.replace(config.policy, **options)
-            yield dataclasses.replace(config, policy=policy)
+            yield dataclasses.replace(
+                config,
+                policy=dataclasses.replace(config.policy, **options),
+                experimental=dataclasses.replace(config.experimental, **experimental),
+            )
 
 
 def blank_pool(
@@ -96,7 +97,7 @@ class WarmupEviction:
             max(1, config.kept_blocks(self._num_blocks)), tokens // pool.block_size
         )
         self._others = AttentionStats(
-            config.policy, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
+            config, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
         )
 
     def observe(self) -> None:
