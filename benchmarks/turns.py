@@ -133,7 +133,7 @@ def start(model: Path, options: argparse.Namespace, engine: str) -> Any:
 
 def num_evicted(engine: Any) -> int:
     """Requests of an engine in this process."""
-    return engine.engine_core.engine_core.scheduler._eviction_manager.num_evicted
+    return engine.engine_core.engine_core.scheduler.eviction_stats.evicted
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,8 +36,12 @@ def serve(llm: Any, cases: Iterator[Case], clients: int, num_requests: int) -> d
 
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    manager = getattr(scheduler, "_eviction_manager", None)
-    evicted_before = manager.num_evicted if manager else 0
+
+    def num_evicted() -> int:
+        stats = getattr(scheduler, "eviction_stats", None)
+        return stats.evicted if stats else 0
+
+    evicted_before = num_evicted()
     tokenizer = llm.get_tokenizer()
     asked: dict[str, tuple[Case, float]] = {}
     scores: list[float] = []
@@ -70,7 +74,7 @@ def serve(llm: Any, cases: Iterator[Case], clients: int, num_requests: int) -> d
             scores.append(score(answer.text, case.answers))
         most = max(most, sum(r.num_output_tokens > 0 for r in scheduler.running))
     elapsed = time.perf_counter() - start
-    evicted = manager.num_evicted - evicted_before if manager else 0
+    evicted = num_evicted() - evicted_before
     return {
         "score": statistics.mean(scores),
         "evicted": evicted / num_requests,

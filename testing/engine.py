@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from testing import tiny_models
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
+from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.inspector.cli import running
 from vl_cache_vllm.worker.evictor import Evictor
 
@@ -76,6 +77,11 @@ def scheduler(llm: LLM) -> Scheduler:
 
 def manager(llm: LLM) -> EvictionBlockManager:
     return scheduler(llm)._eviction_manager  # type: ignore[attr-defined]
+
+
+def eviction_stats(llm: LLM) -> EvictionStats:
+    """Counts since the engine's start."""
+    return scheduler(llm).eviction_stats  # type: ignore[attr-defined]
 
 
 def eviction_worker(llm: LLM) -> Evictor:

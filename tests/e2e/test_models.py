@@ -24,7 +24,7 @@ def serve(model: Path, kind: str, trace: Path, **kwargs: Any) -> list[dict[str, 
     ]
     with harness.engine(model, settings, **kwargs) as llm:
         outputs = llm.generate(requests, harness.greedy(40), use_tqdm=False)
-        assert harness.manager(llm).num_evicted == 2
+        assert harness.eviction_stats(llm).evicted == 2
     for output in outputs:
         assert len(harness.token_ids(output)) == 40
         assert all(torch.isfinite(torch.tensor(harness.logprobs(output))))

@@ -31,7 +31,7 @@ def serve(model: Path, trace: Path, **kwargs: Any) -> tuple[list[list[dict]], li
     ]
     with harness.engine(model, {**settings, "trace_positions": True}, **kwargs) as llm:
         outputs = llm.generate(requests, parameters, use_tqdm=False)
-        assert harness.manager(llm).num_evicted == len(requests)
+        assert harness.eviction_stats(llm).evicted == len(requests)
     records = [json.loads(line) for line in trace.read_text().splitlines()]
     records.sort(key=lambda record: (record["layers"], record["rank"]))
     lines = [

@@ -12,7 +12,6 @@ free for the answers of evicted requests.
 Does not own: which tokens survive, how the M x L pages are dealt to the layers (worker).
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -27,7 +26,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request, RequestStatus
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import EvictionPlan, Skip, plan_eviction, post_vision_start
+from vl_cache_vllm.core.admission import (
+    EvictionPlan,
+    Skip,
+    plan_eviction,
+    post_vision_start,
+)
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import OutputLengths, peak_blocks
 from vl_cache_vllm.core.pressure import PressureGauge
@@ -50,10 +54,9 @@ class EvictionBlockManager(FullAttentionManager):
         self.observation_budget = ObservationBudget()
         self._unobserved: set[str] = set()  # for want of room
         self._output_lengths = OutputLengths()
-        self.num_evicted = 0
-        self.num_skipped: Counter[Skip] = Counter()
-        self._stats = EvictionStats()
+        self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report of no news would say
+        self._totals = EvictionStats()  # of all reports
 
     def bind(
         self,
@@ -154,15 +157,22 @@ class EvictionBlockManager(FullAttentionManager):
 
     def take_stats(self) -> EvictionStats | None:
         """What happened since the last call; None if nothing did."""
-        held = self.blocks_held
-        stats = replace(self._stats, blocks_held=held)
-        if self.decides_by_pressure:
-            stats.pressure = self.pressure.is_on
+        stats = self._current_stats()
         if stats == self._reported:
             return None
-        self._reported = replace(EvictionStats(), blocks_held=held, pressure=stats.pressure)
+        self._reported = EvictionStats(blocks_held=stats.blocks_held, pressure=stats.pressure)
         self._stats = EvictionStats()
+        self._totals += stats
         return stats
+
+    @property
+    def total_stats(self) -> EvictionStats:
+        """Counts since start-up."""
+        return self._totals + self._current_stats()
+
+    def _current_stats(self) -> EvictionStats:
+        is_on = self.pressure.is_on if self.decides_by_pressure else None
+        return replace(self._stats, blocks_held=self.blocks_held, pressure=is_on)
 
     def max_hit_tokens(self, request: Request) -> int | None:
         """Longest prefix-cache hit that leaves all observed queries to be computed.
@@ -300,10 +310,6 @@ class EvictionBlockManager(FullAttentionManager):
     def _decide(self, request_id: str, plan: EvictionPlan) -> None:
         self._decided[request_id] = plan
         self._stats.decided(plan, self.block_size)
-        if plan.skip:
-            self.num_skipped[plan.skip] += 1
-        else:
-            self.num_evicted += 1
 
     def cache_blocks(
         self,

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from vl_cache_vllm.core import messages
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.observation_budget import announce, observation_budget_tokens
-from vl_cache_vllm.core.stats import SEND, put
+from vl_cache_vllm.core.stats import SEND, EvictionStats, put
 
 
 class EvictionSchedulerMixin:
@@ -59,6 +59,11 @@ class EvictionSchedulerMixin:
         if stats is not None and eviction is not None and self._sends_stats:
             put(stats, eviction)
         return stats
+
+    @property
+    def eviction_stats(self) -> EvictionStats:
+        """Counts of this engine's decisions and evictions since start-up."""
+        return self._eviction_manager.total_stats
 
     def _demands(self) -> Iterator[int]:
         """Blocks that each unfinished prefill still asks for, running ones first.
