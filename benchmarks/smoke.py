@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.build("llava", Path(folder) / "llava", **shape)
         trace = Path(folder) / "trace.jsonl"
-        settings = {"policy": "vlcache", "budget": options.budget, "trace_path": str(trace)}
+        settings = {"policy": "vlcache", "budget": options.budget, "trace": {"path": str(trace)}}
         baseline = measure(model, None, options.requests, trace)
         eviction = measure(model, settings, options.requests, trace)
     report = make_report(

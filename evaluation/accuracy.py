@@ -131,7 +131,7 @@ def run(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trace = folder / "trace.jsonl"
         if settings is not None:
-            settings = settings | {"trace_path": str(trace), "trace_positions": True}
+            settings = settings | {"trace": {"path": str(trace), "positions": True}}
         llm = stack.enter_context(running_llm(**_engine_arguments(model, settings, options)))
         jobs = [(case, budget) for case in cases for budget in budgets]
         outputs = llm.chat(

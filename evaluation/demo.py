@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         eviction = (
             f"--kv-compress={POLICY}",
             f"--kv-compress-budget={BUDGET}",
-            "--kv-compress-config=" + json.dumps({"trace_path": str(trace)}),
+            "--kv-compress-config=" + json.dumps({"trace": {"path": str(trace)}}),
         )
         log = Path(folder) / "server.log"
         full = completions(log, (), questions, pictures)
@@ -112,7 +112,7 @@ def completions(
 ) -> list[Completion]:
     """Start a server, send all questions, and stop it."""
     shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[len(program()) :]]
-    print("$", shlex.join(part for part in shown if "trace_path" not in part))
+    print("$", shlex.join(part for part in shown if "trace" not in part))
     urls = [image_url(picture) for picture in pictures]
     with running(MODEL, log, *arguments, *COMMON) as server:
         return [complete(server, question, urls) for question in questions]

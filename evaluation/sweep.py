@@ -159,14 +159,13 @@ def evict(
     if start < prompt.pages:
         raise ValueError(f"{policy.name}: the observation window must not include the pages")
     num_kv_heads = prompt.cache[0][0].shape[0]
-    observed = AttentionStats(policy, num_layers, num_kv_heads, tokens, torch.device("cpu"))
+    observed = AttentionStats(config, num_layers, num_kv_heads, tokens, torch.device("cpu"))
     for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
         scale = keys.shape[-1] ** -0.5
         observed.add(i, queries[start - prompt.pages :], keys, start, scale, 0.0)
     num_heads = prompt.queries[0].shape[1]
     selection = select_kept(
-        policy,
-        config.budget,
+        config,
         observed,
         observed.dense_entries,
         Prompt(tokens, prompt.visual, prompt.grids),

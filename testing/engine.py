@@ -19,6 +19,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from testing import tiny_models
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
+from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.inspector.engine import running
 from vl_cache_vllm.worker.evictor import Evictor
 
@@ -89,8 +90,13 @@ def manager(llm: LLM) -> EvictionBlockManager:
 
 def num_evicted(engine: LLMEngine) -> int:
     """Evictions that an engine has decided since it started; 0 without KV compression."""
-    manager = getattr(engine.engine_core.engine_core.scheduler, "_eviction_manager", None)
-    return manager.num_evicted if manager else 0
+    stats = getattr(engine.engine_core.engine_core.scheduler, "eviction_stats", None)
+    return stats.evicted if stats else 0
+
+
+def eviction_stats(llm: LLM) -> EvictionStats:
+    """Counts since the engine's start."""
+    return scheduler(llm).eviction_stats  # type: ignore[attr-defined]
 
 
 def eviction_worker(llm: LLM) -> Evictor:

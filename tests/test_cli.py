@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import operator
+import re
 import shutil
 import subprocess
 import types
@@ -25,9 +26,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from testing import tiny_models
 from testing.server import command, environment
-from vl_cache_vllm import hooks, install
-from vl_cache_vllm.config import KVCompressConfig, get_kv_compress_config
-from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm import deprecated, hooks, install
+from vl_cache_vllm.config import KVCompressConfig, describe_settings, get_kv_compress_config
 from vl_cache_vllm.support import unsupported_reasons
 
 
@@ -384,12 +384,66 @@ def test_hook_exists_in_this_vllm(hook: hooks.Hook) -> None:
     assert operator.attrgetter(name)(importlib.import_module(module)) is not ...
 
 
-def test_the_readme_lists_every_setting() -> None:
-    """With its default, in the same words as --help."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    fields = (*dataclasses.fields(VLCachePolicy), *dataclasses.fields(KVCompressConfig))
-    for field in fields:
-        if field.name in ("policy", "budget", "when", "text"):
-            continue
-        row = f"| `{field.name}` | {json.dumps(field.default)} | {field.metadata['help']} |"
-        assert row in text, row
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+
+
+def test_the_docs_list_every_setting_of_help() -> None:
+    """Under the same headings, with the same defaults and in the same words."""
+    sections = dict(re.findall(r"^### (.+)\n((?:(?!#).*\n)*)", DOCUMENT, re.M))
+    documented = {
+        title: re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.+) \|$", text, re.M)
+        for title, text in sections.items()
+    }
+    expected: dict[str, list[tuple[str, ...]]] = {}
+    title = ""
+    for line in describe_settings().splitlines():
+        if match := re.fullmatch(r"- ([\w.]+) \(default (.+?)\): (.+)", line):
+            group, _, _ = match[1].rpartition(".")
+            expected.setdefault(f"`{group}`" if group else title, []).append(match.groups())
+        else:
+            heading = re.split(":|, otherwise", line[2:])[0]
+            title = re.sub("^POLICY (.+)", r"`\1`", heading).replace("EVERY POLICY", "Every policy")
+    assert {title: rows for title, rows in documented.items() if rows} == expected
+
+
+def test_the_docs_list_every_flag_and_its_setting() -> None:
+    for name in ("budget", "when", "text"):
+        (field,) = (f for f in dataclasses.fields(KVCompressConfig) if f.name == name)
+        start = f"| `{name}` | `--kv-compress-{name}` | `{json.dumps(field.default)}` | "
+        (row,) = (line for line in DOCUMENT.splitlines() if line.startswith(start))
+        assert field.metadata["help"] in row
+
+
+def test_the_docs_list_every_old_name() -> None:
+    for old, new in deprecated.SETTINGS.items():
+        assert f"| `{old}` | `{new}` |" in DOCUMENT
+    for name in deprecated.WITHOUT_EFFECT:
+        assert f"| `{name}`, with a policy that does not have it | ignored |" in DOCUMENT
+
+
+def test_old_names_in_flags_reach_no_other_process(model: Path) -> None:
+    args = engine_args(
+        model,
+        "--kv-compress=vlcache",
+        '--kv-compress-config={"trace_path": "t", "diversity": 0.5, "trace": {"scores": true}}',
+    )
+    assert args.additional_config["kv_compress"] == {
+        "policy": "vlcache",
+        "trace": {"path": "t", "scores": True},
+        "experimental": {"diversity": 0.5},
+    }
+
+
+def test_settings_by_dotted_flags(model: Path) -> None:
+    """vLLM's own way to write nested JSON."""
+    args = engine_args(
+        model,
+        "--kv-compress=vlcache",
+        "--kv-compress-when=pressure",
+        "--kv-compress-config.pressure.high=0.8",
+        "--kv-compress-config.sink_tokens",
+        "4",
+    )
+    config = KVCompressConfig.from_dict(args.additional_config["kv_compress"])
+    assert config is not None
+    assert (config.pressure.high, config.policy.sink_tokens) == (0.8, 4)

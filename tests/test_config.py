@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings: what is accepted, what each refusal says, and the arithmetic of the budget."""
 
+import copy
 import json
+import logging
 import pickle
 import re
 from dataclasses import replace
@@ -13,37 +15,39 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from vllm import SamplingParams
 
+from vl_cache_vllm import deprecated
 from vl_cache_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
     DEFAULT_BUDGET,
     KVCompressConfig,
+    PressureConfig,
+    TraceConfig,
     describe_settings,
     get_kv_compress_config,
+    with_current_names,
 )
 from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 EVERY_SETTING = {
     "policy": "vlcache",
     "budget": 0.25,
     "when": "pressure",
-    "pressure_high": 0.8,
-    "pressure_low": 0.5,
-    "output_reserve": False,
     "text": False,
     "min_prompt_tokens": 100,
-    "trace_path": "/tmp/trace.jsonl",
-    "trace_positions": True,
-    "trace_scores": True,
+    "output_reserve": False,
+    "pressure": {"high": 0.8, "low": 0.5},
+    "trace": {"path": "/tmp/trace.jsonl", "positions": True, "scores": True},
+    "experimental": {"elite_window": 0.9, "diversity": 0.5},
     "threshold": 0.02,
     "recent_ratio": 0.2,
     "max_observation_tokens": 50,
     "post_vision_only": False,
     "sink_tokens": 4,
     "keep_text": True,
-    "elite_window": 0.9,
-    "diversity": 0.5,
     "pooling": 3,
     "pooling_2d": True,
     "uniform_mix": 0.8,
@@ -53,6 +57,22 @@ EVERY_SETTING = {
     "short_lookahead": 2.0,
     "min_layer_budget": 0.05,
 }
+ONE_PLACE_EACH = {  # by the names of the documentation
+    **{key: value for key, value in EVERY_SETTING.items() if not isinstance(value, dict)},
+    **{
+        f"{group}.{name}": value
+        for group, values in EVERY_SETTING.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    },
+}
+OLD_SPELLING = {**ONE_PLACE_EACH, **{o: ONE_PLACE_EACH[n] for o, n in deprecated.SETTINGS.items()}}
+for new in deprecated.SETTINGS.values():
+    del OLD_SPELLING[new]
+
+
+def request(**extra_args: Any) -> SamplingParams:
+    return SamplingParams(extra_args=extra_args or None)
 
 
 def parse(**values: Any) -> KVCompressConfig:
@@ -73,11 +93,11 @@ def test_defaults() -> None:
     assert config == KVCompressConfig()
     assert config.policy == VLCachePolicy()
     assert config.budget == DEFAULT_BUDGET == 0.1
-    assert (config.when, config.pressure_high, config.pressure_low) == ("always", 0.9, 0.7)
+    assert (config.when, config.pressure) == ("always", PressureConfig(high=0.9, low=0.7))
     assert config.min_prompt_tokens == 0
     assert config.output_reserve
-    assert config.trace_path is None
-    assert config.trace_positions is config.trace_scores is False
+    assert config.trace == TraceConfig(path=None, positions=False, scores=False)
+    assert config.experimental == ExperimentalOptions(0.0, 0.0)
 
 
 def test_every_setting_is_parsed() -> None:
@@ -90,8 +110,6 @@ def test_every_setting_is_parsed() -> None:
             post_vision_only=False,
             sink_tokens=4,
             keep_text=True,
-            elite_window=0.9,
-            diversity=0.5,
             pooling=3,
             pooling_2d=True,
             uniform_mix=0.8,
@@ -103,22 +121,101 @@ def test_every_setting_is_parsed() -> None:
         ),
         budget=0.25,
         when="pressure",
-        pressure_high=0.8,
-        pressure_low=0.5,
         output_reserve=False,
         min_prompt_tokens=100,
-        trace_path="/tmp/trace.jsonl",
-        trace_positions=True,
-        trace_scores=True,
+        pressure=PressureConfig(high=0.8, low=0.5),
+        trace=TraceConfig(path="/tmp/trace.jsonl", positions=True, scores=True),
+        experimental=ExperimentalOptions(elite_window=0.9, diversity=0.5),
     )
     assert config is not None
-    assert set(config.to_dict()) == set(EVERY_SETTING)
+    assert config.to_dict() == EVERY_SETTING
+    assert config.flat() == ONE_PLACE_EACH
+    assert "trace.path=/tmp/trace.jsonl, trace.positions=True" in str(config)
 
 
-def test_parsing_leaves_the_settings_alone() -> None:
-    values = dict(EVERY_SETTING)
+@pytest.mark.parametrize("given", [EVERY_SETTING, OLD_SPELLING], ids=["current", "old"])
+def test_parsing_leaves_the_settings_unchanged(given: dict[str, Any]) -> None:
+    values = copy.deepcopy(given)
     KVCompressConfig.from_dict(values)
-    assert values == EVERY_SETTING
+    assert values == given
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of, each once for a process."""
+    written: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.vl_cache"), "warning", written.append)
+    deprecated._warn.cache_clear()
+    return written
+
+
+def test_old_names_are_accepted_with_one_warning(warnings: list[str]) -> None:
+    for _ in range(2):
+        assert KVCompressConfig.from_dict(OLD_SPELLING) == KVCompressConfig.from_dict(EVERY_SETTING)
+    (warning,) = warnings
+    for old, new in deprecated.SETTINGS.items():
+        assert f"{old} is now {new}" in warning
+
+
+@pytest.mark.parametrize("old", deprecated.SETTINGS)
+def test_each_old_name_alone(warnings: list[str], old: str) -> None:
+    new = deprecated.SETTINGS[old]
+    group, _, name = new.rpartition(".")
+    value = OLD_SPELLING[old]
+    rest = {"when": "pressure", "max_observation_tokens": 50}
+    if old in ("trace_positions", "trace_scores"):
+        rest["trace"] = {"path": "t"}
+    current = {**rest, group: {**rest.get(group, {}), name: value}} if group else {name: value}
+    assert parse(**rest, **{old: value}) == parse(**{**rest, **current})
+    assert warnings == [f"KV compression: deprecated settings: {old} is now {new}"]
+    both = {**rest, **current, old: value}
+    with pytest.raises(ValueError, match=f"{old} is the old name of {new}: give only one of them"):
+        parse(**both)
+
+
+def test_current_names_are_not_warned_of(warnings: list[str]) -> None:
+    assert with_current_names(OLD_SPELLING) == EVERY_SETTING
+    assert len(warnings) == 1
+    assert with_current_names(EVERY_SETTING) == EVERY_SETTING
+    KVCompressConfig.from_dict(EVERY_SETTING)
+    assert len(warnings) == 1
+
+
+def test_child_processes_do_not_warn(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    assert parse(trace_path="t") == parse(trace={"path": "t"})
+    assert not warnings
+
+
+def test_threshold_is_ignored_where_it_has_no_effect(warnings: list[str]) -> None:
+    """Only policies that read the density of attention have it as a setting."""
+    config = parse(policy="snapkv", threshold=0.5)
+    assert config == parse(policy="snapkv")
+    assert config.for_request(request(kv_policy_options={"threshold": 0.2})) == config
+    note = "KV compression: deprecated settings: threshold has no effect with this policy"
+    assert warnings == [note]
+    assert parse(threshold=0.5).policy.density_threshold == 0.5
+    assert parse(policy="snapkv").policy.density_threshold == 0.01
+
+
+def test_a_policys_own_setting_may_have_an_old_name(warnings: list[str]) -> None:
+    known = ["diversity", "experimental", "policy"]
+    values = {"policy": "theirs", "diversity": 3}
+    assert deprecated.with_current_names(values, known) == values
+    assert not warnings
+
+
+@pytest.mark.parametrize("group", ["pressure", "trace", "experimental"])
+def test_groups_are_objects_of_known_settings(group: str) -> None:
+    for value in (3, None, "a", [1]):
+        with pytest.raises(ValueError, match=f"{group} must be an object, got "):
+            parse(**{group: value})
+    with pytest.raises(
+        ValueError, match=rf"unknown {group} setting\(s\) 'x', 'y'; known: "
+    ) as error:
+        parse(**{group: {"x": 1, "y": 2}})
+    assert str(error.value).split("known: ")[1].split(", ") == sorted(EVERY_SETTING[group])
+    assert parse(**{group: {}}) == parse()
 
 
 def test_integers_pass_as_floats() -> None:
@@ -130,9 +227,15 @@ def test_integers_pass_as_floats() -> None:
 
 
 def test_null_where_it_means_something() -> None:
-    config = parse(trace_path=None, max_observation_tokens=None)
-    assert config.trace_path is None
+    config = parse(trace={"path": None}, max_observation_tokens=None)
+    assert config.trace.path is None
     assert config.policy.max_observation_tokens is None
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A setting by its name in the documentation."""
+    group, _, name = key.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +252,12 @@ def test_null_where_it_means_something() -> None:
         ("min_prompt_tokens", 1.0, "int"),
         ("min_prompt_tokens", "1", "int"),
         ("min_prompt_tokens", None, "int"),
-        ("trace_path", 1, "null or str"),
-        ("trace_path", False, "null or str"),
-        ("trace_positions", 1, "bool"),
-        ("trace_positions", "true", "bool"),
+        ("trace.path", 1, "null or str"),
+        ("trace.path", False, "null or str"),
+        ("trace.positions", 1, "bool"),
+        ("trace.positions", "true", "bool"),
+        ("pressure.high", "0.9", "float"),
+        ("experimental.diversity", True, "float"),
         ("threshold", "low", "float"),
         ("threshold", True, "float"),
         ("recent_ratio", float("nan"), "float"),
@@ -166,8 +271,9 @@ def test_null_where_it_means_something() -> None:
     ids=lambda value: repr(value) if not isinstance(value, str) else value,
 )
 def test_wrong_type(key: str, value: Any, expected_type: str) -> None:
-    with pytest.raises(ValueError, match=f"^{key} must be of type {expected_type}, got ") as error:
-        parse(**{key: value})
+    name = re.escape(key)
+    with pytest.raises(ValueError, match=f"^{name} must be of type {expected_type}, got ") as error:
+        parse(**nested(key, value))
     assert repr(value) in str(error.value)
 
 
@@ -200,7 +306,7 @@ def test_unknown_when(when: str) -> None:
 )
 def test_pressure_thresholds_out_of_range(high: float, low: float) -> None:
     with pytest.raises(ValueError, match="the first not above the second"):
-        KVCompressConfig(pressure_high=high, pressure_low=low)
+        PressureConfig(high, low)
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "h2o", "streamingllm", "random"])
@@ -217,12 +323,28 @@ def test_text_needs_a_policy_for_it(policy: str) -> None:
 
 def test_pressure_thresholds_without_pressure() -> None:
     with pytest.raises(ValueError, match="no effect without --kv-compress-when pressure"):
-        parse(pressure_high=0.5, pressure_low=0.2)
+        parse(pressure={"high": 0.5, "low": 0.2})
 
 
 def test_pressure_thresholds_may_be_equal() -> None:
-    config = parse(when="pressure", pressure_high=0.5, pressure_low=0.5)
-    assert config.pressure_high == config.pressure_low
+    config = parse(when="pressure", pressure={"high": 0.5, "low": 0.5})
+    assert config.pressure.high == config.pressure.low
+
+
+@pytest.mark.parametrize("options", [{"positions": True}, {"scores": True}], ids=str)
+def test_a_trace_needs_its_file(options: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match=r"need trace\.path, the file to write"):
+        parse(trace=options)
+
+
+@pytest.mark.parametrize("bad", [None, 1, 513])
+def test_elite_queries_need_a_bounded_window(bad: int | None) -> None:
+    message = f"elite_window needs max_observation_tokens from 2 to 512, got {bad}"
+    with pytest.raises(ValueError, match=message):
+        parse(experimental={"elite_window": 0.9}, max_observation_tokens=bad)
+    engines = parse(experimental={"elite_window": 0.9}, max_observation_tokens=64)
+    with pytest.raises(ValueError, match=message):
+        engines.for_request(request(kv_policy_options={"max_observation_tokens": bad}))
 
 
 @pytest.mark.parametrize(
@@ -305,13 +427,13 @@ CONFIGS = st.builds(
     ),
     budget=st.floats(1e-6, 1.0),
     when=st.just("pressure"),
-    pressure_high=st.floats(0.5, 1.0),
-    pressure_low=st.floats(0.0, 0.5),
     output_reserve=st.booleans(),
     min_prompt_tokens=st.integers(0, 10**6),
-    trace_path=st.text(max_size=20),
-    trace_positions=st.booleans(),
-    trace_scores=st.booleans(),
+    pressure=st.builds(PressureConfig, high=st.floats(0.5, 1.0), low=st.floats(0.0, 0.5)),
+    trace=st.builds(
+        TraceConfig, path=st.text(max_size=20), positions=st.booleans(), scores=st.booleans()
+    ),
+    experimental=st.builds(ExperimentalOptions, diversity=st.floats(0.0, 1.0)),
 )
 
 
@@ -321,9 +443,9 @@ def test_round_trips(config: KVCompressConfig) -> None:
     values = config.to_dict()
     assert KVCompressConfig.from_dict(values) == config
     assert KVCompressConfig.from_dict(json.loads(json.dumps(values))) == config
-    copy = pickle.loads(pickle.dumps(config))
-    assert copy == config
-    assert hash(copy) == hash(config)
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert hash(again) == hash(config)
 
 
 def test_settings_tell_configurations_apart() -> None:
@@ -331,18 +453,18 @@ def test_settings_tell_configurations_apart() -> None:
     base = KVCompressConfig.from_dict(EVERY_SETTING)
     changed = {
         "budget": 0.3,
-        "pressure_high": 0.7,
-        "pressure_low": 0.4,
+        "pressure.high": 0.7,
+        "pressure.low": 0.4,
         "output_reserve": True,
         "min_prompt_tokens": 101,
-        "trace_path": "/tmp/other.jsonl",
-        "trace_positions": False,
-        "trace_scores": False,
+        "trace.path": "/tmp/other.jsonl",
+        "trace.positions": False,
+        "trace.scores": False,
         "threshold": 0.03,
         "recent_ratio": 0.3,
         "max_observation_tokens": 51,
-        "elite_window": 0.8,
-        "diversity": 0.6,
+        "experimental.elite_window": 0.8,
+        "experimental.diversity": 0.6,
         "pooling_2d": False,
         "sink_tokens": 0,
         "keep_text": False,
@@ -350,7 +472,12 @@ def test_settings_tell_configurations_apart() -> None:
         "uniform_mix": 0.7,
         "min_layer_budget": 0.06,
     }
-    variants = {KVCompressConfig.from_dict({**EVERY_SETTING, k: v}) for k, v in changed.items()}
+    variants = set()
+    for key, value in changed.items():
+        settings = copy.deepcopy(EVERY_SETTING)
+        group, _, name = key.rpartition(".")
+        (settings[group] if group else settings)[name] = value
+        variants.add(KVCompressConfig.from_dict(settings))
     assert len(variants) == len(changed)
     assert base not in variants
 
@@ -435,7 +562,7 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
     also: dict[str, str | None] = {}
     title = ""
     for line in describe_settings().splitlines():
-        if match := re.fullmatch(r"- (\w+) \(default (.+?)\): .+", line):
+        if match := re.fullmatch(r"- ([\w.]+) \(default (.+?)\): .+", line):
             described[title][match[1]] = json.loads(match[2])
         else:
             match = re.fullmatch(r"- (?:POLICY )?([\w -]+?)(?:, otherwise as ([\w-]+))?:", line)
@@ -444,7 +571,7 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
             also[title] = match[2]
             described[title] = {}
     assert set(described) == {"EVERY POLICY", *POLICIES}
-    defaults = KVCompressConfig(policy=POLICIES[name]()).to_dict()
+    defaults = KVCompressConfig(policy=POLICIES[name]()).flat()
     found = described["EVERY POLICY"] | described.get(also[name], {}) | described[name]
     assert found == {
         k: v for k, v in defaults.items() if k not in ("policy", "budget", "when", "text")
@@ -453,20 +580,41 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
 
 def test_a_request_without_settings_has_the_engines() -> None:
     config = parse()
-    for extra in (None, {}, {"other": 1}):
-        assert config.for_request(extra) is config
+    assert config.for_request(None) is config
+    for params in (request(), SamplingParams(extra_args={}), request(other=1)):
+        assert config.for_request(params) is config
 
 
 def test_a_requests_own_settings() -> None:
-    config = parse(pooling=5, trace_path="t", trace_positions=True)
-    assert config.for_request({"kv_budget": 0.25}) == replace(config, budget=0.25)
-    assert config.for_request({"kv_budget": 1}) == replace(config, budget=1.0)
+    config = parse(pooling=5, trace={"path": "t", "positions": True})
+    assert config.for_request(request(kv_budget=0.25)) == replace(config, budget=0.25)
+    assert config.for_request(request(kv_budget=1)) == replace(config, budget=1.0)
     changed = replace(config, policy=replace(config.policy, max_observation_tokens=50))
     options = {"max_observation_tokens": 50}
-    assert config.for_request({"kv_policy_options": options}) == changed
-    assert config.for_request({"kv_policy_options": json.dumps(options)}) == changed
-    both = config.for_request({"kv_budget": 0.5, "kv_policy_options": options})
+    assert config.for_request(request(kv_policy_options=options)) == changed
+    assert config.for_request(request(kv_policy_options=json.dumps(options))) == changed
+    both = config.for_request(request(kv_budget=0.5, kv_policy_options=options))
     assert both == replace(changed, budget=0.5)
+
+
+def test_a_requests_own_experimental_options(warnings: list[str]) -> None:
+    """They change the engine's one by one, under their current and their old names."""
+    config = parse(experimental={"diversity": 0.5}, max_observation_tokens=64)
+    changed = replace(config, experimental=replace(config.experimental, diversity=0.2))
+    given = {"experimental": {"diversity": 0.2}}
+    for options in (given, json.dumps(given)):
+        assert config.for_request(request(kv_policy_options=options)) == changed
+    assert not warnings
+    for options in ({"diversity": 0.2}, '{"diversity": 0.2}'):
+        assert config.for_request(request(kv_policy_options=options)) == changed
+    old = "KV compression: deprecated settings: diversity is now experimental.diversity"
+    assert warnings == [old]
+    elite = {"elite_window": 0.9, "pooling": 3}
+    assert config.for_request(request(kv_policy_options=elite)) == replace(
+        config,
+        policy=replace(config.policy, pooling=3),
+        experimental=replace(config.experimental, elite_window=0.9),
+    )
 
 
 @pytest.mark.parametrize(
@@ -484,9 +632,13 @@ def test_a_requests_own_settings() -> None:
         ({"kv_policy_options": {"budget": 0.1}}, "unknown kv_policy_options: 'budget'; known for"),
         ({"kv_policy_options": {"pooling": 4}}, "pooling must be an odd number"),
         ({"kv_policy_options": {"pooling": "3"}}, "pooling must be of type int, got '3'"),
+        ({"kv_policy_options": {"trace_path": "t"}}, "unknown kv_policy_options: 'trace_path'"),
+        ({"kv_policy_options": {"trace": {}}}, "unknown kv_policy_options: 'trace'"),
+        ({"kv_policy_options": {"experimental": 1}}, "experimental must be an object, got 1"),
+        ({"kv_policy_options": {"diversity": 2.0}}, "diversity must be in [0, 1], got 2.0"),
     ],
     ids=str,
 )
 def test_bad_settings_of_a_request(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse().for_request(extra)
+        parse().for_request(request(**extra))

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import examples
-from vl_cache_vllm import cli
+from vl_cache_vllm import cli, deprecated
 from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, WHEN, KVCompressConfig
 from vl_cache_vllm.policy import POLICIES
 
 REQUEST_KEYS = ("kv_budget", "kv_policy_options")
 NAMES = sorted(POLICIES)
-KEYS = sorted({key for name in NAMES for key in KVCompressConfig(POLICIES[name]()).to_dict()})
+CONFIGS = [KVCompressConfig(POLICIES[name]()) for name in NAMES]
+KEYS = sorted({key for config in CONFIGS for key in (*config.to_dict(), *deprecated.SETTINGS)})
+PLACES = sorted({key for config in CONFIGS for key in config.flat()})  # in nested objects, too
 NUMBERS = st.one_of(
     st.integers(-3, 9),
     st.sampled_from([10**6 + 1, 2**63, 10**30, 10**400, -(10**400)]),
@@ -31,7 +34,11 @@ WORDS = st.sampled_from(["", "null", "0.1", "nan", "1e999", *NAMES, *WHEN]) | st
 JSON: st.SearchStrategy = st.recursive(
     st.none() | st.booleans() | NUMBERS | WORDS,
     lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=2),
+    | st.dictionaries(
+        st.sampled_from([*KEYS, *(place.split(".")[-1] for place in PLACES)]) | st.text(max_size=3),
+        inner,
+        max_size=2,
+    ),
     max_leaves=4,
 )
 SETTINGS = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3)
@@ -39,8 +46,8 @@ SETTINGS = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3)
 
 def is_sound(config: KVCompressConfig) -> None:
     """It has the types it claims, survives every way of travelling, and keeps some blocks."""
-    values = config.to_dict()
-    defaults = KVCompressConfig(policy=type(config.policy)()).to_dict()
+    values = config.flat()
+    defaults = KVCompressConfig(policy=type(config.policy)()).flat()
     assert values.keys() == defaults.keys()
     for key, value in values.items():
         if isinstance(defaults[key], bool):
@@ -51,7 +58,7 @@ def is_sound(config: KVCompressConfig) -> None:
             assert type(value) is type(defaults[key]), key
         else:
             assert type(value) in (type(None), int, str), key
-    assert KVCompressConfig.from_dict(json.loads(json.dumps(values))) == config
+    assert KVCompressConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config and hash(copy) == hash(config)
     assert all(1 <= config.kept_blocks(n) <= n for n in (1, 2, 7, 1000))
@@ -60,27 +67,34 @@ def is_sound(config: KVCompressConfig) -> None:
 
 
 def refuses(error: ValueError, *keys: str) -> None:
-    """The message names one of the keys."""
+    """The message names one of the keys, or what it is called now."""
     assert type(error) is ValueError, repr(error)
     message = str(error)
-    assert message and any(key in message for key in keys), message
+    names = (*keys, *(deprecated.SETTINGS[key] for key in keys if key in deprecated.SETTINGS))
+    assert message and any(name in message for name in names), message
 
 
 @examples(150)
 @given(
     name=st.sampled_from(NAMES),
-    key=st.sampled_from([key for key in KEYS if key != "policy"]),
+    key=st.sampled_from([key for key in (*PLACES, *deprecated.SETTINGS) if key != "policy"]),
     value=st.sampled_from([0, 1, 0.5, False, True]) | JSON,
 )
 def test_one_setting(name: str, key: str, value: Any) -> None:
+    group, _, inner = key.rpartition(".")
     try:
-        config = KVCompressConfig.from_dict({"policy": name, key: value})
+        config = KVCompressConfig.from_dict(
+            {"policy": name, **({group: {inner: value}} if group else {key: value})}
+        )
     except ValueError as error:
         refuses(error, key)
     else:
         assert config is not None
         is_sound(config)
-        taken = config.to_dict()[key]
+        place = deprecated.SETTINGS.get(key, key)
+        if place in deprecated.WITHOUT_EFFECT and place not in config.flat():
+            return
+        taken = config.flat()[place]
         assert taken == value and isinstance(taken, bool) == isinstance(value, bool)
 
 
@@ -133,7 +147,7 @@ EXTRA = st.fixed_dictionaries(
 def test_a_requests_own_settings(name: str, extra: dict[str, Any]) -> None:
     base = KVCompressConfig(policy=POLICIES[name]())
     try:
-        config = base.for_request(extra)
+        config = base.for_request(SimpleNamespace(extra_args=extra))  # type: ignore[arg-type]
     except ValueError as error:
         options = extra.get("kv_policy_options")
         if isinstance(options, str):

@@ -1,55 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The --kv-compress* flags and their way into ``additional_config``."""
+"""The ``--kv-compress*`` flags, and how they get into ``additional_config``."""
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
 from vl_cache_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
-    DEFAULT_BUDGET,
     OFF,
     WHEN,
     WITH_FLAGS,
     KVCompressConfig,
     describe_settings,
+    with_current_names,
 )
 from vl_cache_vllm.policy import POLICIES
 
 
 def add_cli_args(parser: Any) -> Any:
-    """Add the argument group; listed by ``vllm serve --help=kv-compress``."""
+    """Add the argument group that ``vllm serve --help=kv-compress`` lists."""
+    settings = {f.name: f for f in dataclasses.fields(KVCompressConfig)}
+
+    def text_of(name: str) -> str:
+        """The help text of a setting that has a flag, with its default."""
+        return f"{settings[name].metadata['help']} (default: {settings[name].default})"
+
     group = parser.add_argument_group(
         title="kv-compress",
-        description="KV cache compression for vision-language models (VL-Cache): after prefill, "
-        "free the cache blocks of tokens that the text after the image does not attend to.",
+        description="KV cache compression for vision-language models (VL-Cache). After prefill, "
+        "keep the tokens with the largest attention scores and free the cache blocks of the rest.",
     )
     group.add_argument(
         "--kv-compress",
         choices=[OFF, *POLICIES],
         default=argparse.SUPPRESS,
-        help=f"Eviction policy, or none to leave vLLM as it is. (default: {OFF})",
+        help=f"Eviction policy; {OFF} leaves vLLM unchanged. (default: {OFF})",
     )
     group.add_argument(
         "--kv-compress-budget",
         type=_budget,
         default=argparse.SUPPRESS,
         metavar="FLOAT",
-        help="Share of a prompt's KV cache blocks that is kept after prefill, greater than 0 and "
-        f"at most 1 (default: {DEFAULT_BUDGET}). 1 evicts nothing.",
+        help=text_of("budget"),
     )
     group.add_argument(
         "--kv-compress-when",
         choices=WHEN,
         default=argparse.SUPPRESS,
-        help="always: evict every prompt that can be; pressure: only those whose prefill ends "
-        f"while blocks are scarce, so that a light load keeps every token. (default: {WHEN[0]})",
+        help=text_of("when"),
     )
     group.add_argument(
         "--kv-compress-text",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="Evict text-only prompts too; with policies that are defined for them: "
+        help=f"{text_of('text')} Requires a policy that is defined for them: "
         f"{', '.join(POLICIES.for_text())}.",
     )
     group.add_argument(
@@ -57,7 +62,8 @@ def add_cli_args(parser: Any) -> Any:
         type=_json_object,
         default=argparse.SUPPRESS,
         metavar="JSON",
-        help=f"Parameters of the policy, a JSON object. Keys:\n{describe_settings()}",
+        help="All other settings, a JSON object. A dot in a name stands for a nested object: "
+        f'trace.path is {{"trace": {{"path": ...}}}}. Keys:\n{describe_settings()}',
     )
     return parser
 
@@ -65,11 +71,11 @@ def add_cli_args(parser: Any) -> Any:
 def move_flags_to_additional_config(args: argparse.Namespace) -> None:
     """Move the parsed flags into ``args.additional_config``.
 
-    That is where vLLM keeps them, also for the API server processes that it starts from ``args``:
-    they build their `EngineArgs` before they load plugins.
+    vLLM passes that on to all processes. The API server processes that it starts from ``args``
+    build their `EngineArgs` before they load plugins, so they do not know the flags.
 
     Raises:
-        ValueError: for flags that contradict each other or name unknown parameters.
+        ValueError: for flags that contradict each other or contain unknown settings.
     """
     flags = vars(args)
     policy = flags.pop("kv_compress", None)
@@ -85,7 +91,7 @@ def move_flags_to_additional_config(args: argparse.Namespace) -> None:
     if policy is None and not given:
         return
     settings = {"policy": policy or OFF, **given}
-    config = KVCompressConfig.from_dict(settings)  # fail here, before the model config is read
+    config = KVCompressConfig.from_dict(settings)  # fail before the model config is read
     additional = flags.get("additional_config") or {}
     if ADDITIONAL_CONFIG_KEY in additional:
         raise ValueError(
@@ -93,7 +99,11 @@ def move_flags_to_additional_config(args: argparse.Namespace) -> None:
             f"--additional-config's {ADDITIONAL_CONFIG_KEY!r}; use one of them"
         )
     if config is not None:
-        args.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: settings}
+        # Without old names, so that no other process warns of them again.
+        args.additional_config = {
+            **additional,
+            ADDITIONAL_CONFIG_KEY: with_current_names(settings),
+        }
 
 
 def _budget(text: str) -> float:
@@ -103,7 +113,7 @@ def _budget(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a budget: it must be a number greater than 0 and at most 1, "
-            "the share of a prompt's KV cache to keep (0.1 keeps a tenth)"
+            "the fraction of a prompt's KV cache to keep (0.1 keeps a tenth)"
         ) from error
     return value
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of KV compression and their one place of validation.
+"""The settings of KV compression, and the one place that validates them.
 
-They travel in ``VllmConfig.additional_config["kv_compress"]``, a plain JSON object, so that
-every process of an engine sees the same settings and the compile cache tells them apart.
+They travel in ``VllmConfig.additional_config["kv_compress"]`` as a plain JSON object. So every
+process of an engine has the same settings, and vLLM's compile cache tells them apart.
 """
 
 from __future__ import annotations
@@ -17,116 +17,166 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vl_cache_vllm import deprecated
 from vl_cache_vllm.policy import POLICIES, EvictionPolicy, setting
+from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
 DEFAULT_BUDGET = 0.1
 WHEN = ("always", "pressure")
-PRESSURE = (0.9, 0.7)
 WITH_FLAGS = ("policy", "budget", "when", "text")  # settings that have flags of their own
 REQUEST_BUDGET = "kv_budget"
 REQUEST_OPTIONS = "kv_policy_options"
 
 
 @dataclass(frozen=True)
+class PressureConfig:
+    """The demand for blocks at which ``when="pressure"`` starts and stops evicting."""
+
+    high: float = setting(
+        0.9,
+        "Start evicting when the blocks of running requests plus the blocks that waiting prompts "
+        "require reach this fraction of the block pool. Requires --kv-compress-when pressure.",
+    )
+    low: float = setting(
+        0.7,
+        "Stop evicting when that demand falls to this fraction of the block pool, at most "
+        "pressure.high.",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise ValueError(
+                "pressure.low and pressure.high are fractions of the block pool, from 0 to 1, the "
+                f"first not above the second; got {self.low} and {self.high}"
+            )
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """The trace file, for debugging and research (docs/adr/0005)."""
+
+    path: str | None = setting(
+        None,
+        "File to which each eviction appends one JSON line, for debugging and research. Each "
+        "eviction then waits for the device. null: no trace.",
+    )
+    positions: bool = setting(
+        False,
+        "Also record the kept positions of every layer and KV head. Requires trace.path.",
+    )
+    scores: bool = setting(
+        False,
+        "Also record the attention that each token received and its score, for every layer and KV "
+        "head. Requires trace.path.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.path is None and (self.positions or self.scores):
+            raise ValueError("trace.positions and trace.scores need trace.path, the file to write")
+
+
+@dataclass(frozen=True)
 class KVCompressConfig:
-    """Validated settings of KV compression; hashable, picklable, comparable."""
+    """Validated settings of KV compression; hashable, picklable, comparable.
+
+    Raises:
+        ValueError: if a setting is out of range, or settings contradict each other.
+    """
 
     policy: EvictionPolicy = field(default_factory=VLCachePolicy)
     budget: float = setting(
-        DEFAULT_BUDGET, "share of a prompt's KV cache blocks that is kept; 1 evicts nothing"
+        DEFAULT_BUDGET,
+        "Fraction of a prompt's KV cache blocks to keep after prefill, greater than 0 and at most "
+        "1, rounded up to whole blocks. 1 evicts nothing.",
     )
     when: str = setting(
         WHEN[0],
-        "always: evict every prompt that can be; pressure: only those whose prefill ends while "
-        "blocks are scarce",
+        "always: evict every eligible prompt. pressure: evict only prompts whose prefill ends "
+        "while free blocks are scarce, so that a lightly loaded server keeps the full cache.",
     )
-    pressure_high: float = setting(
-        PRESSURE[0],
-        "pressure begins when running requests' blocks and what waiting ones will ask for reach "
-        "this share of the pool",
+    text: bool = setting(False, "Also evict text-only prompts.")
+    min_prompt_tokens: int = setting(
+        0,
+        "Minimum length of a prompt to be evicted, in tokens, visual tokens included. Shorter "
+        "prompts keep their full cache. 0: no minimum.",
     )
-    pressure_low: float = setting(PRESSURE[1], "and ends when they have fallen to this share")
     output_reserve: bool = setting(
         True,
-        "admit a prompt only while the answers of evicted requests, as long as the latest ones "
-        "were, will still find blocks",
+        "Before admitting a new prompt, hold back enough free blocks for running evicted requests "
+        "to finish, estimated from recent output lengths. false: use only vLLM's own admission "
+        "rule, which can lead to more preemptions.",
     )
-    text: bool = setting(False, "evict text-only prompts too")
-    min_prompt_tokens: int = setting(0, "shorter prompts keep their whole cache")
-    trace_path: str | None = setting(
-        None,
-        "append one JSON line per eviction to this file (debugging and research: reads the "
-        "device back at every eviction)",
-    )
-    trace_positions: bool = setting(
-        False, "also trace the kept positions of every layer and KV head"
-    )
-    trace_scores: bool = setting(
-        False,
-        "also trace the attention that every token received and the score it ranks by, of every "
-        "layer and KV head",
-    )
+    pressure: PressureConfig = field(default_factory=PressureConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    experimental: ExperimentalOptions = field(default_factory=ExperimentalOptions)
 
     def __post_init__(self) -> None:
         _check_budget("the KV cache budget", self.budget)
         if self.when not in WHEN:
             raise ValueError(f"when must be one of {', '.join(WHEN)}, got {self.when!r}")
-        if not 0.0 <= self.pressure_low <= self.pressure_high <= 1.0:
-            raise ValueError(
-                "pressure_low and pressure_high are shares of the block pool, from 0 to 1, the "
-                f"first not above the second; got {self.pressure_low} and {self.pressure_high}"
-            )
         if self.text and not self.policy.for_text:
             raise ValueError(
                 f"policy {self.policy.name!r} is not defined for text-only prompts "
                 f"(--kv-compress-text); these are: {', '.join(POLICIES.for_text())}"
             )
-        if self.when == "always" and (self.pressure_high, self.pressure_low) != PRESSURE:
+        if self.when == "always" and self.pressure != PressureConfig():
             raise ValueError(
-                "pressure_high and pressure_low have no effect without --kv-compress-when pressure"
+                "pressure.high and pressure.low have no effect without --kv-compress-when pressure"
             )
-        if self.trace_path is None and (self.trace_positions or self.trace_scores):
-            raise ValueError("trace_positions and trace_scores need trace_path, the file to write")
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
+        self.experimental.check(self.policy)
 
     def kept_blocks(self, prompt_blocks: int) -> int:
-        """M = ceil(budget * N) blocks, of the budget as written: 0.1 of 10 blocks is 1."""
+        """``ceil(budget * prompt_blocks)``, exact for the decimal budget: 0.1 of 10 blocks is 1."""
         return math.ceil(Fraction(str(self.budget)) * prompt_blocks)
 
-    def for_request(self, extra_args: Mapping[str, Any] | None) -> KVCompressConfig:
-        """These settings with a request's own.
+    def for_request(self, params: SamplingParams | None) -> KVCompressConfig:
+        """These settings with those that a request changes.
+
+        Scheduler and workers both call this, so they agree about every request.
+        Raises what `with_request_settings` raises.
+        """
+        return self.with_request_settings(params.extra_args if params is not None else None)
+
+    def with_request_settings(self, extra_args: Mapping[str, Any] | None) -> KVCompressConfig:
+        """These settings with those of ``SamplingParams.extra_args``.
 
         Args:
-            extra_args: ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP): ``kv_budget``, a
-                number; ``kv_policy_options``, parameters of the policy as an object or as JSON
-                text (what ``vllm_xargs`` can carry). Other keys are not ours.
+            extra_args: over HTTP ``vllm_xargs``. May hold ``kv_budget``, a number, and
+                ``kv_policy_options``, settings of the policy and ``experimental`` as an object or
+                as JSON text. Other keys are ignored.
 
         Raises:
             ValueError: with what is wrong and what is accepted.
         """
         if not extra_args or not (REQUEST_BUDGET in extra_args or REQUEST_OPTIONS in extra_args):
             return self
-        budget, options = self.budget, {}
+        budget, policy, experimental = self.budget, self.policy, self.experimental
         if REQUEST_BUDGET in extra_args:
             budget = _coerce(REQUEST_BUDGET, extra_args[REQUEST_BUDGET], float)
             _check_budget(REQUEST_BUDGET, budget)
         if REQUEST_OPTIONS in extra_args:
-            options = _policy_options(self.policy, extra_args[REQUEST_OPTIONS])
-        policy = dataclasses.replace(self.policy, **options) if options else self.policy
-        return dataclasses.replace(self, policy=policy, budget=budget)
+            options = _policy_options(policy, extra_args[REQUEST_OPTIONS])
+            experimental = dataclasses.replace(experimental, **options.pop("experimental", {}))
+            policy = dataclasses.replace(policy, **options)
+        return dataclasses.replace(self, policy=policy, budget=budget, experimental=experimental)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:
         """Parse the user's settings.
 
         Args:
-            settings: ``{"policy": ..., "budget": ..., <parameter>: ...}`` or None.
+            settings: ``{"policy": ..., "budget": ..., <setting>: ...}`` or None; old names of
+                settings are accepted.
 
         Returns:
             The configuration, or None when compression is off (no settings, policy "none").
@@ -156,29 +206,51 @@ class KVCompressConfig:
                 f"unknown KV compression policy {name!r}; known: {OFF}, {', '.join(POLICIES)}"
             )
         policy_cls = POLICIES[name]
-        own, parameters = _field_types(cls, skip="policy"), _field_types(policy_cls)
-        checked = _checked("KV compression setting(s)", values, parameters | own, name)
-        policy = policy_cls(**{k: v for k, v in checked.items() if k in parameters})
-        return cls(policy=policy, **{k: v for k, v in checked.items() if k in own})
+        own, of_policy = _field_types(cls, skip="policy"), _field_types(policy_cls)
+        known = of_policy | own
+        values = deprecated.with_current_names(values, known)
+        checked = _checked("KV compression setting(s)", values, known, f" for policy {name!r}")
+        policy = policy_cls(**{k: v for k, v in checked.items() if k in of_policy})
+        groups = {k: known[k](**checked.pop(k)) for k in GROUPS if k in checked}
+        return cls(policy=policy, **groups, **{k: v for k, v in checked.items() if k in own})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as the plain JSON object that `from_dict` reads."""
-        values = {"policy": self.policy.name, **dataclasses.asdict(self.policy)}
-        return values | {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "policy"
-        }
+        """All settings as the plain JSON object that `from_dict` reads."""
+        own = dataclasses.asdict(self)
+        return {"policy": self.policy.name, **own.pop("policy"), **own}
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their names in the documentation: ``trace.path`` is in ``trace``."""
+        values = self.to_dict()
+        for group in GROUPS:
+            values |= {f"{group}.{name}": value for name, value in values.pop(group).items()}
+        return values
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.flat().items())
+
+
+GROUPS = ("pressure", "trace", "experimental")
+"""Settings that are nested objects."""
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings without old names, if they choose a policy."""
+    policy = settings.get("policy", OFF)
+    of_policy = _field_types(POLICIES[policy]) if policy in POLICIES else {}
+    return deprecated.with_current_names(settings, of_policy | _field_types(KVCompressConfig))
 
 
 def _check_budget(name: str, value: float) -> None:
     if not 0.0 < value <= 1.0:
         raise ValueError(
             f"{name} must be greater than 0 and at most 1, got {value} "
-            "(it is the retained share of a prompt's KV cache: 0.1 keeps a tenth)"
+            "(it is the fraction of a prompt's KV cache to keep: 0.1 keeps a tenth)"
         )
 
 
 def _policy_options(policy: EvictionPolicy, options: Any) -> dict[str, Any]:
-    """A request's parameters of the policy, checked."""
+    """A request's settings of the policy and of ``experimental``, checked."""
     if isinstance(options, str):
         try:
             options = json.loads(options)
@@ -189,19 +261,36 @@ def _policy_options(policy: EvictionPolicy, options: Any) -> dict[str, Any]:
             f'{REQUEST_OPTIONS} must be an object such as {{"max_observation_tokens": 50}}, '
             f"or its JSON text, got {options!r}"
         )
-    return _checked(f"{REQUEST_OPTIONS}:", options, _field_types(type(policy)), policy.name)
+    known = _field_types(type(policy)) | {"experimental": ExperimentalOptions}
+    options = deprecated.with_current_names(options, known)
+    return _checked(f"{REQUEST_OPTIONS}:", options, known, f" for policy {policy.name!r}")
 
 
 def _checked(
-    what: str, values: Mapping[str, Any], known: Mapping[str, Any], policy: str
+    what: str,
+    values: Mapping[str, Any],
+    known: Mapping[str, Any],
+    known_for: str = "",
+    prefix: str = "",
 ) -> dict[str, Any]:
-    """The values, each of its known type."""
+    """The values, each of its known type; a nested object is a dict of such values."""
     if unknown := [key for key in values if key not in known]:
         raise ValueError(
             f"unknown {what} {', '.join(map(repr, unknown))}; "
-            f"known for policy {policy!r}: {', '.join(sorted(known))}"
+            f"known{known_for}: {', '.join(sorted(known))}"
         )
-    return {key: _coerce(key, value, known[key]) for key, value in values.items()}
+    checked = {}
+    for key, value in values.items():
+        name, expected = prefix + key, known[key]
+        if not (isinstance(expected, type) and dataclasses.is_dataclass(expected)):
+            checked[key] = _coerce(name, value, expected)
+        elif isinstance(value, Mapping):
+            checked[key] = _checked(
+                f"{key} setting(s)", value, _field_types(expected), "", f"{key}."
+            )
+        else:
+            raise ValueError(f"{name} must be an object, got {value!r}")
+    return checked
 
 
 def get_kv_compress_config(vllm_config: Any) -> KVCompressConfig | None:
@@ -213,14 +302,20 @@ def get_kv_compress_config(vllm_config: Any) -> KVCompressConfig | None:
 
 
 def describe_settings() -> str:
-    """The settings that ``--kv-compress-config`` accepts: of every policy, then what differs."""
+    """The settings that ``--kv-compress-config`` accepts, for ``--help``."""
     own = [f for f in dataclasses.fields(KVCompressConfig) if f.name not in WITH_FLAGS]
+    plain = [f for f in own if f.name not in GROUPS]
     # vLLM's help breaks lines at bullets only, so headings are bullets, too.
-    lines = ["- EVERY POLICY:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *own))]
+    lines = ["- EVERY POLICY:", *map(_describe, (*dataclasses.fields(EvictionPolicy), *plain))]
+    for group in GROUPS:
+        lines += (
+            _describe(f, f"{group}.")
+            for f in dataclasses.fields(_field_types(KVCompressConfig)[group])
+        )
     for name in POLICIES:
         try:
             cls = POLICIES[name]
-        except ValueError as error:  # a package's that is broken: no reason to refuse the others
+        except ValueError as error:  # a broken package must not hide the other policies
             lines.append(f"- POLICY {name}: {error}")
             continue
         base: type[EvictionPolicy] = cls.__mro__[1]
@@ -232,12 +327,12 @@ def describe_settings() -> str:
     return "\n".join(lines)
 
 
-def _describe(setting: dataclasses.Field) -> str:
+def _describe(setting: dataclasses.Field, prefix: str = "") -> str:
     default = json.dumps(setting.default)
-    return f"- {setting.name} (default {default}): {setting.metadata['help']}"
+    return f"- {prefix}{setting.name} (default {default}): {setting.metadata['help']}"
 
 
-# Resolving annotations is slow, and a waiting request is asked in every step.
+# Resolving annotations is slow, and the scheduler plans a waiting request in every step.
 _type_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
@@ -247,7 +342,7 @@ def _field_types(cls: type, skip: str = "") -> dict[str, Any]:
 
 
 def _coerce(key: str, value: Any, expected: Any) -> Any:
-    """Check a JSON value against a field's annotation; ints pass as floats, nothing else bends."""
+    """Check a JSON value against a field's annotation; only ints pass for another type, float."""
     union = isinstance(expected, types.UnionType)
     accepted = set(typing.get_args(expected)) if union else {expected}
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -181,7 +181,7 @@ def _check_settings(vllm_config: VllmConfig, extra: Any) -> None:
                     f"{' and '.join(given)} cannot be honoured: this server was started "
                     "without --kv-compress"
                 )
-            config.for_request(extra)
+            config.with_request_settings(extra)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=given[0]) from error
 
@@ -268,6 +268,4 @@ def enable(vllm_config: VllmConfig) -> None:
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
     _add_metrics()
-    init_logger("vllm.vl_cache").info(
-        "KV compression: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items())
-    )
+    init_logger("vllm.vl_cache").info("KV compression: %s", config)

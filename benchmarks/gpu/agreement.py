@@ -117,7 +117,7 @@ def run(model: Path, engine: EngineSetup) -> EngineRun:
     trace.unlink(missing_ok=True)
     settings: dict[str, Any] = {"policy": "vlcache", "budget": BUDGET}
     if not engine.forbid_sync:  # writing the trace synchronises
-        settings |= {"trace_path": str(trace), "trace_positions": True}
+        settings |= {"trace": {"path": str(trace), "positions": True}}
     arguments: dict[str, Any] = {}
     if engine.backend:
         arguments["attention_backend"] = engine.backend

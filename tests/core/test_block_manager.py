@@ -142,8 +142,8 @@ def test_life_of_a_request() -> None:
 
     engine.free(request)
     assert engine.num_held == 0
-    assert engine.harness.manager.num_evicted == 1
-    assert not engine.harness.manager.num_skipped
+    assert engine.harness.eviction_stats.evicted == 1
+    assert not engine.harness.eviction_stats.skipped
 
 
 @pytest.mark.parametrize("prompt_tokens", [25, 28], ids=["part-of-a-block", "whole-blocks"])
@@ -297,8 +297,8 @@ def test_requests_that_are_not_evicted_are_plain(changes: dict[str, int], skip: 
         assert 0 not in row
         engine.decode(request)
     assert all(engine.hashed(engine.row(request)[: request.num_computed_tokens // BLOCK_SIZE]))
-    assert engine.harness.manager.num_skipped == Counter({skip: 1})
-    assert engine.harness.manager.num_evicted == 0
+    assert engine.harness.eviction_stats.skipped == Counter({skip.value: 1})
+    assert engine.harness.eviction_stats.evicted == 0
 
 
 def test_a_refusal_is_remembered_when_its_reason_is_gone() -> None:
@@ -310,7 +310,7 @@ def test_a_refusal_is_remembered_when_its_reason_is_gone() -> None:
     engine.decode(request, 40)
     assert len(engine.row(request)) == cdiv(47, BLOCK_SIZE)
     assert engine.harness.manager.decisions.plan(request).skip is Skip.NO_SAVING
-    assert engine.harness.manager.num_skipped == Counter({Skip.NO_SAVING: 1})
+    assert engine.harness.eviction_stats.skipped == Counter({Skip.NO_SAVING.value: 1})
 
 
 def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
@@ -330,7 +330,7 @@ def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
     engine.decode(request)
     assert engine.row(request)[:9] == [0] * 9
     assert engine.num_held == 3 + 1
-    assert engine.harness.manager.num_evicted == 2
+    assert engine.harness.eviction_stats.evicted == 2
 
 
 def test_admission_asks_for_prompt_and_kept_blocks() -> None:
@@ -357,10 +357,10 @@ def test_a_failed_allocation_changes_nothing() -> None:
     assert not engine.step(request, 10)  # 3 prompt blocks and 2 kept ones, but 4 are free
     assert engine.row(request) == before
     assert engine.num_held == 6
-    assert engine.harness.manager.num_evicted == 0
+    assert engine.harness.eviction_stats.evicted == 0
     engine.free(other)
     assert engine.step(request, 10)
-    assert engine.harness.manager.num_evicted == 1
+    assert engine.harness.eviction_stats.evicted == 1
 
 
 def test_a_prompt_that_could_never_fit_with_its_kept_blocks_is_not_evicted() -> None:
@@ -368,7 +368,7 @@ def test_a_prompt_that_could_never_fit_with_its_kept_blocks_is_not_evicted() -> 
     request = engine.add()
     engine.prefill(request)
     assert len(engine.row(request)) == 7
-    assert engine.harness.manager.num_skipped == Counter({Skip.POOL_TOO_SMALL: 1})
+    assert engine.harness.eviction_stats.skipped == Counter({Skip.POOL_TOO_SMALL.value: 1})
 
 
 def test_missing_blocks_are_those_that_a_prefill_takes_from_the_pool() -> None:

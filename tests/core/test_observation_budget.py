@@ -45,7 +45,7 @@ def test_others_wait_until_the_first_is_evicted() -> None:
     assert engine.row(second) == []
     engine.decode(first)  # its eviction is processed
     assert engine.step(second, PROMPT)
-    assert engine.harness.manager.num_evicted == 2
+    assert engine.harness.eviction_stats.evicted == 2
     assert engine.harness.manager.decisions.observation_budget.take_new() == [second.request_id]
 
 
@@ -71,7 +71,7 @@ def test_one_that_runs_is_not_evicted_rather_than_kept_waiting() -> None:
     assert engine.step(late, 10)
     assert len(engine.row(late)) == 7  # no kept blocks
     manager = engine.harness.manager
-    assert manager.num_skipped == {Skip.NO_OBSERVATION_ROOM: 1}
+    assert engine.harness.eviction_stats.skipped == {Skip.NO_OBSERVATION_ROOM.value: 1}
     assert manager.decisions.observation_budget.take_new() == [other.request_id]
     engine.decode(late, 3)
     assert engine.row(late)[0] != 0
@@ -100,7 +100,7 @@ def test_a_request_that_ends_makes_room() -> None:
 def test_a_prompt_that_alone_exceeds_the_room_is_not_evicted() -> None:
     engine = bounded(PROMPT - 1)
     assert start(engine) is not None
-    assert engine.harness.manager.num_skipped == {Skip.NO_OBSERVATION_ROOM: 1}
+    assert engine.harness.eviction_stats.skipped == {Skip.NO_OBSERVATION_ROOM.value: 1}
 
 
 def test_without_a_bound_nobody_is_told() -> None:

@@ -813,8 +813,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.of_hash[block_hash] = labels[n * BLOCK_SIZE : (n + 1) * BLOCK_SIZE]
 
     def check_stats(self) -> None:
-        assert self.manager.num_evicted == self.num_evicted
-        assert self.manager.num_skipped == self.num_skipped
+        totals = self.scheduler.eviction_stats
+        assert totals.evicted == self.num_evicted
+        assert totals.skipped == {skip.value: n for skip, n in self.num_skipped.items()}
+        assert totals.freed_blocks == self.num_freed
         evicted = [i for i, e in self.expected.items() if e.is_decided and e.num_kept]
         held = sum(block > 0 for i in evicted for block in self.rows(i)[GROUP])
         assert self.manager.blocks_held == held

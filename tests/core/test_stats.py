@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scheduler counts, and its way to the front end."""
 
+from collections import Counter
 from dataclasses import asdict
 
 from vllm.v1.engine import EngineCoreOutputs
@@ -9,7 +10,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import plan_eviction
-from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.core.stats import EvictionStats, Samples
 from vl_cache_vllm.messages import EvictionReport, put_stats, take_stats
 
 REPORT = {
@@ -34,16 +35,45 @@ def test_decisions_are_counted() -> None:
     stats = some_stats()
     assert stats.evicted == 1
     assert stats.skipped == {"text_only": 2, "no_post_vision_tokens": 1}
-    assert stats.retained == [2 / 7]
+    assert stats.retained == Samples(1, 2 / 7, [2 / 7])
     assert stats.freed_tokens == 26 - 8
     assert stats.freed_blocks == 0  # not yet: the step that compacts is not done
-    assert stats.layers_retained == [{0: 0.1, 1: 0.3}]
+    assert stats.layers_retained == {0: 0.1, 1: 0.3}
 
 
 def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
     stats = EvictionStats()
     stats.add_reports([asdict(EvictionReport(0.02))])
-    assert stats == EvictionStats(observation_seconds=[0.02])
+    assert stats == EvictionStats(observation_seconds=Samples(1, 0.02, [0.02]))
+
+
+def test_a_sum_has_the_counts_of_both_and_the_state_of_the_later() -> None:
+    later = EvictionStats(skipped=Counter(text_only=1), freed_blocks=7, blocks_held=3)
+    later.add_reports([REPORT | {"layers_retained": {1: 0.5, 2: 0.25}}])
+    total, before = some_stats(), some_stats()
+    total += later
+    assert total == EvictionStats(
+        evicted=1,
+        skipped=Counter(text_only=3, no_post_vision_tokens=1),
+        freed_blocks=7,
+        freed_tokens=18,
+        retained=Samples(1, 2 / 7),
+        observation_seconds=Samples(2, 0.02),
+        compaction_seconds=Samples(2, 0.004),
+        layers_retained={0: 0.1, 1: 0.8, 2: 0.25},
+        blocks_held=3,
+        pressure=None,
+    )
+    assert some_stats() == before
+
+
+def test_totals_do_not_grow() -> None:
+    """A front end whose log is never asked for must not collect measurements."""
+    total = EvictionStats()
+    for _ in range(1000):
+        total += some_stats()
+    assert total.retained.count == 1000 and not total.retained.values
+    assert len(total.layers_retained) == 2
 
 
 def test_stats_survive_the_way_between_processes() -> None:

@@ -148,7 +148,7 @@ def test_random_requests(
         engine.step()
         assert_pool_is_whole(llm)
         manager = harness.manager(llm)
-        assert manager.num_evicted > NUM_RANDOM // 4
+        assert harness.eviction_stats(llm).evicted > NUM_RANDOM // 4
         assert len(preempted) > NUM_RANDOM // 40 and len(aborted) > NUM_RANDOM // 40
         assert not manager.decisions._decided and not manager._prompt_freed
     checked = [i for i in finished if i not in preempted | aborted]
@@ -186,16 +186,15 @@ def test_under_pressure_requests_keep_their_cache_until_blocks_are_scarce(model:
     with harness.engine(
         model, settings, **pool_of(100), max_num_batched_tokens=2048, enable_prefix_caching=False
     ) as llm:
-        manager = harness.manager(llm)
 
         def evicted(batch: list[Any]) -> int:
-            before = manager.num_evicted
+            before = harness.eviction_stats(llm).evicted
             llm.generate(batch, harness.greedy(BLOCK), use_tqdm=False)
             assert_pool_is_whole(llm)
-            return manager.num_evicted - before
+            return harness.eviction_stats(llm).evicted - before
 
         assert [evicted([request]) for request in requests[:3]] == [0, 0, 0]
-        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_pressure": 3}
+        assert harness.eviction_stats(llm).skipped == {"no_pressure": 3}
         assert evicted(requests) >= 6
         assert evicted(requests[:1]) == 0
 
@@ -206,8 +205,7 @@ def test_requests_that_wait_for_a_seat_are_no_pressure(model: Path) -> None:
     requests = [harness.image_request("llava", LONG, [seed]) for seed in range(8)]
     with harness.engine(model, settings, **pool_of(200), max_num_seqs=2) as llm:
         llm.generate(requests, harness.greedy(BLOCK), use_tqdm=False)
-        manager = harness.manager(llm)
-        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_pressure": 8}
+        assert harness.eviction_stats(llm).skipped == {"no_pressure": 8}
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
@@ -234,7 +232,7 @@ def test_a_small_pool_does_not_thrash(small_image_model: Path, async_scheduling:
             llm.llm_engine.step()
             for request in harness.scheduler(llm).requests.values():
                 preemptions[request.request_id] = request.num_preemptions
-        assert harness.manager(llm).num_evicted >= len(requests)
+        assert harness.eviction_stats(llm).evicted >= len(requests)
         assert sum(preemptions.values()) <= 5
         assert_pool_is_whole(llm)
 
@@ -247,7 +245,7 @@ def test_a_prompt_that_does_not_fit_beside_its_survivors_is_left_alone(model: Pa
     ) as llm:
         (output,) = llm.generate([request], harness.greedy(8), use_tqdm=False)
         assert len(harness.token_ids(output)) == 8
-        assert [skip.value for skip in harness.manager(llm).num_skipped] == ["pool_too_small"]
+        assert [*harness.eviction_stats(llm).skipped] == ["pool_too_small"]
         assert_pool_is_whole(llm)
 
 

@@ -90,7 +90,7 @@ def server(models_dir: Path, trace: Path) -> Iterator[Server]:
         "--kv-compress=snapkv",
         "--kv-compress-text",
         "--kv-compress-budget=0.1",
-        f'--kv-compress-config={{"trace_path": "{trace}"}}',
+        f'--kv-compress-config={{"trace": {{"path": "{trace}"}}}}',
         "--dtype=float32",
         "--enforce-eager",
         "--max-model-len=2048",

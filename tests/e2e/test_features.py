@@ -74,7 +74,7 @@ def test_structured_output(model: Path) -> None:
     )
     with harness.engine(model, SETTINGS) as llm:
         outputs = llm.generate(questions(4), parameters, use_tqdm=False)
-        assert harness.manager(llm).num_evicted == 4
+        assert harness.eviction_stats(llm).evicted == 4
     for output in outputs:
         assert re.fullmatch(pattern, output.outputs[0].text)
 
@@ -88,7 +88,7 @@ def test_several_answers_to_one_prompt(model: Path) -> None:
 
     with harness.engine(model, SETTINGS) as llm:
         several = answers(llm, requests, sampled(3, seed=7))
-        assert harness.manager(llm).num_evicted == 9
+        assert harness.eviction_stats(llm).evicted == 9
         for number in range(3):  # vLLM gives each answer the next seed
             single = answers(llm, requests, sampled(1, seed=7 + number))
             assert single == [[completions[number]] for completions in several]
@@ -103,7 +103,7 @@ def test_prompt_logprobs(model: Path) -> None:
         with harness.engine(model, settings) as llm:
             outputs = llm.generate(questions(3), parameters, use_tqdm=False)
             if settings:
-                assert harness.manager(llm).num_evicted == 3
+                assert harness.eviction_stats(llm).evicted == 3
         found.append([output.prompt_logprobs for output in outputs])
     assert len(found[0][0]) > 300
     assert found[0] == found[1]
@@ -117,7 +117,7 @@ def test_beam_search_is_left_alone(model: Path) -> None:
         with harness.engine(model, settings) as llm:
             outputs = llm.beam_search(questions(2), parameters)
             if settings:
-                assert harness.manager(llm).num_evicted == 0
+                assert harness.eviction_stats(llm).evicted == 0
                 assert_pool_is_whole(llm)
         found.append([[s.tokens for s in output.sequences] for output in outputs])
     assert found[0] == found[1]
@@ -206,7 +206,7 @@ def test_sleep(model: Path) -> None:
         assert_pool_is_whole(llm)
         engine.wake_up()
         engine.abort_request([*found])  # the engine core is in this process and told nobody
-        assert harness.manager(llm).num_evicted == 9
+        assert harness.eviction_stats(llm).evicted == 9
         assert answers(llm, requests, parameters) == expected
 
 
@@ -275,7 +275,7 @@ def test_adapters(model: Path, tmp_path: Path) -> None:
     ]
     request = questions(1)[0]
     trace = tmp_path / "trace"
-    settings = {**SETTINGS, "trace_path": str(trace), "trace_positions": True}
+    settings = {**SETTINGS, "trace": {"path": str(trace), "positions": True}}
     with harness.engine(model, settings, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
         alone = [answers(llm, [request], harness.greedy(40), lora_request=[one]) for one in loras]
         together = answers(llm, [request] * 2, harness.greedy(40), lora_request=loras)

@@ -89,7 +89,7 @@ def test_freed_pages_are_read_by_nobody(model: Path, async_scheduling: bool) -> 
     ) as llm:
         poisoned = poison(llm)
         outputs = llm.generate(requests, parameters, use_tqdm=False)
-        assert harness.manager(llm).num_evicted > 10
+        assert harness.eviction_stats(llm).evicted > 10
         assert len(poisoned) > 200
     for output, expected in zip(outputs, quiet, strict=True):
         assert harness.token_ids(output) == harness.token_ids(expected)
@@ -128,7 +128,7 @@ def test_a_shared_prefix_outlives_the_eviction_of_one(model: Path) -> None:
             step()
             if not outputs:
                 assert not set(poisoned) & (shared[0] & shared[2])
-        assert harness.manager(llm).num_evicted == 1
+        assert harness.eviction_stats(llm).evicted == 1
         assert len(shared[0] & shared[2]) > 5
         assert poisoned
     for number, expected in enumerate(quiet):

@@ -13,7 +13,7 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, 
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 
 from testing import tiny_models
-from testing.engine import engine, greedy, image_request, manager, scheduler
+from testing.engine import engine, eviction_stats, greedy, image_request, scheduler
 
 KIND = "llava"
 BLOCK, NUM_TOKENS = 32, 8
@@ -56,7 +56,7 @@ def test_a_router_learns_what_is_cached_and_nothing_twice(
             request = image_request(KIND, QUESTION, [seed])
             (output,) = llm.generate([request], greedy(NUM_TOKENS), use_tqdm=False)
         if policy is not None:
-            assert manager(llm).num_evicted == 15
+            assert eviction_stats(llm).evicted == 15
         publisher = scheduler(llm).kv_event_publisher
         publisher._event_queue.join()  # published by a thread
         known: set[Any] = set()

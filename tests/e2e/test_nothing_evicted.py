@@ -84,16 +84,16 @@ def test_dummy_batches_disturb_nobody(model: Path) -> None:
                 done |= {o.request_id: harness.token_ids(o) for o in engine.step() if o.finished}
                 if dummies:
                     executor.driver_worker.worker.execute_dummy_batch()
-            assert harness.manager(llm).num_evicted == 1
+            assert harness.eviction_stats(llm).evicted == 1
         return done
 
     assert outputs(dummies=True) == outputs(dummies=False)
 
 
-def test_a_bad_trace_path_fails_at_start(model: Path) -> None:
-    settings = {"policy": "vlcache", "trace_path": "/nonexistent/folder/trace"}
+def test_a_trace_file_that_cannot_be_written_fails_at_start(model: Path) -> None:
+    settings = {"policy": "vlcache", "trace": {"path": "/nonexistent/folder/trace"}}
     with (
-        pytest.raises(ValueError, match="cannot write its trace_path"),
+        pytest.raises(ValueError, match=r"cannot write its trace\.path"),
         harness.engine(model, settings),
     ):
         pass
@@ -103,6 +103,6 @@ def test_max_tokens_1_is_left_alone(model: Path) -> None:
     with harness.engine(model, {"policy": "vlcache", "budget": 0.1}) as llm:
         request = harness.image_request("llava", "One token, please.", [1])
         llm.generate([request], harness.greedy(1), use_tqdm=False)
-        manager = harness.manager(llm)
-        assert manager.num_evicted == 0
-        assert {skip.value: n for skip, n in manager.num_skipped.items()} == {"no_decode": 1}
+        stats = harness.eviction_stats(llm)
+        assert stats.evicted == 0
+        assert stats.skipped == {"no_decode": 1}

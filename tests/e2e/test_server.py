@@ -36,7 +36,7 @@ def server(model: Path, trace: Path) -> Iterator[Server]:
     arguments = (
         "--kv-compress=vlcache",
         "--kv-compress-budget=0.1",
-        f'--kv-compress-config={{"trace_path": "{trace}"}}',
+        f'--kv-compress-config={{"trace": {{"path": "{trace}"}}}}',
         "--dtype=float32",
         "--enforce-eager",
         "--max-model-len=2048",
@@ -78,7 +78,7 @@ def test_chat_completion(server: Server, model: Path, trace: Path) -> None:
 
 
 def test_metrics(server: Server, model: Path, trace: Path) -> None:
-    names = ("evicted_requests_total", "freed_blocks_total", "retained_share_sum")
+    names = ("evicted_requests_total", "freed_blocks_total", "retained_ratio_sum")
     times = ("observation_seconds_sum", "compaction_seconds_sum")
 
     def metric(name: str, label: str = "") -> float:
@@ -91,10 +91,10 @@ def test_metrics(server: Server, model: Path, trace: Path) -> None:
     kept, prompt = record["kept_blocks"], record["prompt_blocks"]
     assert after["evicted_requests_total"] == 1
     assert after["freed_blocks_total"] == prompt
-    assert after["retained_share_sum"] == pytest.approx(kept / prompt)
+    assert after["retained_ratio_sum"] == pytest.approx(kept / prompt)
     assert 0 < after["compaction_seconds_sum"] < 5 and 0 < after["observation_seconds_sum"] < 5
     for layer, tokens in enumerate(record["kept_tokens"]):
-        share = metric("layer_retained_share", f'layer="{layer}"')
+        share = metric("layer_retained_ratio", f'layer="{layer}"')
         assert share == pytest.approx(tokens / record["prompt_tokens"])
     server.chat({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4})
     assert metric("skipped_requests_total", 'reason="text_only"') >= 1

@@ -22,7 +22,7 @@ def model(models_dir: Path) -> Path:
 @pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "h2o", "streamingllm"])
 def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: str) -> None:
     trace = tmp_path / "trace.jsonl"
-    settings = {"policy": policy, "budget": 0.25, "trace_path": str(trace), "trace_positions": True}
+    settings = {"policy": policy, "budget": 0.25, "trace": {"path": str(trace), "positions": True}}
     image = harness.image_request("llava", "What is it? " * 9, [1])
     with harness.engine(
         model, settings | {"text": True}, max_num_batched_tokens=128, enable_chunked_prefill=True
@@ -31,7 +31,7 @@ def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: 
             llm.generate([request], harness.greedy(2 * BLOCK), use_tqdm=False)[0]
             for request in (TEXT, image, TEXT)  # the second time from the prefix cache
         ]
-        assert harness.manager(llm).num_evicted == 3
+        assert harness.eviction_stats(llm).evicted == 3
     first, _, again = read_trace(trace).values()
     tokens = len(outputs[0].prompt_token_ids)
     assert first["prompt_tokens"] == tokens > 400
@@ -49,8 +49,7 @@ def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: 
 def test_without_the_flag_they_are_left_alone(model: Path) -> None:
     with harness.engine(model, {"policy": "snapkv", "budget": 0.25}) as llm:
         llm.generate([TEXT], harness.greedy(4), use_tqdm=False)
-        skipped = harness.manager(llm).num_skipped
-        assert {skip.value: n for skip, n in skipped.items()} == {"text_only": 1}
+        assert harness.eviction_stats(llm).skipped == {"text_only": 1}
 
 
 @pytest.mark.both_runners
@@ -60,7 +59,7 @@ def test_keep_text(model: Path, tmp_path: Path) -> None:
     settings = {"policy": "vlcache", "budget": 0.25, "uniform_mix": 1.0, "keep_text": True}
     request = harness.image_request("llava", "What is it? " * 3, [1, 2])
     with harness.engine(
-        model, settings | {"trace_path": str(trace), "trace_positions": True}
+        model, settings | {"trace": {"path": str(trace), "positions": True}}
     ) as llm:
         image_token = llm.model_config.hf_config.image_token_index
         (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)

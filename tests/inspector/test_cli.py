@@ -152,7 +152,8 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(
     [
         (["--kv-compress=none"], "disables compression: choose a policy"),
         (['--kv-compress-config={"poling": 3}'], "'poling'"),
-        (['--kv-compress-config={"trace_path": "trace"}'], "remove trace_path"),
+        (['--kv-compress-config={"trace": {"path": "trace"}}'], "remove trace"),
+        (['--kv-compress-config={"trace": {"path": "trace"}}'], "remove trace"),
         (["--kv-cache-dtype=fp8_inc"], "KV cache type fp8_inc: use --kv-cache-dtype auto"),
     ],
 )

@@ -233,20 +233,6 @@ def test_observation_start_of_any_modality(limit: int | None, expected: int) -> 
         pytest.param(
             {"lookahead_share": -0.1}, r"lookahead_share must be in \[0, 1\]", id="inherited"
         ),
-        pytest.param({"diversity": 1.1}, r"diversity must be in \[0, 1\]", id="diversity"),
-        pytest.param(
-            {"elite_window": -0.1, "max_observation_tokens": 9},
-            r"elite_window must be in \[0, 1\]",
-            id="elite-negative",
-        ),
-        *(
-            pytest.param(
-                {"elite_window": 0.9, "max_observation_tokens": bad},
-                f"elite_window needs max_observation_tokens from 2 to 512, got {bad}",
-                id=f"elite-of-{bad}",
-            )
-            for bad in (None, 1, 513)
-        ),
         pytest.param({"pooling": 2**31 + 1}, "pooling must be at most 1e6", id="pooling-huge"),
         pytest.param({"pooling": 0}, "pooling must be an odd number", id="pooling-zero"),
         pytest.param({"pooling": 2}, "pooling must be an odd number.*got 2", id="pooling-even"),

@@ -5,23 +5,30 @@ import pytest
 import torch
 
 from tests.helpers.pools import pool_of_keys
+from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy.diversity import key_similarity
+from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 
 TOKENS, FIRST, LAYERS, KV_HEADS = 40, 28, 2, 2
-ELITE = VLCachePolicy(elite_window=0.5, max_observation_tokens=64)
+PLAIN = KVCompressConfig()
+ELITE = KVCompressConfig(
+    policy=VLCachePolicy(max_observation_tokens=64),
+    experimental=ExperimentalOptions(elite_window=0.5),
+)
+DIVERSE = KVCompressConfig(experimental=ExperimentalOptions(diversity=0.5))
 
 
-def collect(policy: VLCachePolicy, chunks: list[int]) -> AttentionStats:
+def collect(config: KVCompressConfig, chunks: list[int]) -> AttentionStats:
     """Layers take turns, chunk by chunk, through one buffer of queries as a runner has it."""
     torch.manual_seed(0)
     queries = torch.randn(LAYERS, TOKENS - FIRST, 4, 8)
     keys = torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)  # pages hold more than the prompt
     pool, row = pool_of_keys(keys, block_size=5)
-    observed = AttentionStats(policy, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
+    observed = AttentionStats(config, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
     buffer = torch.zeros(TOKENS, 4, 8)
     begin = 0
     for size in chunks:
@@ -33,13 +40,13 @@ def collect(policy: VLCachePolicy, chunks: list[int]) -> AttentionStats:
     return observed
 
 
-@pytest.mark.parametrize("policy", [VLCachePolicy(), ELITE, VLCachePolicy(diversity=0.5)])
+@pytest.mark.parametrize("config", [PLAIN, ELITE, DIVERSE], ids=["plain", "elite", "diverse"])
 @pytest.mark.parametrize("chunks", [[4, 8], [1] * 12, [11, 1]])
-def test_chunks_do_not_matter(policy: VLCachePolicy, chunks: list[int]) -> None:
-    whole, parts = collect(policy, [12]), collect(policy, chunks)
+def test_chunks_do_not_matter(config: KVCompressConfig, chunks: list[int]) -> None:
+    whole, parts = collect(config, [12]), collect(config, chunks)
     torch.testing.assert_close(parts.column_sums, whole.column_sums)
     assert torch.equal(parts.dense_entries, whole.dense_entries)
-    if policy.diversity:
+    if config.experimental.diversity:
         assert parts.similarity is not None and whole.similarity is not None
         assert torch.equal(parts.similarity, whole.similarity)
     else:
@@ -47,7 +54,7 @@ def test_chunks_do_not_matter(policy: VLCachePolicy, chunks: list[int]) -> None:
 
 
 def test_elite_queries_score_alone() -> None:
-    elite, plain = collect(ELITE, [12]), collect(VLCachePolicy(), [12])
+    elite, plain = collect(ELITE, [12]), collect(PLAIN, [12])
     assert torch.equal(elite.dense_entries, plain.dense_entries)
     assert not torch.equal(elite.column_sums, plain.column_sums)
     torch.manual_seed(0)
@@ -62,7 +69,7 @@ def test_elite_queries_score_alone() -> None:
 
 
 def test_similarity_is_of_the_prompt_alone() -> None:
-    observed = collect(VLCachePolicy(diversity=1.0), [12])
+    observed = collect(DIVERSE, [12])
     torch.manual_seed(0)
     torch.randn(LAYERS, 12, 4, 8)
     keys = torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)

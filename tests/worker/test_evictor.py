@@ -29,11 +29,12 @@ COLUMNS = 30
 
 
 def make_worker(
-    pool: PagePool, max_num_reqs: int = 3, budget: float = 0.25, **values: Any
+    pool: PagePool, max_num_reqs: int = 3, budget: float = 0.25, **settings: Any
 ) -> Evictor:
-    policy = VLCachePolicy(**values.pop("policy", {}))
+    config = KVCompressConfig.from_dict({"policy": "vlcache", "budget": budget, **settings})
+    assert config is not None
     return Evictor(
-        KVCompressConfig(policy=policy, budget=budget, **values),
+        config,
         pool,
         num_heads=NUM_HEADS,
         max_num_reqs=max_num_reqs,
@@ -96,17 +97,19 @@ def start(
 
 
 def expected_eviction(
-    pool: PagePool, prompt_row: list[int], query: torch.Tensor, policy: VLCachePolicy, budget: float
+    pool: PagePool, prompt_row: list[int], query: torch.Tensor, config: KVCompressConfig
 ) -> tuple[list[int], list[list[list[int]]]]:
     """Pages of each layer and kept positions ``[L][KV heads]``; ``query`` is the whole prompt's."""
+    policy, options = config.policy, config.experimental
+    assert isinstance(policy, VLCachePolicy)
     observed_from = policy.observation_start(VISION_END, PROMPT)
     density, scores = [], []
     for layer in range(NUM_LAYERS):
         key = pool.read_keys(layer, torch.tensor(prompt_row))
         window = query[layer, observed_from:PROMPT]
         sums, dense = naive_observe(window, key, observed_from, SCALE, policy.threshold, 0.0)
-        if policy.elite_window:
-            elite = naive_elite(window, key, observed_from, 0.0, policy.elite_window, SCALE)
+        if options.elite_window:
+            elite = naive_elite(window, key, observed_from, 0.0, options.elite_window, SCALE)
             sums = torch.zeros_like(sums)
             for q, position in enumerate(range(observed_from, PROMPT)):
                 one, _ = naive_observe(window[q : q + 1], key, position, SCALE, 0.01, 0.0)
@@ -120,11 +123,11 @@ def expected_eviction(
                 for row in sums.tolist()
             ]
         )
-        if policy.diversity:
+        if options.diversity:
             pairs = zip(scores[-1], key, strict=True)
-            scores[-1] = [naive_mix(row, k[:PROMPT], policy.diversity) for row, k in pairs]
+            scores[-1] = [naive_mix(row, k[:PROMPT], options.diversity) for row, k in pairs]
     kept_blocks = -(-len(prompt_row) // 4)
-    weights = naive_weights(density, budget, policy.uniform_mix)
+    weights = naive_weights(density, config.budget, policy.uniform_mix)
     pages = exact_apportion(weights, kept_blocks * NUM_LAYERS, PROMPT // BLOCK_SIZE).pages
     positions = [
         [naive_select(row, count * BLOCK_SIZE, "0.1") for row in scores[layer]]
@@ -137,15 +140,15 @@ def expected_eviction(
 @pytest.mark.parametrize("packing", CPU_PACKINGS)
 @pytest.mark.parametrize("chunks", [(63,), (55, 8), (20, 33, 10)], ids=str)
 @pytest.mark.parametrize(
-    "policy",
+    "settings",
     [
         {},
         {"pooling": 3, "uniform_mix": 0.8},
         {"max_observation_tokens": 5},
         {"post_vision_only": False, "max_observation_tokens": 40},
         {"post_vision_only": False},
-        {"elite_window": 0.3, "max_observation_tokens": 11},
-        {"diversity": 1.0},
+        {"experimental": {"elite_window": 0.3}, "max_observation_tokens": 11},
+        {"experimental": {"diversity": 1.0}},
     ],
     ids=[
         "paper",
@@ -158,11 +161,11 @@ def expected_eviction(
     ],
 )
 def test_a_prompt_is_evicted_as_the_parts_say(
-    page_order: str, packing: str, chunks: tuple[int, ...], policy: dict[str, Any]
+    page_order: str, packing: str, chunks: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     """Beside a request that decodes after an eviction and one that is never evicted."""
     pool = pool_of(page_order, packing)
-    worker = make_worker(pool, policy=policy)
+    worker = make_worker(pool, **settings)
     other, plain = start(worker, "other"), worker.requests.start("plain", worker.config, None, 9)
     other_row, plain_row = list(range(60, 80)), [59, 58, 57]
     run_step(worker, [(other, 0, PROMPT, other_row)], queries(PROMPT, seed=1))
@@ -202,9 +205,9 @@ def test_a_prompt_is_evicted_as_the_parts_say(
         head_size=HEAD_SIZE,
     )
     source.pages.copy_(before)
-    pages, positions = expected_eviction(source, row[:16], query, VLCachePolicy(**policy), 0.25)
+    pages, positions = expected_eviction(source, row[:16], query, worker.config)
     assert worker.tables.kept_pages(state.slot).tolist() == pages
-    assert len(set(pages)) > 1 or policy  # otherwise the case shows nothing
+    assert len(set(pages)) > 1 or settings  # otherwise the case shows nothing
     assert state.attention_stats is None
 
     # The next step reads the survivors and writes behind them.
@@ -303,14 +306,14 @@ def test_each_request_brings_its_own_settings() -> None:
 def test_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     pool = pool_of()
-    worker = make_worker(pool, trace_path=str(path), trace_positions=True, trace_scores=True)
+    worker = make_worker(pool, trace={"path": str(path), "positions": True, "scores": True})
     query = queries(PROMPT, seed=3)
     source = pool_of()
     for name in ("a", "b"):
         state = start(worker, name)
         state.visual, state.grids = ((10, 50),), lambda: (PatchGrid(12, 6, 6, 6),)
         run_step(worker, [(state, 0, PROMPT, list(range(20)))], query)
-    pages, positions = expected_eviction(source, list(range(16)), query, VLCachePolicy(), 0.25)
+    pages, positions = expected_eviction(source, list(range(16)), query, worker.config)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["request_id"], second["request_id"]) == ("a", "b")
     assert first["prompt_tokens"] == PROMPT

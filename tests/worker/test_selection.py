@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any setting that is accepted, however odd, leads to a choice that the cache can hold."""
 
-import dataclasses
+import json
 import sys
 from typing import Any
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm import SamplingParams
 
 from vl_cache_vllm.config import KVCompressConfig, _field_types
 from vl_cache_vllm.policy import POLICIES, PatchGrid, Prompt
+from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import select_kept
 
@@ -37,24 +39,33 @@ def values(annotation: Any) -> st.SearchStrategy:
     )
 
 
+def types_of(name: str) -> dict[str, Any]:
+    """What a request may set, under the names that are not nested."""
+    return _field_types(POLICIES[name]) | _field_types(ExperimentalOptions)
+
+
 @pytest.mark.parametrize("name", [name for name in POLICIES if not name.startswith("keep")])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) -> None:
-    types = _field_types(POLICIES[name])
+    types = types_of(name)
     chosen = data.draw(st.lists(st.sampled_from(sorted(types)), unique=True, max_size=4))
     options = {key: data.draw(values(types[key]), label=key) for key in chosen}
     budget = data.draw(st.sampled_from((5e-324, 1e-320, 0.01, 0.3, 0.8)))
     base = KVCompressConfig.from_dict({"policy": name})
     assert base is not None
     try:
-        config = base.for_request({"kv_budget": budget, "kv_policy_options": options})
+        config = base.for_request(
+            SamplingParams(
+                extra_args={"kv_budget": budget, "kv_policy_options": json.dumps(options)}
+            )
+        )
     except ValueError:
         return
     policy = config.policy
     first = policy.observation_start(40, TOKENS)
     assert 0 <= first < TOKENS
-    observed = AttentionStats(policy, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
+    observed = AttentionStats(config, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         query = torch.randn(TOKENS - first, HEADS, 8, generator=generator)
@@ -62,9 +73,8 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
         observed.add(layer, query, key, first, 0.3, 0.0)
     kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK))
     choice = select_kept(
-        policy, config.budget, observed, observed.dense_entries, PROMPT, HEADS, first,
-        kept_blocks, BLOCK,
-    )  # fmt: skip
+        config, observed, observed.dense_entries, PROMPT, HEADS, first, kept_blocks, BLOCK
+    )
     pages = choice.kept_pages.tolist()
     assert sum(pages) == kept_blocks * LAYERS
     assert all(1 <= count <= TOKENS // BLOCK for count in pages)
@@ -77,5 +87,5 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
 def test_every_parameter_is_tried() -> None:
     """`values` knows the types of all of them."""
     for name in POLICIES:
-        for field in dataclasses.fields(POLICIES[name]):
-            assert not values(_field_types(POLICIES[name])[field.name]).is_empty
+        for annotation in types_of(name).values():
+            assert not values(annotation).is_empty

@@ -288,7 +288,7 @@ def test_table_start_get_drop() -> None:
 def test_table_restart_clears_everything() -> None:
     table = RequestTable()
     state = table.start("a", config(), 40, 63)
-    state.attention_stats = AttentionStats(state.config.policy, 2, 1, 63, torch.device("cpu"))
+    state.attention_stats = AttentionStats(state.config, 2, 1, 63, torch.device("cpu"))
     plan([chunk(state, 0, 63, reserved=2)])
     again = table.start("a", config(), 40, 70)
     assert again is not state

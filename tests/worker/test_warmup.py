@@ -43,8 +43,12 @@ def rehearsal_of(
         {"policy": "vlcache"},
         {"policy": "vlcache-plus"},
         {"policy": "vlcache", "budget": 1.0, "min_prompt_tokens": 5000},
-        {"policy": "vlcache", "diversity": 0.5},
-        {"policy": "vlcache", "elite_window": 0.3, "max_observation_tokens": 90},
+        {"policy": "vlcache", "experimental": {"diversity": 0.5}},
+        {
+            "policy": "vlcache",
+            "experimental": {"elite_window": 0.3},
+            "max_observation_tokens": 90,
+        },
         {"policy": "h2o"},
         {"policy": "snapkv", "max_observation_tokens": 200},
         {"policy": "pyramidkv"},
@@ -96,7 +100,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
 
 def test_nobody_hears_of_it(tmp_path) -> None:
     trace = tmp_path / "trace.jsonl"
-    config = KVCompressConfig.from_dict({"policy": "vlcache", "trace_path": str(trace)})
+    config = KVCompressConfig.from_dict({"policy": "vlcache", "trace": {"path": str(trace)}})
     rehearsal, _ = rehearsal_of(config, 100, 100)
     rehearsal.observe()
     rehearsal.evict()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.sampling_params import SamplingParams
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig
@@ -40,11 +39,6 @@ class EvictionPlan:
     prompt_blocks: int  # N
     kept_blocks: int  # M; 0: not evicted
     skip: Skip | None = None
-
-
-def request_config(config: KVCompressConfig, params: SamplingParams | None) -> KVCompressConfig:
-    """The engine's settings with the request's own; scheduler and worker must agree on them."""
-    return config.for_request(params.extra_args if params else None)
 
 
 def visual_ranges(features: Sequence[MultiModalFeatureSpec]) -> tuple[tuple[int, int], ...]:

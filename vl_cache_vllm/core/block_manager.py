@@ -13,7 +13,6 @@ Does not own: which requests are evicted (`decisions`), how many blocks admissio
 (worker).
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import EvictionPlan, Skip
+from vl_cache_vllm.core.admission import EvictionPlan
 from vl_cache_vllm.core.decisions import EvictionDecisions
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import OutputReserve
@@ -43,10 +42,9 @@ class EvictionBlockManager(FullAttentionManager):
         self._config: KVCompressConfig = kv_cache_spec.kv_compress
         self._prompt_freed: set[str] = set()
         self._output_reserve = OutputReserve(self.block_size)
-        self.num_evicted = 0
-        self.num_skipped: Counter[Skip] = Counter()
-        self._stats = EvictionStats()
+        self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report without news would say
+        self._totals = EvictionStats()  # of all reports
         self.bind(lambda _: None)
 
     def bind(
@@ -108,7 +106,7 @@ class EvictionBlockManager(FullAttentionManager):
             and num_tokens_main_model >= plan.prompt_tokens
         ):
             self.decisions.decide(request_id, plan)
-            self._count(plan)
+            self._stats.decided(plan, self.block_size)
         slots = self._token_slots(plan, num_tokens)
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
@@ -240,19 +238,19 @@ class EvictionBlockManager(FullAttentionManager):
 
     def take_stats(self) -> EvictionStats | None:
         """What happened since the last call; None if nothing did."""
-        held = self.blocks_held
-        stats = replace(self._stats, blocks_held=held)
-        if self.decisions.by_pressure:
-            stats.pressure = self.decisions.pressure.is_on
+        stats = self._current_stats()
         if stats == self._reported:
             return None
-        self._reported = replace(EvictionStats(), blocks_held=held, pressure=stats.pressure)
+        self._reported = EvictionStats(blocks_held=stats.blocks_held, pressure=stats.pressure)
         self._stats = EvictionStats()
+        self._totals += stats
         return stats
 
-    def _count(self, plan: EvictionPlan) -> None:
-        self._stats.decided(plan, self.block_size)
-        if plan.skip:
-            self.num_skipped[plan.skip] += 1
-        else:
-            self.num_evicted += 1
+    @property
+    def total_stats(self) -> EvictionStats:
+        """Counts since start-up."""
+        return self._totals + self._current_stats()
+
+    def _current_stats(self) -> EvictionStats:
+        is_on = self.decisions.pressure.is_on if self.decisions.by_pressure else None
+        return replace(self._stats, blocks_held=self.blocks_held, pressure=is_on)

@@ -13,7 +13,6 @@ from vl_cache_vllm.core.admission import (
     Skip,
     plan_eviction,
     post_vision_start,
-    request_config,
 )
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.pressure import PressureGauge, max_blocks
@@ -40,7 +39,7 @@ class EvictionDecisions:
     ) -> None:
         self._config, self._manager, self._lookup, self._others = config, manager, lookup, others
         self.observation_budget = observation_budget
-        self.pressure = PressureGauge(config.pressure_high, config.pressure_low)
+        self.pressure = PressureGauge(config.pressure.high, config.pressure.low)
         # Negative decisions are kept, too. vLLM's end of prefill moves along with a decoding
         # request, so a rule that is asked again later would answer for tokens that are decoded.
         self._decided: dict[str, EvictionPlan] = {}
@@ -80,7 +79,7 @@ class EvictionDecisions:
         pool = self._manager.block_pool
         other_blocks = (max_blocks(other, request.num_tokens + 1) for other in self._others)
         plan = plan_eviction(
-            request_config(self._config, request.sampling_params),
+            self._config.for_request(request.sampling_params),
             self._manager.block_size,
             request.num_tokens,
             post_vision_start(self._config, request.mm_features),
@@ -146,7 +145,7 @@ class EvictionDecisions:
         """Position of the first observed query."""
         vision_end = post_vision_start(self._config, request.mm_features)
         assert vision_end is not None
-        policy = request_config(self._config, request.sampling_params).policy
+        policy = self._config.for_request(request.sampling_params).policy
         return policy.observation_start(vision_end, plan.prompt_tokens)
 
     def _needs_observation(self, request_id: str, num_tokens: int) -> EvictionPlan | None:

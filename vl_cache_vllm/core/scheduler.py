@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
+from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_stats, take_reports
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class EvictionSchedulerMixin(_Base):
         if stats is not None and eviction is not None and self._sends_stats:
             put_stats(stats, eviction.to_dict())
         return stats
+
+    @property
+    def eviction_stats(self) -> EvictionStats:
+        """Counts of this engine's decisions and evictions since start-up."""
+        return self._eviction_manager.total_stats
 
     def _demands(self) -> Iterator[int]:
         """Blocks that each unfinished prefill still asks for, running requests first.

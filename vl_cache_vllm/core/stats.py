@@ -1,29 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler counts between two reports to the front end."""
+"""Eviction counts of the scheduler."""
+
+from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from vl_cache_vllm.core.admission import EvictionPlan
 
 
 @dataclass
-class EvictionStats:
-    """Since the last report."""
+class Samples:
+    """Measurements of one quantity, with their count and sum.
 
-    evicted: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)  # by the name of the reason
+    A sum of two has no ``values``, so totals do not grow with the number of measurements.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    values: list[float] = field(default_factory=list)
+
+    def record(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.values.append(value)
+
+    @property
+    def mean(self) -> float:
+        """Of at least one measurement."""
+        return self.total / self.count
+
+    def __add__(self, other: Samples) -> Samples:
+        return Samples(self.count + other.count, self.total + other.total)
+
+
+@dataclass
+class EvictionStats:
+    """Counts of decisions and evictions: of one step, of a log interval, or since start-up."""
+
+    evicted: int = 0  # requests
+    skipped: Counter[str] = field(default_factory=Counter)  # requests by reason
     freed_blocks: int = 0  # prompt blocks that returned to the pool
-    freed_tokens: int = 0  # per layer and KV head, on average
-    retained: list[float] = field(default_factory=list)  # kept blocks / prompt blocks
-    observation_seconds: list[float] = field(default_factory=list)  # of one prompt, all layers
-    compaction_seconds: list[float] = field(default_factory=list)
-    # By layer, kept tokens / prompt tokens; of the last stage's layers under pipeline parallelism.
-    layers_retained: list[dict[int, float]] = field(default_factory=list)
-    blocks_held: int = 0  # now, by evicted requests
-    pressure: bool | None = None  # now; None: evicts always
+    freed_tokens: int = 0  # mean over layers and KV heads
+    retained: Samples = field(default_factory=Samples)  # kept blocks / prompt blocks
+    observation_seconds: Samples = field(default_factory=Samples)  # of one prompt, all layers
+    compaction_seconds: Samples = field(default_factory=Samples)
+    layers_retained: dict[int, float] = field(default_factory=dict)
+    """Sum over the compactions of kept tokens / prompt tokens, by layer.
+
+    With pipeline parallelism the layers of the last stage.
+    """
+    blocks_held: int = 0  # by evicted requests at the end of the period
+    pressure: bool | None = None  # at the end of the period; None without --kv-compress-when
 
     def decided(self, plan: EvictionPlan, block_size: int) -> None:
         """Count a decision."""
@@ -31,22 +61,47 @@ class EvictionStats:
             self.skipped[plan.skip.value] += 1
             return
         self.evicted += 1
-        self.retained.append(plan.kept_blocks / plan.prompt_blocks)
+        self.retained.record(plan.kept_blocks / plan.prompt_blocks)
         self.freed_tokens += max(0, plan.prompt_tokens - plan.kept_blocks * block_size)
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
         """Count evictions that a worker has done (`vl_cache_vllm.messages.EvictionReport`)."""
         for report in reports:
-            self.observation_seconds.append(report["observation_seconds"])
+            self.observation_seconds.record(report["observation_seconds"])
             if report["compaction_seconds"] is not None:
-                self.compaction_seconds.append(report["compaction_seconds"])
-                self.layers_retained.append(report["layers_retained"])
+                self.compaction_seconds.record(report["compaction_seconds"])
+                self.layers_retained = _sums(self.layers_retained, report["layers_retained"])
+
+    def __add__(self, later: EvictionStats) -> EvictionStats:
+        """The counts of both periods; ``blocks_held`` and ``pressure`` are those of ``later``."""
+        return EvictionStats(
+            self.evicted + later.evicted,
+            self.skipped + later.skipped,
+            self.freed_blocks + later.freed_blocks,
+            self.freed_tokens + later.freed_tokens,
+            self.retained + later.retained,
+            self.observation_seconds + later.observation_seconds,
+            self.compaction_seconds + later.compaction_seconds,
+            _sums(self.layers_retained, later.layers_retained),
+            later.blocks_held,
+            later.pressure,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as messages carry them."""
-        return {**vars(self), "skipped": dict(self.skipped)}
+        samples = {name: vars(getattr(self, name)) for name in _SAMPLES}
+        return {**vars(self), "skipped": dict(self.skipped), **samples}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> EvictionStats:
         """The counts of `to_dict`."""
-        return cls(**{**values, "skipped": Counter(values["skipped"])})
+        samples = {name: Samples(**values[name]) for name in _SAMPLES}
+        return cls(**{**values, "skipped": Counter(values["skipped"]), **samples})
+
+
+_SAMPLES = ("retained", "observation_seconds", "compaction_seconds")
+
+
+def _sums(values: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
+    """Sums by key."""
+    return {key: values.get(key, 0.0) + others.get(key, 0.0) for key in {**values, **others}}

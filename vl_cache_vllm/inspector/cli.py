@@ -71,11 +71,11 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY
+    from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, with_current_names
     from vl_cache_vllm.inspector.engine import running
     from vl_cache_vllm.inspector.page import write_page
     from vl_cache_vllm.inspector.picture import write_picture
-    from vl_cache_vllm.inspector.request import TRACE, inspect_request
+    from vl_cache_vllm.inspector.request import inspect_request
 
     if not hasattr(options, "kv_compress"):
         given = options.additional_config or {}
@@ -85,18 +85,19 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
     settings = engine_args.additional_config.get(ADDITIONAL_CONFIG_KEY)
     if not settings:
         raise ValueError("--kv-compress none disables compression: choose a policy")
-    if own := [name for name in TRACE if name in settings]:
-        raise ValueError(f"{NAME} sets the trace options itself: remove {', '.join(own)}")
+    settings = with_current_names(settings)
+    if "trace" in settings:
+        raise ValueError(f"{NAME} sets the trace options itself: remove trace")
     engine_args.disable_log_stats = True
     if not engine_args.limit_mm_per_prompt and images:
         engine_args.limit_mm_per_prompt = {"image": len(images)}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        values = (str(trace), True, True)
+        tracing = {"path": str(trace), "positions": True, "scores": True}
         engine_args.additional_config = {
             **engine_args.additional_config,
-            ADDITIONAL_CONFIG_KEY: {**settings, **dict(zip(TRACE, values, strict=True))},
+            ADDITIONAL_CONFIG_KEY: {**settings, "trace": tracing},
         }
         with running(lambda: LLM.from_engine_args(engine_args)) as llm:
             inspection = inspect_request(

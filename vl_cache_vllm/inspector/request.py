@@ -21,8 +21,7 @@ from vl_cache_vllm.inspector.trace import Eviction
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
-TRACE = ("trace_path", "trace_positions", "trace_scores")
-_CONTEXT = 8  # preceding tokens that the text of a token may depend on
+_CONTEXT = 8  # tokens before one that its text may depend on
 
 
 class NotEvicted(ValueError):  # noqa: N818 - names the outcome; it is not a failure
@@ -56,14 +55,12 @@ class Inspection:
         return result
 
     def settings(self) -> list[tuple[str, Any]]:
-        """Settings of the policy and of compression that differ from their defaults."""
-        policy = self.config.policy
-        return [
-            (field.name, getattr(owner, field.name))
-            for owner, skipped in ((policy, ()), (self.config, ("policy", "budget", *TRACE)))
-            for field in dataclasses.fields(owner)
-            if field.name not in skipped and getattr(owner, field.name) != field.default
-        ]
+        """Settings that differ from their defaults, without budget and trace."""
+        defaults = KVCompressConfig(policy=type(self.config.policy)())
+        changed = dataclasses.replace(
+            self.config, budget=defaults.budget, trace=defaults.trace
+        ).flat()
+        return [(k, v) for k, v in changed.items() if v != defaults.flat()[k]]
 
 
 def inspect_request(

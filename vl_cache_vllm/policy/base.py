@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy decides: which queries look, how tokens rank, how layers share the budget.
+"""The base class of policies: which queries are observed, token scores, and layer weights.
 
-A policy is a frozen dataclass whose fields are its parameters (the keys that
-``--kv-compress-config`` accepts) and whose methods are pure functions of tensors. Reading
-attention, rounding to whole pages, choosing the best tokens and moving them is the
-mechanism's work (`vl_cache_vllm.ops`), the same for every policy.
+A policy is a frozen dataclass. Its fields are its settings, the keys that
+``--kv-compress-config`` accepts, and its methods are pure functions of tensors. Everything else is
+the same for every policy and lives in `vl_cache_vllm.ops`: reading attention, rounding to whole
+pages, selecting the best tokens, and moving them.
 """
 
 from abc import ABC, abstractmethod
@@ -15,69 +15,62 @@ import torch
 
 from vl_cache_vllm.policy.prompt import Prompt
 
-MAX_HELD_QUERIES = 512
-"""Bounds what a request with elite_window holds of each layer while its prefill is chunked."""
+DENSITY_THRESHOLD = 0.01
 
 
 def setting(default: Any, text: str) -> Any:
-    """A dataclass field that is a setting of the user's, with its line of help."""
+    """A dataclass field that users can set, with its help text."""
     return field(default=default, metadata={"help": text})
 
 
 def with_default(cls: Any, name: str, default: Any) -> Any:
-    """An inherited parameter with another default."""
+    """An inherited setting with another default."""
     return setting(default, cls.__dataclass_fields__[name].metadata["help"])
 
 
 @dataclass(frozen=True)
 class EvictionPolicy(ABC):
-    """Token scores x layer budgets.
+    """Token scores and layer weights; the settings here apply to every policy.
 
     Raises:
-        ValueError: from ``__post_init__`` of a subclass, when a parameter is out of range.
+        ValueError: from ``__post_init__``, when a setting is out of range.
     """
 
     name: ClassVar[str]
     """The value of ``--kv-compress``."""
     for_text: ClassVar[bool] = False
-    """Whether it is defined for prompts without images (``--kv-compress-text``)."""
+    """Whether the policy is defined for prompts without images (``--kv-compress-text``)."""
 
-    threshold: float = setting(
-        0.01, "p: an attention entry counts as dense iff it reaches p times its row's maximum"
-    )
     recent_ratio: float = setting(
-        0.1, "share of a layer's budget that always keeps the prompt's last tokens"
+        0.1,
+        "Fraction of each layer's budget, from 0 to 1, that is reserved for the last tokens of the "
+        "prompt.",
     )
     max_observation_tokens: int | None = setting(
-        None, "observe at most so many of the prompt's last queries; null: all post-vision ones"
+        None,
+        "Maximum number of queries that score the tokens, counted from the end of the prompt. "
+        "null: all queries that post_vision_only admits.",
     )
     post_vision_only: bool = setting(
         True,
-        "observe only queries after the last visual token; false: the prompt's last "
-        "max_observation_tokens queries whatever they are (SnapKV's window), or all (H2O)",
+        "true: only queries after the last visual token score the tokens. false: all queries of "
+        "the prompt do, or its last max_observation_tokens queries.",
     )
     sink_tokens: int = setting(
-        0, "so many first tokens of the prompt are kept before all but the recent ones"
+        0,
+        "Number of tokens at the start of the prompt to keep, next in priority to the recent ones. "
+        "0 reserves none. This setting does not remove attention sinks from the ranking: other "
+        "tokens that attract attention still rank by their score.",
     )
-    keep_text: bool = setting(False, "text tokens are kept before all visual ones")
-    elite_window: float = setting(
-        0.0,
-        "of the observed queries only those score the tokens to which the last one pays at least "
-        "this share of the most attention that it pays to any of them, by KV head (AirCache: 0.9); "
-        "0: all; needs max_observation_tokens",
-    )
-    diversity: float = setting(
-        0.0,
-        "favour tokens whose keys are unlike the others', in heads whose keys are alike: weight of "
-        "this against the policy's score, times the mean similarity of a head's keys (MixKV: 1); "
-        "0: none",
+    keep_text: bool = setting(
+        False,
+        "Keep text tokens before visual tokens, next in priority to sink_tokens. Useful if clients "
+        "send the question before the images.",
     )
 
     def __post_init__(self) -> None:
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
-        if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0.0 <= self.recent_ratio <= 1.0:
             raise ValueError(f"recent_ratio must be in [0, 1], got {self.recent_ratio}")
         if self.max_observation_tokens is not None and self.max_observation_tokens < 1:
@@ -85,51 +78,57 @@ class EvictionPolicy(ABC):
                 "max_observation_tokens must be at least 1 or null, "
                 f"got {self.max_observation_tokens}"
             )
-        for name in ("elite_window", "diversity"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.elite_window and not 1 < (self.max_observation_tokens or 0) <= MAX_HELD_QUERIES:
-            raise ValueError(
-                f"elite_window needs max_observation_tokens from 2 to {MAX_HELD_QUERIES}, got "
-                f"{self.max_observation_tokens}: so many queries are held until the last one shows "
-                "which are elite"
-            )
 
     def observation_start(self, post_vision_start: int, prefill_tokens: int) -> int:
-        """Position of the first observed query; the last is ``prefill_tokens - 1``."""
+        """Position of the first observed query; the last one is ``prefill_tokens - 1``.
+
+        Args:
+            post_vision_start: position after the last visual token; 0 for text-only prompts.
+            prefill_tokens: tokens that are computed before decoding.
+        """
         start = post_vision_start if self.post_vision_only else 0
         if self.max_observation_tokens is None:
             return start
         return max(start, prefill_tokens - self.max_observation_tokens)
 
     @property
+    def density_threshold(self) -> float:
+        """An attention entry is dense if it is at least this fraction of its row's maximum.
+
+        `layer_weights` receives the densities. A policy that reads them makes this a setting.
+        """
+        return DENSITY_THRESHOLD
+
+    @property
     def wants_grids(self) -> bool:
-        """Whether `Prompt.grids` should be filled."""
+        """Whether the policy reads `Prompt.grids`."""
         return False
 
     @abstractmethod
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Rank tokens by accumulated attention.
+        """Score tokens by their accumulated attention.
 
         Args:
-            attention: attention that each key received from the observed queries, summed over
-                the queries and the KV head's group, float32 ``[num_layers, num_kv_heads, tokens]``.
-            prompt: what the tokens are.
+            attention: attention that each key received, summed over the observed queries and the
+                KV head's group, float32 ``[num_layers, num_kv_heads, tokens]``.
+            prompt: kinds and positions of the tokens.
 
         Returns:
-            Scores of the same shape, finite and not negative; higher is kept first, ties go to
-            the lower position.
+            Scores of the same shape, finite and not negative. Higher scores are kept first; ties
+            go to the lower position.
         """
 
     def precedence(self, prompt: Prompt, device: torch.device) -> torch.Tensor | None:
-        """Groups of tokens, kept whole before any of a lower group: sinks, text, the rest.
+        """Priority groups of tokens: all of a higher group are kept before any of a lower one.
+
+        Here sink tokens come before text tokens, and text tokens before the rest.
 
         Args:
-            prompt: what the tokens are.
+            prompt: kinds and positions of the tokens.
             device: of the result.
 
         Returns:
-            int64 ``[tokens]``, 0 or more; None where all tokens are alike.
+            int64 ``[tokens]``, 0 or more; None if all tokens are in one group.
         """
         if not (self.sink_tokens or self.keep_text):
             return None
@@ -140,15 +139,15 @@ class EvictionPolicy(ABC):
         return groups
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
-        """Divide the budget among layers; equally, unless a policy knows better.
+        """Divide the budget among the layers; equally, unless a policy overrides this.
 
         Args:
-            density: share of observed causal attention entries that pass the row filter,
-                float64 ``[num_layers]``.
-            budget: retained share of the prompt's KV cache, 0 < budget <= 1.
-            prompt: what the tokens are.
+            density: fraction of the observed causal attention entries that are dense
+                (`density_threshold`), float64 ``[num_layers]``.
+            budget: fraction of the prompt's KV cache to keep, 0 < budget <= 1.
+            prompt: kinds and positions of the tokens.
 
         Returns:
-            Positive weights, float64 ``[num_layers]``; layers get pages in proportion.
+            Positive weights, float64 ``[num_layers]``; layers get pages in proportion to them.
         """
         return torch.ones_like(density)

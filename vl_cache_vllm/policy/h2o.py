@@ -12,10 +12,10 @@ from vl_cache_vllm.policy.prompt import Prompt
 
 @dataclass(frozen=True)
 class H2OPolicy(EvictionPolicy):
-    """Attention accumulated over all of the prompt's queries; uniform budgets.
+    """Attention accumulated over all queries of the prompt; uniform layer budgets.
 
-    Half of the budget holds the heavy hitters, half the most recent tokens, as in H2O. Unlike
-    there, tokens leave once, at the end of the prefill, not with every generated token.
+    As in H2O, half of the budget holds the heavy hitters and half the most recent tokens. Unlike
+    H2O, this policy evicts once, at the end of the prefill, and not with every generated token.
     """
 
     name: ClassVar[str] = "h2o"

@@ -14,13 +14,14 @@ from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 @dataclass(frozen=True)
 class PyramidKVPolicy(SnapKVPolicy):
-    """SnapKV's scores with layer budgets that fall linearly with depth."""
+    """SnapKV's scores; layer budgets that fall linearly with depth."""
 
     name: ClassVar[str] = "pyramidkv"
 
     beta: float = setting(
         20.0,
-        "the last layer gets 1/beta of the mean budget beyond the window, the first 2 - 1/beta",
+        "Steepness of the layer budgets, at least 1. Of the budget beyond the window, the last "
+        "layer gets 1 / beta times the mean and the first layer 2 - 1 / beta times the mean.",
     )
 
     def __post_init__(self) -> None:
@@ -29,9 +30,10 @@ class PyramidKVPolicy(SnapKVPolicy):
             raise ValueError(f"beta must be at least 1, got {self.beta}")
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
-        """w + linear from 2B - B / beta to B / beta, where B is the mean budget minus the window w.
+        """``w`` plus a line from ``2B - B / beta`` (first layer) to ``B / beta`` (last layer).
 
-        A budget that does not exceed the window leaves nothing to divide: uniform.
+        w is the window and B the mean layer budget minus w, both in tokens. If the budget does not
+        exceed the window, the layer budgets are uniform.
         """
         assert self.max_observation_tokens is not None
         window = float(self.max_observation_tokens)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tokens: the floor that every policy has to beat."""
+"""Random tokens: the lower bound that every policy has to beat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,16 +15,16 @@ from vl_cache_vllm.policy.prompt import Prompt
 class RandomPolicy(EvictionPolicy):
     """Random token scores, uniform layer budgets.
 
-    The scores are a function of ``seed``, layer, KV head and position only, so that a prompt keeps
-    the same tokens however it was scheduled; the attention is not looked at. The recent window is
-    kept as by every policy.
+    The scores depend only on ``seed``, layer, KV head and position, so that a prompt keeps the same
+    tokens however it was scheduled. Attention is ignored. The recent window is kept as by every
+    policy.
     """
 
     name: ClassVar[str] = "random"
     for_text: ClassVar[bool] = True
 
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
-    seed: int = setting(0, "seed of the scores")
+    seed: int = setting(0, f"Seed of the scores, from 0 to {2**31 - 1}.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +32,7 @@ class RandomPolicy(EvictionPolicy):
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}")
 
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """A hash of each entry's index, uniform in 0 to 1."""
+        """A hash of layer, KV head and position, uniform in [0, 1)."""
         layers, heads, tokens = attention.shape
 
         def index(first: int, count: int, odd: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies by name, this project's and others', found through one entry point group."""
+"""Policies by name, of this project and of other packages, from one entry point group."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,9 +11,9 @@ GROUP = "vl_cache_vllm.policies"
 
 
 class Registry(Mapping[str, type[EvictionPolicy]]):
-    """Maps the values of ``--kv-compress`` to policies, loaded when they are asked for.
+    """Maps the values of ``--kv-compress`` to policy classes, which are loaded on first access.
 
-    Asking for one raises KeyError if no package offers it, ValueError if it cannot be used.
+    Access raises KeyError if no package offers the policy, and ValueError if it cannot be used.
     """
 
     def __init__(self, entries: Iterable[EntryPoint]) -> None:
@@ -45,7 +45,7 @@ class Registry(Mapping[str, type[EvictionPolicy]]):
         return policy
 
     def for_text(self) -> list[str]:
-        """Names of the policies for prompts without images; what cannot be loaded is left out."""
+        """Names of the policies for prompts without images, without those that cannot be loaded."""
 
         def is_for_text(name: str) -> bool:
             try:

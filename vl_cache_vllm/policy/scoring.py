@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores that spread to neighbouring positions."""
+"""Operations on token scores: pooling over neighbours, look-ahead, and mixing two rankings.
+
+Scores are ``[num_layers, num_kv_heads, tokens]`` throughout.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +13,18 @@ import torch.nn.functional as F
 from vl_cache_vllm.ops.select import rank
 from vl_cache_vllm.policy.prompt import PatchGrid
 
-POOLING_2D = "average visual tokens over pooling x pooling neighbours on their patch grid"
+POOLING = (
+    "Width in tokens, an odd number, of an average over neighbouring positions that is applied to "
+    "the scores. 1: no pooling."
+)
+POOLING_2D = (
+    "Pool visual tokens over pooling x pooling neighbours on the patch grid of their image, if the "
+    "model's grid is known. Other tokens are pooled along the sequence."
+)
 
 
 def check_pooling(pooling: int, on_grid: bool) -> None:
-    """Raises ValueError unless the width is odd, positive and sane, and more than 1 on a grid."""
+    """Raise ValueError unless the width is odd and from 1 to 1e6, and not 1 on a grid."""
     if pooling < 1 or pooling % 2 == 0:
         raise ValueError(f"pooling must be an odd number of tokens, got {pooling}")
     if pooling > 1e6:
@@ -23,23 +33,8 @@ def check_pooling(pooling: int, on_grid: bool) -> None:
         raise ValueError("pooling_2d has no effect with pooling 1; choose 3 or more")
 
 
-def smooth(scores: torch.Tensor, pooling: int, grids: Sequence[PatchGrid]) -> torch.Tensor:
-    """`average` along the positions, but on their patch grid for the tokens of ``grids``.
-
-    There it is the mean of the neighbours that exist: images have many edges, prompts two ends.
-    """
-    result = average(scores, pooling)
-    for grid in grids:
-        positions = grid.positions(scores.device)
-        patches = scores[..., positions]  # [layers, kv_heads, rows, columns]
-        result[..., positions] = F.avg_pool2d(
-            patches, pooling, stride=1, padding=pooling // 2, count_include_pad=False
-        )
-    return result
-
-
 def average(scores: torch.Tensor, pooling: int) -> torch.Tensor:
-    """Mean of ``pooling`` neighbours along the last dimension of ``[layers, kv_heads, tokens]``.
+    """Mean of ``pooling`` neighbours along the sequence.
 
     Positions beyond the ends count as zero, as in SnapKV.
     """
@@ -48,38 +43,61 @@ def average(scores: torch.Tensor, pooling: int) -> torch.Tensor:
     return F.avg_pool1d(scores, pooling, stride=1, padding=pooling // 2)
 
 
-def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
-    """``max over d >= 0 of s[j - d] * exp(-d / length)``.
+def smooth(scores: torch.Tensor, pooling: int, grids: Sequence[PatchGrid]) -> torch.Tensor:
+    """`average`, but over the two-dimensional neighbours for tokens of ``grids``.
 
-    An answer is read on from where the prompt's attention finds its beginning: what follows an
-    attended token inherits its score, fading by e every ``length`` tokens.
+    On a grid only the existing neighbours count: an image has many edges, a prompt two ends.
+    """
+    result = average(scores, pooling)
+    for grid in grids:
+        positions = grid.positions(scores.device)
+        patches = scores[..., positions]  # [num_layers, num_kv_heads, rows, columns]
+        result[..., positions] = F.avg_pool2d(
+            patches, pooling, stride=1, padding=pooling // 2, count_include_pad=False
+        )
+    return result
+
+
+def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
+    """``max over d >= 0 of s[j - d] * exp(-d / length)``, where s is the score.
+
+    The prompt's attention finds where an output begins in the image; decoding then reads on from
+    there. So the tokens after an attended token inherit its score, with decay.
 
     Args:
-        scores: not negative, ``[layers, kv_heads, tokens]``.
-        length: tokens, more than 0.
+        scores: not negative.
+        length: decay length in tokens, more than 0.
     """
     scores = scores.clone()
-    shift = 1  # every token has looked back at `shift - 1` others
+    shift = 1  # each token already includes the `shift - 1` tokens before it
     while shift < scores.shape[-1]:
-        fade = math.exp(-shift / length)
-        if fade == 0.0:
+        decay = math.exp(-shift / length)
+        if decay == 0.0:
             break
-        inherited = scores[..., :-shift] * fade
+        inherited = scores[..., :-shift] * decay
         scores[..., shift:] = torch.maximum(scores[..., shift:], inherited)
         shift *= 2
     return scores
 
 
-def interleave(scores: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+def interleave(scores: torch.Tensor, other: torch.Tensor, fraction: float) -> torch.Tensor:
     """Scores whose best k tokens are, for every k, the best of two rankings.
 
-    Of the places, ``share`` goes down ``other``'s ranking and the rest down that of ``scores``; a
-    token that both rank high takes one place.
+    ``fraction`` of the k tokens come from the top of ``other``, the rest from the top of
+    ``scores``. A token at the top of both counts once, and the next ones follow. For example, with
+    fraction 0.5 and the ranks
 
-    The result is positive and falls like 1 / place.
+        scores    0 1 2 3
+        other     3 2 0 1
+
+    the best two tokens are the first and the third.
 
     Args:
-        scores, other: ``[layers, kv_heads, tokens]``; ties go to the lower position.
-        share: 0 (``scores`` alone) to 1 (``other`` alone).
+        scores, other: ties go to the lower position.
+        fraction: from 0 (``scores`` alone) to 1 (``other`` alone).
+
+    Returns:
+        Positive scores that fall like 1 / rank.
     """
-    return 1.0 / torch.minimum((rank(scores) + 1) / (1.0 - share), (rank(other) + 1) / share)
+    own_rank, other_rank = rank(scores) + 1, rank(other) + 1
+    return 1.0 / torch.minimum(own_rank / (1.0 - fraction), other_rank / fraction)

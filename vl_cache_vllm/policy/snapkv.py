@@ -8,24 +8,24 @@ import torch
 
 from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
-from vl_cache_vllm.policy.scoring import POOLING_2D, check_pooling, smooth
+from vl_cache_vllm.policy.scoring import POOLING, POOLING_2D, check_pooling, smooth
 
 
 @dataclass(frozen=True)
 class SnapKVPolicy(EvictionPolicy):
-    """Attention of the prompt's last tokens, smoothed; these tokens are kept; uniform budgets."""
+    """Pooled attention of the last tokens (the window), which are kept; uniform layer budgets."""
 
     name: ClassVar[str] = "snapkv"
     for_text: ClassVar[bool] = True
 
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.0)
     max_observation_tokens: int | None = setting(
-        32, "the window: so many last tokens of the prompt observe, and are kept"
+        32,
+        "Size of the observation window: this number of last tokens of the prompt score the others "
+        "and are kept themselves.",
     )
     post_vision_only: bool = with_default(EvictionPolicy, "post_vision_only", False)
-    pooling: int = setting(
-        5, "odd width of an average over neighbouring positions, applied to the scores"
-    )
+    pooling: int = setting(5, POOLING)
     pooling_2d: bool = setting(False, POOLING_2D)
 
     def __post_init__(self) -> None:
@@ -36,17 +36,17 @@ class SnapKVPolicy(EvictionPolicy):
 
     @property
     def wants_grids(self) -> bool:
-        """Whether `Prompt.grids` should be filled."""
+        """Whether the policy reads `Prompt.grids`."""
         return self.pooling_2d
 
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Smoothed attention of the tokens before the window."""
+        """Pooled attention of the tokens before the window."""
         before = attention.clone()
         before[..., self._window(prompt) :] = 0
         return smooth(before, self.pooling, prompt.grids if self.pooling_2d else ())
 
     def precedence(self, prompt: Prompt, device: torch.device) -> torch.Tensor | None:
-        """The window above all other groups; of its tokens, if not all fit, the last."""
+        """The window is above all other groups; if it does not fit, its last tokens are kept."""
         groups = super().precedence(prompt, device)
         if groups is None:
             groups = torch.zeros(prompt.tokens, dtype=torch.int64, device=device)
@@ -55,6 +55,6 @@ class SnapKVPolicy(EvictionPolicy):
         return groups
 
     def _window(self, prompt: Prompt) -> int:
-        """Position of the window's first token."""
+        """Position of the first token of the window."""
         assert self.max_observation_tokens is not None
         return max(0, prompt.tokens - self.max_observation_tokens)

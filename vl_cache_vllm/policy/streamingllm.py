@@ -12,7 +12,7 @@ from vl_cache_vllm.policy.prompt import Prompt
 
 @dataclass(frozen=True)
 class StreamingLLMPolicy(EvictionPolicy):
-    """Attention sinks first, then the most recent tokens; uniform budgets; no attention needed."""
+    """The first tokens, then the most recent ones; uniform layer budgets; attention is ignored."""
 
     name: ClassVar[str] = "streamingllm"
     for_text: ClassVar[bool] = True
@@ -22,7 +22,7 @@ class StreamingLLMPolicy(EvictionPolicy):
     sink_tokens: int = with_default(EvictionPolicy, "sink_tokens", 4)
 
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Later is better; of sinks that do not all fit, earlier."""
+        """Later tokens score higher; of the sink tokens, earlier ones do."""
         position = torch.arange(prompt.tokens, device=attention.device)
         sinks = min(self.sink_tokens, prompt.tokens)
         score = torch.where(position < sinks, prompt.tokens + sinks - position, position)

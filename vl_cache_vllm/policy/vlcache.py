@@ -6,52 +6,71 @@ from typing import ClassVar
 
 import torch
 
-from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
+from vl_cache_vllm.policy.base import DENSITY_THRESHOLD, EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
-from vl_cache_vllm.policy.scoring import POOLING_2D, check_pooling, interleave, look_ahead, smooth
+from vl_cache_vllm.policy.scoring import (
+    POOLING,
+    POOLING_2D,
+    check_pooling,
+    interleave,
+    look_ahead,
+    smooth,
+)
 
 
 @dataclass(frozen=True)
 class VLCachePolicy(EvictionPolicy):
-    """Post-vision attention scores, layer budgets from post-vision attention density.
+    """Scores from post-vision attention; layer budgets from the density of that attention.
 
-    The defaults are the paper's. ``pooling``, ``pooling_2d``, ``uniform_mix``, ``shared_scores``,
-    ``lookahead`` and ``short_lookahead`` are this project's additions; 1 turns the first off, 0 the
-    others.
+    The defaults are the paper's. This project added ``pooling`` (1: off) and ``pooling_2d``,
+    ``uniform_mix``, ``shared_scores``, ``lookahead`` and ``short_lookahead`` (false or 0: off).
     """
 
     name: ClassVar[str] = "vlcache"
 
-    pooling: int = setting(
-        1,
-        "odd width of an average over neighbouring positions, applied to the scores; 1: the paper",
+    threshold: float = setting(
+        DENSITY_THRESHOLD,
+        "An attention entry is dense if it is at least this fraction of the largest entry of its "
+        "row, greater than 0 and at most 1. Denser layers get larger budgets.",
     )
+    pooling: int = setting(1, POOLING)
     pooling_2d: bool = setting(False, POOLING_2D)
     uniform_mix: float = setting(
-        0.0, "share of the budget divided equally among layers; 0: the paper, 1: uniform budgets"
+        0.0,
+        "Fraction of the budget, from 0 to 1, that is divided equally among the layers; the rest "
+        "follows density. 0: density alone, as in the paper. 1: uniform layer budgets.",
     )
     shared_scores: float = setting(
         0.0,
-        "share of a token's score that is its root mean square over all layers and KV heads; "
-        "0: the paper",
+        "Fraction of a token's score, from 0 to 1, that all layers and KV heads share: the root "
+        "mean square of its attention over them. 0: none, as in the paper.",
     )
     lookahead: float = setting(
         0.0,
-        "rank tokens also by what they inherit from attended ones before them, fading by e every "
-        "so many tokens; 0: the paper",
+        "Decay length of a second ranking, the look-ahead, in tokens. In it, each token inherits "
+        "the largest score of the tokens before it, decayed by exp(-distance / lookahead). 0: off, "
+        "as in the paper.",
     )
     lookahead_share: float = setting(
-        0.5, "share of the kept tokens that is ranked so, where lookahead is not 0"
+        0.5,
+        "Fraction of the kept tokens, from 0 to 1, that the look-ahead ranking chooses; the rest "
+        "use the plain ranking. No effect if lookahead is 0.",
     )
     short_lookahead: float = setting(
-        0.0, "the same for the rest of the kept tokens, with a length of its own; 0: the paper"
+        0.0,
+        "Decay length of the same inheritance in the plain ranking, in tokens. 0: off, as in the "
+        "paper.",
     )
     min_layer_budget: float = setting(
-        0.01, "least share of the prompt's tokens that a layer aims at (Algorithm 1's lower clip)"
+        0.01,
+        "Minimum budget of a layer as a fraction of the prompt's tokens, before rounding to whole "
+        "pages. 0.01: the lower clip of the paper's Algorithm 1.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         check_pooling(self.pooling, self.pooling_2d)
         for name in ("uniform_mix", "shared_scores", "lookahead_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -63,15 +82,21 @@ class VLCachePolicy(EvictionPolicy):
             raise ValueError(f"min_layer_budget must be in (0, 1], got {self.min_layer_budget}")
 
     @property
+    def density_threshold(self) -> float:
+        """The setting ``threshold``."""
+        return self.threshold
+
+    @property
     def wants_grids(self) -> bool:
-        """Whether `Prompt.grids` should be filled."""
+        """Whether the policy reads `Prompt.grids`."""
         return self.pooling_2d
 
     def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Accumulated post-vision attention (paper section 3), smoothed when asked."""
+        """Accumulated post-vision attention, as in the paper; then the optional steps."""
         scores = attention
         if self.shared_scores:
-            # A few heads that are sure tell more than many that attend a little.
+            # The root mean square, not the mean: a few heads with much attention are better
+            # evidence than many heads with a little.
             shared = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
             scores = torch.lerp(attention, shared, self.shared_scores)
         own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
@@ -82,23 +107,23 @@ class VLCachePolicy(EvictionPolicy):
         return scores
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
-        """beta_l = clip(d_l / sum(d) * alpha * L, 0.01, 1) (paper, Algorithm 1)."""
+        """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""
         num_layers = density.shape[0]
         total = density.sum()
         uniform = torch.full_like(density, 1.0 / num_layers)
-        # No attention entry passes the filter only if nothing was observed.
-        share = torch.where(total > 0, density / total.clamp(min=1e-300), uniform)
-        share = (1.0 - self.uniform_mix) * share + self.uniform_mix * uniform
-        return (share * budget * num_layers).clamp(self.min_layer_budget, 1.0)
+        # No entry is dense only if nothing was observed.
+        fraction = torch.where(total > 0, density / total.clamp(min=1e-300), uniform)
+        fraction = (1.0 - self.uniform_mix) * fraction + self.uniform_mix * uniform
+        return (fraction * budget * num_layers).clamp(self.min_layer_budget, 1.0)
 
 
 @dataclass(frozen=True)
 class VLCachePlusPolicy(VLCachePolicy):
-    """VL-Cache with the settings that were best on the page reader's tuning split.
+    """VL-Cache with the settings that were best on the tuning split of the page reader.
 
-    The last query alone observes, half of a score is shared by all layers and KV heads, most of
-    the tokens are ranked by a long lookahead and the rest by a short one, and layers get equal
-    budgets: docs/accuracy.md.
+    Only the last query is observed. All layers and KV heads share about half of a score. A long
+    look-ahead chooses most of the tokens and a short one the rest. Layer budgets are uniform.
+    docs/accuracy.md has the measurements.
     """
 
     name: ClassVar[str] = "vlcache-plus"

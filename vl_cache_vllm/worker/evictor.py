@@ -107,7 +107,7 @@ class Evictor:
         """Ids of the requests that may be observed; None: all (`vl_cache_vllm.messages`)."""
         self._trace = (
             Trace(config, tp_group.rank, self._layer_numbers, pool.block_size)
-            if config.trace_path is not None
+            if config.trace.path is not None
             else None
         )
         self._reports: list[PendingReport] = []
@@ -187,7 +187,7 @@ class Evictor:
             state = observation.state
             if state.attention_stats is None:
                 state.attention_stats = AttentionStats(
-                    state.config.policy,
+                    state.config,
                     self.pool.num_layers,
                     self.pool.num_kv_heads,
                     state.prefill_tokens,
@@ -240,8 +240,7 @@ class Evictor:
         stopwatch = Stopwatch(pool.device)
         with stopwatch:
             selection = select_kept(
-                policy,
-                state.config.budget,
+                state.config,
                 stats,
                 dense_entries,
                 prompt,

@@ -10,7 +10,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import post_vision_start, request_config, visual_ranges
+from vl_cache_vllm.core.admission import post_vision_start, visual_ranges
 from vl_cache_vllm.core.patch_grids import patch_grids
 from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.worker.attention_stats import AttentionStats
@@ -77,7 +77,7 @@ class RequestTable:
         decodes = params is not None and (params.max_tokens is None or params.max_tokens > 1)
         return self.start(
             request_id,
-            request_config(config, params),
+            config.for_request(params),
             post_vision_start(config, features) if decodes else None,
             prefill_tokens,
             visual_ranges(features),

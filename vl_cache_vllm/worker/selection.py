@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import EvictionPolicy, Prompt
+from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.policy.diversity import mix_diversity
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 
@@ -28,8 +29,7 @@ class Selection:
 
 
 def select_kept(
-    policy: EvictionPolicy,
-    budget: float,
+    config: KVCompressConfig,
     observed: AttentionStats,
     dense_entries: torch.Tensor,
     prompt: Prompt,
@@ -41,7 +41,7 @@ def select_kept(
     """The layers' pages and each KV head's tokens.
 
     Args:
-        policy, budget: the request's.
+        config: the request's settings.
         observed: the queries from ``first_query`` to the prompt's last.
         dense_entries: the observed ones, of all ranks.
         prompt: what its tokens are.
@@ -50,17 +50,18 @@ def select_kept(
         kept_blocks: of the prompt.
         block_size: tokens of a page.
     """
+    policy, options = config.policy, config.experimental
     num_layers = len(dense_entries)
     full_pages = prompt.tokens // block_size
     total_pages = kept_blocks * num_layers
     # Query at position t has t + 1 causal entries.
     entries = (prompt.tokens - first_query) * (first_query + 1 + prompt.tokens) // 2
     density = dense_entries.double() / (entries * num_heads)
-    weights = policy.layer_weights(density, budget, prompt)
+    weights = policy.layer_weights(density, config.budget, prompt)
     kept_pages = apportion(weights, total_pages, full_pages)
     scores = policy.token_scores(observed.column_sums, prompt)
     if observed.similarity is not None:
-        scores = mix_diversity(scores, observed.similarity, policy.diversity)
+        scores = mix_diversity(scores, observed.similarity, options.diversity)
     positions = select(
         scores,
         kept_pages * block_size,

@@ -20,7 +20,7 @@ class Trace:
     """Appends evictions to the file that the settings name.
 
     Args:
-        config: the engine's settings, with ``trace_path``.
+        config: the engine's settings, with ``trace.path``.
         rank: tensor-parallel rank of this worker.
         layer_numbers: the model's numbers of the layers on this worker.
         block_size: tokens per block.
@@ -32,13 +32,14 @@ class Trace:
     def __init__(
         self, config: KVCompressConfig, rank: int, layer_numbers: Sequence[int], block_size: int
     ) -> None:
-        assert config.trace_path is not None
-        self._positions, self._scores = config.trace_positions, config.trace_scores
+        trace = config.trace
+        assert trace.path is not None
+        self._positions, self._scores = trace.positions, trace.scores
         self._rank, self._layer_numbers, self._block_size = rank, layer_numbers, block_size
         try:
-            self._file = os.open(config.trace_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(trace.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(f"KV compression cannot write its trace_path: {error}") from error
+            raise ValueError(f"KV compression cannot write its trace.path: {error}") from error
 
     def write(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.config import KVCompressConfig, TraceConfig
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
@@ -32,9 +32,7 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
         config,
         budget=0.5,
         min_prompt_tokens=1,
-        trace_path=None,
-        trace_positions=False,
-        trace_scores=False,
+        trace=TraceConfig(),
     )
 
 
@@ -98,7 +96,7 @@ class WarmupEviction:
             max(1, config.kept_blocks(self._num_blocks)), tokens // pool.block_size
         )
         self._others = AttentionStats(
-            config.policy, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
+            config, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
         )
 
     def observe(self) -> None:
