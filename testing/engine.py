@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real vLLM engines for tests: in this process, one at a time, everything reachable."""
 
+import atexit
 import contextlib
 import gc
 import json
@@ -117,6 +118,9 @@ def running_llm(**arguments: Any) -> Iterator[LLM]:
     """``LLM(**arguments)``, gone afterwards; one at a time in a process."""
     with cheap_collections(), running(lambda: LLM(**arguments)) as llm:
         yield llm
+
+
+atexit.register(gc.unfreeze)  # nanobind reports objects that the last collection does not reach
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ def test_answers_end_early_where_asked(tmp_path: Path) -> None:
     assert logits.softmax(0)[int(token)].item() == pytest.approx(1 / 128)
 
 
+@pytest.mark.server
 def test_a_run(tmp_path: Path) -> None:
     """Both servers, the client, the report and the figure."""
     model = tiny_models.build("llava", tmp_path / "model", image_size=112)
