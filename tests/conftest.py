@@ -26,6 +26,8 @@ elif os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
 import pytest
 from hypothesis import HealthCheck, settings
 
+E2E = Path(__file__).parent / "e2e"
+
 # A property test names how many examples CI tries, the same ones in every run. With
 # `--hypothesis-profile=soak` it tries others, and many more of them.
 settings.register_profile("soak", max_examples=20_000, print_blob=True)
@@ -45,24 +47,21 @@ def histories(number: int) -> settings:
     return examples(number, stateful_step_count=50, suppress_health_check=list(HealthCheck))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "both_runners: also run on the V2 model runner")
-    config.addinivalue_line("markers", "interpreter: needs Triton's interpreter, as V2 does here")
-    config.addinivalue_line("markers", "server: starts a real server process")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep this run's tests, the quick ones first and those with servers last."""
     is_second_run = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
-    others = []
+    chosen, others = [], []
     for item in items:
+        if E2E in item.path.parents:
+            item.add_marker("slow")
         in_second_only = "interpreter" in item.keywords
         in_second = "both_runners" in item.keywords or (
             in_second_only and not torch.cuda.is_available()
         )
-        if not in_second if is_second_run else in_second_only:
-            others.append(item)
+        is_chosen = in_second if is_second_run else not in_second_only
+        (chosen if is_chosen else others).append(item)
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    items[:] = sorted(chosen, key=lambda item: ("server" in item.keywords, "slow" in item.keywords))
 
 
 @pytest.fixture(scope="session")

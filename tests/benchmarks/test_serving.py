@@ -149,6 +149,7 @@ def test_outputs_end_early_if_requested(tmp_path: Path) -> None:
     assert logits.softmax(0)[int(token)].item() == pytest.approx(1 / 128)
 
 
+@pytest.mark.server
 def test_a_run(tmp_path: Path) -> None:
     """Both servers, the client, the report and the figure."""
     model = tiny_models.build("llava", tmp_path / "model", image_size=112)

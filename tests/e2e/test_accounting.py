@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks: what a request holds, what returns to the pool, and how many requests fit."""
 
+import functools
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from vllm import LLM
@@ -73,16 +75,46 @@ def test_blocks_of_one_request(model: Path, caching: bool) -> None:
         assert_pool_is_whole(llm)
 
 
-def run_alone(model: Path, settings: dict[str, Any], requests: list[Any], params: list[Any]):
-    """Outputs in an ample pool, a few at a time, with nothing aborted."""
-    with harness.engine(model, settings, enable_prefix_caching=False) as llm:
-        outputs = llm.generate(requests, params, use_tqdm=False)
-        assert_pool_is_whole(llm)
-    return [harness.token_ids(output) for output in outputs]
-
-
 # V2 runs through Triton's interpreter: a shorter run of the same.
 NUM_RANDOM = 120 if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0" else 60
+RANDOM_SETTINGS = {"policy": "vlcache", "budget": 0.4}
+
+
+class RandomRequests(NamedTuple):
+    """Requests of one model, and the answers of an ample pool in which nothing is aborted."""
+
+    model: Path
+    requests: list[Any]
+    params: list[Any]
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def random_requests(models_dir: Path) -> Callable[[str], RandomRequests]:
+    """By the kind of model."""
+
+    @functools.cache
+    def answered(kind: str) -> RandomRequests:
+        model = tiny_models.build(kind, models_dir / f"{kind}-112", image_size=112)
+        rng = random.Random(7)
+        requests, params = [], []
+        for _ in range(NUM_RANDOM):
+            words = "a picture of " * rng.randrange(1, 12)
+            images = rng.choices([[], [rng.randrange(5)], [rng.randrange(5), 9]], [1, 4, 1])[0]
+            requests.append(
+                harness.image_request(kind, words, images)
+                if images
+                else {"prompt": f"USER: {words}\nASSISTANT:"}
+            )
+            params.append(harness.greedy(rng.choice([1, 2, 40, 90, 130]), logprobs=None))
+        with harness.engine(
+            model, RANDOM_SETTINGS, enable_prefix_caching=False, max_num_seqs=32
+        ) as llm:
+            outputs = llm.generate(requests, params, use_tqdm=False)
+            assert_pool_is_whole(llm)
+        return RandomRequests(model, requests, params, [*map(harness.token_ids, outputs)])
+
+    return answered
 
 
 @pytest.mark.parametrize(
@@ -94,27 +126,17 @@ NUM_RANDOM = 120 if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0" else 60
     ],
 )
 def test_random_requests(
-    models_dir: Path, kind: str, async_scheduling: bool, num_blocks: int
+    random_requests: Callable[[str], RandomRequests],
+    kind: str,
+    async_scheduling: bool,
+    num_blocks: int,
 ) -> None:
     """A pool too small for the load, aborts, single tokens: nothing leaks, nobody is disturbed."""
-    model = tiny_models.build(kind, models_dir / f"{kind}-112", image_size=112)
-    rng = random.Random(7)
-    settings = {"policy": "vlcache", "budget": 0.4}
-    requests, params = [], []
-    for _ in range(NUM_RANDOM):
-        words = "a picture of " * rng.randrange(1, 12)
-        images = rng.choices([[], [rng.randrange(5)], [rng.randrange(5), 9]], [1, 4, 1])[0]
-        requests.append(
-            harness.image_request(kind, words, images)
-            if images
-            else {"prompt": f"USER: {words}\nASSISTANT:"}
-        )
-        params.append(harness.greedy(rng.choice([1, 2, 40, 90, 130]), logprobs=None))
-    expected = run_alone(model, settings, requests, params)
-
+    model, requests, params, expected = random_requests(kind)
+    rng = random.Random(8)
     with harness.engine(
         model,
-        settings,
+        RANDOM_SETTINGS,
         async_scheduling=async_scheduling,
         max_model_len=640,
         max_num_batched_tokens=640,

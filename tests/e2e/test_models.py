@@ -36,6 +36,13 @@ def serve(model: Path, kind: str, trace: Path, **kwargs: Any) -> list[dict[str, 
     return records
 
 
+@pytest.fixture(scope="module")
+def in_float32(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What LLaVA's requests keep with `testing.engine.DEFAULTS`."""
+    model = tiny_models.build("llava", models_dir / "llava")
+    return serve(model, "llava", tmp_path_factory.mktemp("float32") / "trace")
+
+
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_architecture(models_dir: Path, tmp_path: Path, kind: str) -> None:
     model = tiny_models.build(kind, models_dir / kind)
@@ -55,21 +62,23 @@ def test_architecture(models_dir: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dtype(models_dir: Path, tmp_path: Path, dtype: str) -> None:
+def test_dtype(
+    models_dir: Path, tmp_path: Path, in_float32: list[dict[str, Any]], dtype: str
+) -> None:
     model = tiny_models.build("llava", models_dir / "llava")
     low = serve(model, "llava", tmp_path / dtype, dtype=dtype)
-    full = serve(model, "llava", tmp_path / "float32")
-    for a, b in zip(low, full, strict=True):
+    for a, b in zip(low, in_float32, strict=True):
         assert a["density"] == pytest.approx(b["density"], abs=0.05)
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM needs AVX-512 for it")
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
-def test_fp8_cache(models_dir: Path, tmp_path: Path, kv_cache_dtype: str) -> None:
+def test_fp8_cache(
+    models_dir: Path, tmp_path: Path, in_float32: list[dict[str, Any]], kv_cache_dtype: str
+) -> None:
     model = tiny_models.build("llava", models_dir / "llava")
     low = serve(model, "llava", tmp_path / "fp8", dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
-    full = serve(model, "llava", tmp_path / "float32")
-    for a, b in zip(low, full, strict=True):
+    for a, b in zip(low, in_float32, strict=True):
         assert a["density"] == pytest.approx(b["density"], abs=0.08)
 
 
@@ -80,10 +89,9 @@ def test_head_size(models_dir: Path, tmp_path: Path, head_size: int) -> None:
     serve(model, "llava", tmp_path / "trace")
 
 
-def test_compiled(models_dir: Path, tmp_path: Path) -> None:
+def test_compiled(models_dir: Path, tmp_path: Path, in_float32: list[dict[str, Any]]) -> None:
     """With vLLM's default compilation, as `vllm serve` runs."""
     model = tiny_models.build("llava", models_dir / "llava")
-    eager = serve(model, "llava", tmp_path / "eager")
     compiled = serve(model, "llava", tmp_path / "compiled", enforce_eager=False)
-    for a, b in zip(compiled, eager, strict=True):
+    for a, b in zip(compiled, in_float32, strict=True):
         assert a["kept_tokens"] == b["kept_tokens"]
