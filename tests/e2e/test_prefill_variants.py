@@ -155,8 +155,7 @@ def test_observation_of_visual_queries(model: Path, tmp_path: Path, window: int 
 def test_observation_window_is_capped(model: Path, tmp_path: Path) -> None:
     """With max_observation_tokens, hits are trimmed to that window only."""
     trace = tmp_path / "trace"
-    tracing = {"path": str(trace), "positions": True}
-    settings = {**SETTINGS, "trace": tracing, "max_observation_tokens": 16}
+    settings = {
         **SETTINGS,
         "trace": {"path": str(trace), "positions": True},
         "max_observation_tokens": 16,
