@@ -52,7 +52,7 @@ class Engine:
 def engines() -> list[Engine]:
     """Those that this machine can run."""
     if not torch.cuda.is_available():
-        return [Engine("torch", "torch"), Engine("cpp", "cpp")]
+        return [Engine("torch", "torch", eager=True), Engine("cpp", "cpp", eager=True)]
     return [
         Engine("torch operations, eager", "torch", "FLASH_ATTN", eager=True),
         Engine("Triton operations, eager", "triton", "FLASH_ATTN", eager=True),

@@ -119,6 +119,7 @@ except KeyboardInterrupt:
     assert not is_alive()
 
 
+@pytest.mark.slow
 def test_engines_of_a_cpu_agree(tmp_path: Path) -> None:
     """With each other: the same code as on a GPU, where it has more to compare."""
     from testing import tiny_models
