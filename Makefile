@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test lint demo bench bench-smoke soak accuracy train clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy train clean
 
 env: $(STAMP)
 
@@ -29,11 +29,22 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/python tools/check_markdown.py
 
+# Tests in parallel processes of one thread each: a tiny model gains nothing from a second thread.
+# Servers have the machine to themselves.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest tests
+PARALLEL := OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --numprocesses $(WORKERS)
+
 # The second run drives the tests marked both_runners through vLLM's V2 model runner, and the Triton
 # kernels, through Triton's interpreter.
 test: lint
-	$(RUN) $(BIN)/python -m pytest tests
-	$(RUN) VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests -m "both_runners or interpreter"
+	$(PARALLEL) -m "not server"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(PARALLEL) -m "both_runners or interpreter"
+	$(RUN) $(PYTEST) -m server
+
+# For the edit loop: no engines and no servers.
+test-quick: env
+	$(PARALLEL) -m "not slow and not server"
 
 demo: env
 	$(RUN) $(BIN)/python -m evaluation.demo

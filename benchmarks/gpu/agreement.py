@@ -46,7 +46,7 @@ class EngineSetup:
 def engines() -> list[EngineSetup]:
     """The engines that this machine can run."""
     if not torch.cuda.is_available():
-        return [EngineSetup("torch", "torch"), EngineSetup("cpp", "cpp")]
+        return [EngineSetup("torch", "torch", eager=True), EngineSetup("cpp", "cpp", eager=True)]
     return [
         EngineSetup("torch operations, eager", "torch", "FLASH_ATTN", eager=True),
         EngineSetup("Triton operations, eager", "triton", "FLASH_ATTN", eager=True),

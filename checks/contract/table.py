@@ -82,6 +82,7 @@ FEATURES = Has(
 )
 
 CONTRACT: dict[str, tuple[Row, ...]] = {
+    "config.py": (Has("vllm.sampling_params:SamplingParams", "extra_args"),),
     "plugin.py": (
         Defined(
             "vllm.plugins:DEFAULT_PLUGINS_GROUP", "DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"

@@ -124,6 +124,7 @@ except KeyboardInterrupt:
     assert not is_alive()
 
 
+@pytest.mark.slow
 def test_engines_on_a_cpu_agree(tmp_path: Path) -> None:
     """The code that compares engines on a GPU, with the two engines of a CPU."""
     from testing import tiny_models

@@ -136,6 +136,7 @@ def test_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown kind(s) nonsense; known: llava," in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_exact_through_vllm() -> None:
     row = matrix.run("phi4-siglip")
     assert row["result"] == "exact", row["reason"]
@@ -143,6 +144,7 @@ def test_exact_through_vllm() -> None:
     assert len(row["requests"]) == 2
 
 
+@pytest.mark.slow
 def test_refused_through_vllm() -> None:
     row = matrix.run("llama4")
     assert (row["result"], row["requests"]) == ("refused", [])

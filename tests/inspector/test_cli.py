@@ -46,6 +46,7 @@ def run(folder: Path, model: Path, images: list[Image.Image], *flags: str) -> Pa
     return prefix
 
 
+@pytest.mark.slow
 def test_a_look_up_shows_the_record_among_the_kept_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_look_up_shows_the_record_among_the_kept_tokens(
     assert "".join(data["texts"]).count(case.question) == 1
 
 
+@pytest.mark.slow
 def test_rectangular_grids_of_several_images(tmp_path: Path) -> None:
     model = tiny_models.build("qwen2-vl", tmp_path / "model")
     sizes = [(448, 336), (300, 500)]
@@ -99,6 +101,7 @@ def test_rectangular_grids_of_several_images(tmp_path: Path) -> None:
     assert "vlcache" in prefix.with_suffix(".html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_tokens_of_unknown_layout_are_a_strip_and_refusals_say_why(tmp_path: Path) -> None:
     model = tiny_models.build("llava-next", tmp_path / "model")
     images = [tiny_models.random_image(0)]
