@@ -160,7 +160,7 @@ def test_python_statements() -> None:
     assert config is not None
     (keyword,) = [k for k in ast.walk(sampling) if isinstance(k, ast.keyword)]
     assert keyword.arg == "extra_args"
-    assert config.for_request(ast.literal_eval(keyword.value)).budget == 0.5
+    assert config.with_request_settings(ast.literal_eval(keyword.value)).budget == 0.5
 
 
 def test_the_page_of_compatibility_lists_every_reason() -> None:
