@@ -60,7 +60,7 @@ def rehearsal_of(
 def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
     rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict(settings), tokens, 2 * tokens)
     rehearsal.observe()
-    state = worker.requests.get("rehearsal")
+    state = worker.requests.get("warm-up")
     assert state is not None
     rehearsal.evict()
     assert state.evicted_tokens == tokens
@@ -110,7 +110,7 @@ def test_nobody_hears_of_it(tmp_path) -> None:
 def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
     rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
     rehearsal.observe()
-    state = worker.requests.get("rehearsal")
+    state = worker.requests.get("warm-up")
     assert state is not None and state.attention_stats is not None
     held = state.attention_stats.column_sums.numel() + rehearsal._others.column_sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

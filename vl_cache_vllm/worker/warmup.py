@@ -38,15 +38,18 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
 
 def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
     """Settings that requests may choose and that need kernels of their own."""
-    kinds: tuple[dict[str, Any], ...] = (
-        {"sink_tokens": 0, "keep_text": False, "elite_window": 0.0, "diversity": 0.0},
-        {"sink_tokens": 1, "elite_window": 0.5, "max_observation_tokens": QUERIES},
-        {"elite_window": 0.0, "diversity": 0.5},
+    kinds: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        ({"sink_tokens": 0, "keep_text": False}, {"elite_window": 0.0, "diversity": 0.0}),
+        ({"sink_tokens": 1, "max_observation_tokens": QUERIES}, {"elite_window": 0.5}),
+        ({}, {"elite_window": 0.0, "diversity": 0.5}),
     )
-    for options in kinds:
+    for options, experimental in kinds:
         with contextlib.suppress(ValueError):  # a policy refuses them, so no request can have them
-            policy = dataclasses.replace(config.policy, **options)
-            yield dataclasses.replace(config, policy=policy)
+            yield dataclasses.replace(
+                config,
+                policy=dataclasses.replace(config.policy, **options),
+                experimental=dataclasses.replace(config.experimental, **experimental),
+            )
 
 
 def blank_pool(
