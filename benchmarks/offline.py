@@ -150,7 +150,7 @@ def vllm(model: Path, options: argparse.Namespace, engine: str) -> Iterator[Meas
     params = SamplingParams(temperature=0, max_tokens=options.output_len, ignore_eos=True)
     weight_bytes, token_bytes = step_bytes(model)
     with running_llm(
-        **llm_arguments(model, options, engine, trace_path=str(trace)),
+        **llm_arguments(model, options, engine, trace={"path": str(trace)}),
         max_model_len=options.max_model_len,
         max_num_batched_tokens=most_tokens,
     ) as llm:

@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.build("llava", Path(folder) / "llava", **shape)
         trace = Path(folder) / "trace.jsonl"
-        settings = {"policy": "vlcache", "budget": args.budget, "trace_path": str(trace)}
+        settings = {"policy": "vlcache", "budget": args.budget, "trace": {"path": str(trace)}}
         stock = measure(model, None, args.requests, trace)
         ours = measure(model, settings, args.requests, trace)
     result = {

@@ -82,7 +82,7 @@ def evicted(kind: str, folder: Path) -> Outcome:
 
     trace = folder / "trace.jsonl"
     settings = {"policy": "vlcache", "budget": BUDGET}
-    settings |= {"trace_path": str(trace), "trace_positions": True}
+    settings |= {"trace": {"path": str(trace), "positions": True}}
     with contextlib.ExitStack() as stack:
         try:
             llm = stack.enter_context(_engine(kind, folder, settings))

@@ -61,7 +61,7 @@ class Cell:
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """``name`` or ``name:parameter=value,...`` as the settings of ``KVCompressConfig``.
+    """``name`` or ``name:setting=value,...`` as the settings of ``KVCompressConfig``.
 
     Raises ValueError for what the product would refuse.
     """
@@ -71,10 +71,12 @@ def parse_policy(text: str) -> dict[str, Any]:
         key, sign, value = item.partition("=")
         if not sign:
             raise ValueError(f"{text!r}: expected parameter=value, got {item!r}")
+        group, _, key = key.rpartition(".")
+        target = settings.setdefault(group, {}) if group else settings
         try:
-            settings[key] = json.loads(value)
+            target[key] = json.loads(value)
         except json.JSONDecodeError:
-            settings[key] = value
+            target[key] = value
     if name == "none":
         raise ValueError("the full cache is measured as budget 1.0, not as a policy")
     KVCompressConfig.from_dict(settings)
@@ -119,7 +121,7 @@ def run(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trace = folder / "trace.jsonl"
         if settings is not None:
-            settings = settings | {"trace_path": str(trace), "trace_positions": True}
+            settings = settings | {"trace": {"path": str(trace), "positions": True}}
         llm = stack.enter_context(running_llm(**_engine_arguments(model, settings, options)))
         jobs = [(case, budget) for case in cases for budget in budgets]
         outputs = llm.chat(

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         evicting = (
             f"--kv-compress={POLICY}",
             f"--kv-compress-budget={BUDGET}",
-            "--kv-compress-config=" + json.dumps({"trace_path": str(trace)}),
+            "--kv-compress-config=" + json.dumps({"trace": {"path": str(trace)}}),
         )
         log = Path(folder) / "server.log"
         full = answers(log, (), questions, pictures)
@@ -108,7 +108,7 @@ def answers(
 ) -> list[Answer]:
     """Start a server, ask it everything, stop it."""
     shown = ["vllm", *command(Path("models/page-reader"), *arguments, *COMMON)[len(program()) :]]
-    print("$", shlex.join(part for part in shown if "trace_path" not in part))
+    print("$", shlex.join(part for part in shown if "--kv-compress-config" not in part))
     urls = [image_url(picture) for picture in pictures]
     with running(MODEL, log, *arguments, *COMMON) as server:
         return [answer(server, question, urls) for question in questions]

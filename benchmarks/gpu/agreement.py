@@ -123,7 +123,7 @@ def run(model: Path, engine: Engine) -> Outcome:
     trace.unlink(missing_ok=True)
     settings: dict[str, Any] = {"policy": "vlcache", "budget": BUDGET}
     if not engine.must_not_wait:  # the trace does
-        settings |= {"trace_path": str(trace), "trace_positions": True}
+        settings |= {"trace": {"path": str(trace), "positions": True}}
     arguments: dict[str, Any] = {}
     if engine.backend:
         arguments["attention_backend"] = engine.backend

@@ -98,8 +98,7 @@ def check(
     kv_compress = {
         "policy": "vlcache",
         **changed,
-        "trace_path": str(tmp_path / "trace.jsonl"),
-        "trace_positions": True,
+        "trace": {"path": str(tmp_path / "trace.jsonl"), "positions": True},
     }
     outputs: list[RequestOutput] = []
     with engine(model, kv_compress, block_size=block_size, max_model_len=MAX_MODEL_LEN) as llm:

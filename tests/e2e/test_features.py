@@ -275,7 +275,7 @@ def test_adapters(model: Path, tmp_path: Path) -> None:
     ]
     request = questions(1)[0]
     trace = tmp_path / "trace"
-    settings = {**SETTINGS, "trace_path": str(trace), "trace_positions": True}
+    settings = {**SETTINGS, "trace": {"path": str(trace), "positions": True}}
     with harness.engine(model, settings, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
         alone = [answers(llm, [request], harness.greedy(40), lora_request=[one]) for one in loras]
         together = answers(llm, [request] * 2, harness.greedy(40), lora_request=loras)

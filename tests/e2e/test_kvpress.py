@@ -113,7 +113,7 @@ def evict(tmp_path: Path) -> Evict:
     def run(model: Path, policy: str, cases: list[Case], **settings: Any) -> list[Evicted]:
         """One engine reads all cases."""
         trace = tmp_path / "trace.jsonl"
-        settings |= {"policy": policy, "trace_path": str(trace), "trace_positions": True}
+        settings |= {"policy": policy, "trace": {"path": str(trace), "positions": True}}
         parameters = [
             greedy(2, extra_args={"kv_budget": case.budget, "kv_policy_options": case.options})
             for case in cases

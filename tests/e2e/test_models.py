@@ -16,7 +16,7 @@ LONG = "Describe everything that you can see in the picture, from left to right.
 
 def serve(model: Path, kind: str, trace: Path, **kwargs: Any) -> list[dict[str, Any]]:
     """Two image requests and a text-only one; returns the evictions."""
-    settings = {"policy": "vlcache", "budget": 0.25, "trace_path": str(trace)}
+    settings = {"policy": "vlcache", "budget": 0.25, "trace": {"path": str(trace)}}
     requests = [
         harness.image_request(kind, LONG, [1]),
         {"prompt": "Hello " * 100},

@@ -79,7 +79,7 @@ def test_budgets_of_one_run_are_those_of_runs_of_their_own() -> None:
 
 @pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
 def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) -> None:
-    settings = {"policy": policy, "trace_path": str(tmp_path / "trace"), "trace_positions": True}
+    settings = {"policy": policy, "trace": {"path": str(tmp_path / "trace"), "positions": True}}
     cases = page_reader_cases("tune", TASKS, 2)
     arguments = accuracy._engine_arguments(
         str(accuracy.MODEL), settings, options(dtype="float32", max_num_seqs=1)

@@ -18,18 +18,26 @@ LONG = "Describe everything that you can see in the picture, from left to right.
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"shared_scores": 0.5, "lookahead": 20.0, "uniform_mix": 0.5},
-    {"elite_window": 0.5, "max_observation_tokens": 100, "diversity": 0.8, "uniform_mix": 1.0},
+    {
+        "experimental": {"elite_window": 0.5, "diversity": 0.8},
+        "max_observation_tokens": 100,
+        "uniform_mix": 1.0,
+    },
 )
 
 
 def serve(model: Path, trace: Path, **kwargs: Any) -> tuple[list[list[dict]], list[list[int]]]:
     """Each request's trace lines, by stage and rank, and its answer."""
-    settings = {"policy": "vlcache", "budget": 0.25, "trace_path": str(trace)}
+    settings = {
+        "policy": "vlcache",
+        "budget": 0.25,
+        "trace": {"path": str(trace), "positions": True},
+    }
     requests = [harness.image_request("llava", LONG, [seed]) for seed, _ in enumerate(OPTIONS)]
     parameters = [
         harness.greedy(24, extra_args={"kv_policy_options": options}) for options in OPTIONS
     ]
-    with harness.engine(model, {**settings, "trace_positions": True}, **kwargs) as llm:
+    with harness.engine(model, settings, **kwargs) as llm:
         outputs = llm.generate(requests, parameters, use_tqdm=False)
         assert harness.eviction_stats(llm).evicted == len(requests)
     records = [json.loads(line) for line in trace.read_text().splitlines()]

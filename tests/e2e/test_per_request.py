@@ -37,14 +37,16 @@ def test_budgets_side_by_side(model: Path, tmp_path: Path) -> None:
     prompts = [harness.image_request("llava", QUESTION, [i]) for i in range(len(REQUESTS))]
     params = [harness.greedy(24, extra_args=extra) for extra, _ in REQUESTS]
     trace = tmp_path / "trace.jsonl"
-    tracing = {"trace_path": str(trace), "trace_positions": True}
-    with harness.engine(model, SETTINGS | tracing, max_num_batched_tokens=8192) as llm:
+
+    def tracing(file: Path) -> dict[str, Any]:
+        return {"trace": {"path": str(file), "positions": True}}
+
+    with harness.engine(model, SETTINGS | tracing(trace), max_num_batched_tokens=8192) as llm:
         together = llm.generate(prompts, params, use_tqdm=False)
     records = {key.split("-")[0]: record for key, record in read_trace(trace).items()}
     for (_, settings), prompt, output in zip(REQUESTS, prompts, together, strict=True):
         own = tmp_path / f"{output.request_id}.jsonl"
-        tracing["trace_path"] = str(own)
-        with harness.engine(model, SETTINGS | settings | tracing) as llm:
+        with harness.engine(model, SETTINGS | settings | tracing(own)) as llm:
             (alone,) = llm.generate([prompt], harness.greedy(24), use_tqdm=False)
         assert harness.token_ids(output) == harness.token_ids(alone)
         assert harness.logprobs(output) == pytest.approx(harness.logprobs(alone), abs=1e-4)

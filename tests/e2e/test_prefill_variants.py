@@ -11,7 +11,7 @@ from testing import engine as harness
 from testing import tiny_models
 from testing.engine import read_trace
 
-SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.25, "trace_positions": True}
+SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.25}
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
 
 
@@ -29,7 +29,7 @@ def kept(
     **kwargs: Any,
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The evictions in order of the requests, and the outputs."""
-    settings = {**SETTINGS, **options, "trace_path": str(trace)}
+    settings = {**SETTINGS, **options, "trace": {"path": str(trace), "positions": True}}
     with harness.engine(model, settings, **kwargs) as llm:
         batches = [[r] for r in requests] if one_by_one else [requests]
         outputs = [
@@ -93,9 +93,8 @@ def test_options_that_need_more_than_sums(models_dir: Path, tmp_path: Path) -> N
     """Queries held until the last one, keys, and grids of an image that the hit covers."""
     model = tiny_models.build("qwen2-vl", models_dir / "qwen2-vl")
     options = {
-        "elite_window": 0.5,
+        "experimental": {"elite_window": 0.5, "diversity": 0.7},
         "max_observation_tokens": 150,
-        "diversity": 0.7,
         "pooling": 3,
         "pooling_2d": True,
     }
@@ -139,7 +138,7 @@ def test_observation_of_visual_queries(model: Path, tmp_path: Path, window: int 
         trace = tmp_path / f"trace{tokens}"
         with harness.engine(
             model,
-            {**settings, "trace_path": str(trace)},
+            {**settings, "trace": {"path": str(trace), "positions": True}},
             max_num_batched_tokens=tokens,
             enable_chunked_prefill=True,
         ) as llm:
@@ -155,7 +154,11 @@ def test_observation_of_visual_queries(model: Path, tmp_path: Path, window: int 
 def test_observation_window_is_capped(model: Path, tmp_path: Path) -> None:
     """With max_observation_tokens, hits are trimmed to that window only."""
     trace = tmp_path / "trace"
-    settings = {**SETTINGS, "trace_path": str(trace), "max_observation_tokens": 16}
+    settings = {
+        **SETTINGS,
+        "trace": {"path": str(trace), "positions": True},
+        "max_observation_tokens": 16,
+    }
     request = harness.image_request("llava", LONG, [7])
     with harness.engine(model, settings) as llm:
         for _ in range(2):

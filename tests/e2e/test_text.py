@@ -22,7 +22,7 @@ def model(models_dir: Path) -> Path:
 @pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "h2o", "streamingllm"])
 def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: str) -> None:
     trace = tmp_path / "trace.jsonl"
-    settings = {"policy": policy, "budget": 0.25, "trace_path": str(trace), "trace_positions": True}
+    settings = {"policy": policy, "budget": 0.25, "trace": {"path": str(trace), "positions": True}}
     image = harness.image_request("llava", "What is it? " * 9, [1])
     with harness.engine(
         model, settings | {"text": True}, max_num_batched_tokens=128, enable_chunked_prefill=True
@@ -59,7 +59,7 @@ def test_keep_text(model: Path, tmp_path: Path) -> None:
     settings = {"policy": "vlcache", "budget": 0.25, "uniform_mix": 1.0, "keep_text": True}
     request = harness.image_request("llava", "What is it? " * 3, [1, 2])
     with harness.engine(
-        model, settings | {"trace_path": str(trace), "trace_positions": True}
+        model, settings | {"trace": {"path": str(trace), "positions": True}}
     ) as llm:
         image_token = llm.model_config.hf_config.image_token_index
         (output,) = llm.generate([request], harness.greedy(4), use_tqdm=False)
