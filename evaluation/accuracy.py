@@ -74,9 +74,9 @@ def parse_policy(text: str) -> dict[str, Any]:
         if not sign:
             raise ValueError(f"{text!r}: expected setting=value, got {item!r}")
         try:
-            settings[key] = json.loads(value)
+            target[key] = json.loads(value)
         except json.JSONDecodeError:
-            settings[key] = value
+            target[key] = value
     if name == "none":
         raise ValueError("the full cache is measured with budget 1.0, not as a policy")
     KVCompressConfig.from_dict(settings)

@@ -238,9 +238,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Called("vllm.config:ModelConfig.get_sliding_window", ""),
     ),
+    "config.py": (Has("vllm.sampling_params:SamplingParams", "extra_args"),),
     "metrics.py": (
         Exists("vllm.config:VllmConfig"),
-        Has("vllm.config:VllmConfig", "model_config"),
+        Has("vllm.config:VllmConfig", "model_config observability_config"),
+        Has("vllm.config:ObservabilityConfig", "show_hidden_metrics"),
         Has("vllm.config:ModelConfig", "served_model_name"),
         Called("vllm.logger:init_logger", "name"),
         Exists("vllm.v1.metrics.stats:SchedulerStats"),
@@ -429,7 +431,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     "core/admission.py": (
         FEATURES,
         Has("vllm.multimodal.inputs:PlaceholderRange", "offset length"),
-        Has("vllm.sampling_params:SamplingParams", "extra_args"),
         CDIV,
     ),
     "core/patch_grids.py": (

@@ -93,9 +93,8 @@ def test_options_that_need_more_than_sums(models_dir: Path, tmp_path: Path) -> N
     """Queries held until the last one, keys, and grids of an image that the hit covers."""
     model = tiny_models.build("qwen2-vl", models_dir / "qwen2-vl")
     options = {
-        "elite_window": 0.5,
+        "experimental": {"elite_window": 0.5, "diversity": 0.7},
         "max_observation_tokens": 150,
-        "diversity": 0.7,
         "pooling": 3,
         "pooling_2d": True,
     }

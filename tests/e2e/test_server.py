@@ -77,6 +77,14 @@ def test_chat_completion(server: Server, model: Path, trace: Path) -> None:
     assert records[-1]["kept_blocks"] < records[-1]["prompt_blocks"] // 4
 
 
+def test_an_old_name_is_warned_of_once(server: Server, trace: Path) -> None:
+    """The flag of this server has one; its engine core parses the settings again."""
+    log = trace.with_suffix(".log").read_text()
+    assert log.count("deprecated settings") == 1
+    assert "KV compression: deprecated settings: trace_path is now trace.path" in log
+    assert log.count(f"trace.path={trace}, trace.positions=False") == 1  # the start-up line
+
+
 def test_metrics(server: Server, model: Path, trace: Path) -> None:
     names = ("evicted_requests_total", "freed_blocks_total", "retained_ratio_sum")
     times = ("observation_seconds_sum", "compaction_seconds_sum")

@@ -106,6 +106,10 @@ def test_interval_of_equal_values_is_not_certain() -> None:
             "vlcache:max_observation_tokens=null",
             {"policy": "vlcache", "max_observation_tokens": None},
         ),
+        (
+            "vlcache-plus:experimental.diversity=0.3,pooling=3",
+            {"policy": "vlcache-plus", "experimental": {"diversity": 0.3}, "pooling": 3},
+        ),
     ],
 )
 def test_parse_policy(text: str, settings: dict) -> None:
