@@ -73,6 +73,8 @@ def parse_policy(text: str) -> dict[str, Any]:
         key, sign, value = item.partition("=")
         if not sign:
             raise ValueError(f"{text!r}: expected setting=value, got {item!r}")
+        group, _, key = key.rpartition(".")
+        target = settings.setdefault(group, {}) if group else settings
         try:
             target[key] = json.loads(value)
         except json.JSONDecodeError:

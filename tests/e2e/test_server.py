@@ -36,7 +36,7 @@ def server(model: Path, trace: Path) -> Iterator[Server]:
     arguments = (
         "--kv-compress=vlcache",
         "--kv-compress-budget=0.1",
-        f'--kv-compress-config={{"trace": {{"path": "{trace}"}}}}',
+        f'--kv-compress-config={{"trace_path": "{trace}"}}',
         "--dtype=float32",
         "--enforce-eager",
         "--max-model-len=2048",
