@@ -87,7 +87,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "vllm.plugins:DEFAULT_PLUGINS_GROUP", "DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"
         ),
     ),
-    "config.py": (Has("vllm.sampling_params:SamplingParams", "extra_args"),),
     "install.py": (
         # The flags: plugins are loaded before the parser is built and before the config is made.
         Overridden(f"{ENGINE_ARGS}.add_cli_args", "parser", "FlexibleArgumentParser"),
