@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", ["0.5b", "7b-gqa"])
 def test_all_compile_without_spilling(shape: str, architecture: int) -> None:
     found = [
-        kernels.compile_for(one, architecture) for one in kernels.launches(kernels.SHAPES[shape])
+        kernels.compile_for(one, architecture) for one in kernels.launches(kernels.ATTENTION_SHAPES[shape])
     ]
     assert {row["kernel"] for row in found} == {
         "layer_tables_kernel",
@@ -48,8 +48,8 @@ def test_the_benchmark_compares_every_operation() -> None:
     found = kernels.compare("torch", torch.device("cpu"))
     names = {
         operation.name
-        for operation in kernels.Prompt(
-            kernels.SHAPES["tiny"], 208, 16, torch.device("cpu")
+        for operation in kernels.SyntheticPrompt(
+            kernels.ATTENTION_SHAPES["tiny"], 208, 16, torch.device("cpu")
         ).operations()
     }
     assert {row["operation"] for row in found} == {*names, "dense_entries"}
