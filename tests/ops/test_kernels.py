@@ -21,7 +21,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", ["0.5b", "7b-gqa"])
 def test_all_compile_without_spilling(shape: str, architecture: int) -> None:
     found = [
-        kernels.compile_for(one, architecture) for one in kernels.launches(kernels.ATTENTION_SHAPES[shape])
+        kernels.compile_for(one, architecture)
+        for one in kernels.launches(kernels.ATTENTION_SHAPES[shape])
     ]
     assert {row["kernel"] for row in found} == {
         "layer_tables_kernel",
