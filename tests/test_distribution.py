@@ -21,6 +21,8 @@ import yaml
 
 import vl_cache_vllm
 
+pytestmark = pytest.mark.slow  # builds and installs distributions
+
 ROOT = Path(__file__).parent.parent
 PRODUCT = "vl_cache_vllm"
 NOT_COPIED = shutil.ignore_patterns(
