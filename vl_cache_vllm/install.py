@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def install() -> None:
     """Add the flags and the start-up check to vLLM's `EngineArgs`, once per process.
 
-    A vLLM that is not supported and has no place for them is left alone.
+    A vLLM that is not supported and lacks what we extend serves as if the plugin were absent.
     """
     from vl_cache_vllm.support import unsupported_version
 

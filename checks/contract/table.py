@@ -341,7 +341,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{MANAGER}.cache_blocks",
             "request, num_tokens, retention_interval=, *, replay_boundaries",
         ),
-        # Blocks before `num_cached_block` are left alone, the others become news.
+        # Blocks before `num_cached_block` are not touched; the others are cached and announced.
         Steps(
             "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
             (

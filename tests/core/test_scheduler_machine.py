@@ -677,7 +677,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             missing = max(0, self.row_length(expected, request.num_tokens) - held)
             fits = missing + revived + reserve <= free
             if fits and self.runs_out(expected):
-                self.seen["kept room for answers"] += 1
+                self.seen["kept room for outputs"] += 1
                 fits = False
         if expected.is_decided and expected.num_kept and not expected.is_freed:
             if computed - request.num_in_flight_tokens >= expected.prompt_tokens:
@@ -889,7 +889,7 @@ EVENTS = (
     "finished after chunks",
     "freeing waits for a step in flight",
     "id reused",
-    "kept room for answers",
+    "kept room for outputs",
     "observed",
     "preempt evicted",
     "prefix hit",

@@ -118,7 +118,7 @@ def assert_same_eviction(record: dict[str, Any], expected: Eviction) -> None:
     assert record["density"] == pytest.approx(expected.density, rel=0, abs=1e-4)
     assert record["kept_tokens"] == expected.kept_tokens
     assert record["kept_positions"] == expected.kept_positions
-    # The case tells layers apart: with more than one page a layer they are dealt unevenly.
+    # The case tells layers apart: with more than one page a layer they are divided unevenly.
     assert (len(set(expected.pages)) > 1) == (record["kept_blocks"] > 1)
 
 

@@ -351,7 +351,7 @@ def test_trace(tmp_path: Path) -> None:
 
 
 def test_reports() -> None:
-    """Of an eviction, and of a prompt that was observed but that the scheduler then left alone."""
+    """Of an eviction, and of a prompt that was observed but then not evicted."""
     worker = make_worker(pool_of())
     evicted, declined = start(worker, "evicted"), start(worker, "declined")
     first = [(evicted, 0, 60, list(range(15))), (declined, 0, 60, list(range(30, 45)))]

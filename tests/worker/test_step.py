@@ -219,7 +219,7 @@ def test_plain_steps() -> None:
     assert plan([chunk(fresh(63, vision_end=None), 0, 63), decode(fresh(9, None), 9)]).is_plain
 
 
-def deals(num_layers: int, total: int, cap: int) -> list[tuple[int, ...]]:
+def splits(num_layers: int, total: int, cap: int) -> list[tuple[int, ...]]:
     """Every division of pages among layers that `apportion` could return."""
     return [
         pages
@@ -230,7 +230,7 @@ def deals(num_layers: int, total: int, cap: int) -> list[tuple[int, ...]]:
 
 @cache
 def longest_deal(num_layers: int, total: int, cap: int) -> int:
-    return max(max(pages) for pages in deals(num_layers, total, cap))
+    return max(max(pages) for pages in splits(num_layers, total, cap))
 
 
 EVICTED = [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 
-from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, rehearsal_of
+from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, warmup_of
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.v2 import V2Adapter
@@ -26,7 +26,7 @@ def adapter(gathered: Any = None) -> tuple[V2Adapter, Any]:
         ),
         gather_batch_req_state=lambda *_: gathered,
     )
-    _, worker = rehearsal_of(KVCompressConfig(), 100, 100)
+    _, worker = warmup_of(KVCompressConfig(), 100, 100)
     return V2Adapter(runner, worker, EvictedGroup(0, {"layer": 0})), metadata
 
 

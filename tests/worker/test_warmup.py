@@ -20,9 +20,7 @@ from vl_cache_vllm.worker.warmup import (
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE = 3, 2, 16
 
 
-def rehearsal_of(
-    config: KVCompressConfig, tokens: int, room: int
-) -> tuple[WarmupEviction, Evictor]:
+def warmup_of(config: KVCompressConfig, tokens: int, room: int) -> tuple[WarmupEviction, Evictor]:
     pool = blank_pool(NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, 32, torch.float32, torch.device("cpu"))
     worker = Evictor(
         profiling_config(config),
@@ -58,11 +56,11 @@ def rehearsal_of(
     ids=lambda settings: settings["policy"],
 )
 def test_ends_evicted(settings: dict[str, object], tokens: int) -> None:
-    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict(settings), tokens, 2 * tokens)
-    rehearsal.observe()
+    warmup, worker = warmup_of(KVCompressConfig.from_dict(settings), tokens, 2 * tokens)
+    warmup.observe()
     state = worker.requests.get("warm-up")
     assert state is not None
-    rehearsal.evict()
+    warmup.evict()
     assert state.evicted_tokens == tokens
     assert worker.tables.kept_pages(state.slot).sum() == state.kept_blocks * NUM_LAYERS
     assert not worker.take_reports()
@@ -89,7 +87,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
         "observe",
         lambda *args: (isinstance(args[1], torch.Tensor), args[6] is not None),
     )
-    _, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
+    _, worker = warmup_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
     warm_up_kernels(worker, 200, num_heads=4)
     assert seen == {
         *(("select", has_precedence) for has_precedence in (False, True)),
@@ -101,16 +99,16 @@ def test_what_requests_may_ask_for_is_compiled_before(
 def test_nobody_hears_of_it(tmp_path) -> None:
     trace = tmp_path / "trace.jsonl"
     config = KVCompressConfig.from_dict({"policy": "vlcache", "trace": {"path": str(trace)}})
-    rehearsal, _ = rehearsal_of(config, 100, 100)
-    rehearsal.observe()
-    rehearsal.evict()
+    warmup, _ = warmup_of(config, 100, 100)
+    warmup.observe()
+    warmup.evict()
     assert not trace.exists()
 
 
 def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
-    rehearsal, worker = rehearsal_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
-    rehearsal.observe()
+    warmup, worker = warmup_of(KVCompressConfig.from_dict({"policy": "vlcache"}), 100, 260)
+    warmup.observe()
     state = worker.requests.get("warm-up")
     assert state is not None and state.attention_stats is not None
-    held = state.attention_stats.column_sums.numel() + rehearsal._others.column_sums.numel()
+    held = state.attention_stats.column_sums.numel() + warmup._others.column_sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

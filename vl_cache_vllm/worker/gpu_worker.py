@@ -34,11 +34,11 @@ class EvictionGPUWorker(EvictionWorkerMixin):
     def _profile_run(self, profile_run: Any, *args: Any, **kwargs: Any) -> None:
         """vLLM's profiling run between the observation and the eviction of a synthetic prompt."""
         specs = self._evicted_specs()
-        rehearsal = self._rehearsal(specs)
-        rehearsal.observe()
+        warmup = self._warmup_eviction(specs)
+        warmup.observe()
         profile_run(*args, **kwargs)
         activations = self._last_activations(specs)
-        rehearsal.evict()
+        warmup.evict()
         del activations
 
     def _last_activations(self, specs: dict[str, EvictionAttentionSpec]) -> torch.Tensor:
@@ -64,7 +64,7 @@ class EvictionGPUWorker(EvictionWorkerMixin):
             raise ValueError(NO_FULL_ATTENTION)
         return specs
 
-    def _rehearsal(self, specs: dict[str, EvictionAttentionSpec]) -> WarmupEviction:
+    def _warmup_eviction(self, specs: dict[str, EvictionAttentionSpec]) -> WarmupEviction:
         name, spec = next(iter(specs.items()))
         assert spec.kv_compress is not None and self.device is not None
         layer = self.compilation_config.static_forward_context[name]

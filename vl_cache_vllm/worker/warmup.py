@@ -139,6 +139,6 @@ def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float
     """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`."""
     tokens = min(tokens, 4 * worker.pool.block_size)
     for config in variants(worker.config):
-        rehearsal = WarmupEviction(worker, tokens, 0, num_heads, softcap, config)
-        rehearsal.observe()
-        rehearsal.evict()
+        warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config)
+        warmup.observe()
+        warmup.evict()
