@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we replace or extend something of vLLM's, and why: one table.
 
-With ``--kv-compress none`` only the first six are in place.
+With ``--kv-compress none`` only the hooks of `EngineArgs` and the checks of requests are in place.
 They only add flags, look at one key of ``additional_config`` and refuse requests that ask for
 eviction.
 """
@@ -46,7 +46,8 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "wrap",
         "every process that loads plugins; acts when kv_compress is set",
-        "validates, refuses what is unsupported, chooses our worker and scheduler classes",
+        "validates, refuses what is unsupported, chooses our worker and scheduler classes; always "
+        "installs the checks of requests below",
     ),
     Hook(
         "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
@@ -90,7 +91,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.config:SchedulerConfig.scheduler_cls",
         "extension point",
         "engines with eviction",
-        "shows the requests to our block manager, trims prefix-cache hits",
+        "lets our block manager look up requests by id, and shortens prefix-cache hits",
     ),
     Hook(
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",

@@ -212,8 +212,8 @@ def _forget_new_images(processor: InputProcessor, prompt: Any) -> None:
 def _add_metrics() -> None:
     """Let front ends of engines with eviction export its metrics, once per process.
 
-    Engine cores send counts only if the front end that started them takes them out: vLLM's own
-    loggers would stumble over them where a finished config was handed to another process.
+    An engine core sends statistics only if its front end removes them before vLLM's own loggers
+    read them, which would take them for a KV connector's.
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 

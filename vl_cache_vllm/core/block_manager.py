@@ -35,7 +35,7 @@ from vl_cache_vllm.core.stats import EvictionStats
 
 
 class EvictionBlockManager(FullAttentionManager):
-    """`FullAttentionManager` that reserves, frees and stops hashing for evicted requests."""
+    """`FullAttentionManager` that adds kept blocks and frees and stops hashing evicted prompts."""
 
     def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
@@ -45,7 +45,7 @@ class EvictionBlockManager(FullAttentionManager):
         self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report without news would say
         self._totals = EvictionStats()  # of all reports
-        self.bind(lambda _: None)
+        self.bind(lambda _: None)  # until the scheduler, which vLLM creates later, binds its own
 
     def bind(
         self,
@@ -76,7 +76,7 @@ class EvictionBlockManager(FullAttentionManager):
     # What vLLM's coordinator calls
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        """vLLM's, plus the M kept blocks, one block of reserve, and what outputs will need."""
+        """vLLM's, plus the M kept blocks, one free block for decoding, and the output reserve."""
         if self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
         plan = self.decisions.plan_of(request_id)
@@ -122,7 +122,8 @@ class EvictionBlockManager(FullAttentionManager):
         plan = self.decisions.plan_of(request.request_id)
         if plan is not None and plan.kept_blocks:
             num_tokens = min(num_tokens, plan.prompt_tokens)
-            for index in self._cached_elsewhere(request, num_tokens):
+            # Cache the blocks before each such block, then step over it.
+            for index in self._renew_cached_copies(request, num_tokens):
                 super().cache_blocks(
                     request,
                     index * self.block_size,
@@ -140,7 +141,10 @@ class EvictionBlockManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Frees the N prompt blocks once the step that compacted them has been processed."""
+        """Frees the N prompt blocks once the step that compacted them has been processed.
+
+        Full attention itself skips nothing, so there is no call of the base.
+        """
         plan = self.decisions.decided(request_id)
         if plan is None or processed_computed_tokens < plan.prompt_tokens:
             return
@@ -180,12 +184,13 @@ class EvictionBlockManager(FullAttentionManager):
         freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
         return len(self.req_to_blocks.get(request_id, ())) - freed
 
-    def _cached_elsewhere(self, request: Request, num_tokens: int) -> list[int]:
+    def _renew_cached_copies(self, request: Request, num_tokens: int) -> list[int]:
         """Indices of a request's new full blocks whose contents the prefix cache already has.
 
         A shortened hit recomputes the observed part of a cached prompt. A second copy in the
         prefix cache would be announced (KV events) as if it were new, and its removal as if it were
-        the only one. The first copy is touched instead, as a hit would have done.
+        the only one. The first copy is renewed instead, as by a hit: touched and freed, it moves to
+        the end of the free queue.
         """
         start = self.num_cached_block.get(request.request_id, 0)
         hashes = resolve_block_hashes(

@@ -41,7 +41,7 @@ class EvictionDecisions:
         self.observation_budget = observation_budget
         self.pressure = PressureGauge(config.pressure.high, config.pressure.low)
         # Negative decisions are kept, too. vLLM's end of prefill moves along with a decoding
-        # request, so a rule that is asked again later would answer for tokens that are decoded.
+        # request, so a rule that is asked again later would fire while the request decodes.
         self._decided: dict[str, EvictionPlan] = {}
         self._unobserved: set[str] = set()  # the observation budget had no room for them
 
@@ -112,7 +112,7 @@ class EvictionDecisions:
         if not plan.kept_blocks:
             return None
         start = self._observation_start(request, plan)
-        # With drafts vLLM lengthens a prefill of one token by room for them: it must not be one.
+        # A prefill of one token must not remain: with drafts vLLM lengthens it by room for them.
         start = min(start, plan.prompt_tokens - 2)
         return start // self._manager.block_size * self._manager.block_size
 
