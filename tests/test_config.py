@@ -31,6 +31,7 @@ from vl_cache_vllm.config import (
 from vl_cache_vllm.policy import POLICIES
 from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.warn import warn_once
 
 EVERY_SETTING = {
     "policy": "vlcache",
@@ -145,7 +146,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is warned of, each once for a process."""
     written: list[str] = []
     monkeypatch.setattr(logging.getLogger("vllm.vl_cache"), "warning", written.append)
-    deprecated._warn.cache_clear()
+    warn_once.cache_clear()
     return written
 
 

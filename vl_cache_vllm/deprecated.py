@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Old names of settings and metrics, which still work (docs/configuration.md, docs/metrics.md)."""
 
-import functools
-import logging
-import multiprocessing
 from collections.abc import Container, Mapping
 from typing import Any
+
+from vl_cache_vllm.warn import warn_once
 
 # Old name of a setting -> current name; a dot stands for a nested object.
 SETTINGS = {
@@ -61,12 +60,5 @@ def with_current_names(values: Mapping[Any, Any], known: Container[Any]) -> dict
             del result[name]
             notes.append(f"{name} has no effect with this policy")
     if notes:
-        _warn(f"KV compression: deprecated settings: {', '.join(notes)}")
+        warn_once(f"KV compression: deprecated settings: {', '.join(notes)}")
     return result
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Warn once, in the process that the user started and not in its children."""
-    if multiprocessing.parent_process() is None:
-        logging.getLogger("vllm.vl_cache").warning(message)

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vl_cache_vllm.hooks import ASYNC_SCHEDULER, SCHEDULER, WORKERS
+from vl_cache_vllm.warn import warn_once
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +28,7 @@ def install() -> None:
         reason = unsupported_version()
         if reason is None:
             raise
-        _tell(f"KV compression is not available, nor are its flags, with {reason}")
+        warn_once(f"KV compression is not available, nor are its flags, with {reason}")
 
 
 def _wrap_engine_args() -> None:
@@ -85,15 +83,8 @@ def _supports_version(settings: Any) -> bool:
     config = get_kv_compress_config(settings) if hasattr(settings, "additional_config") else None
     if config is not None:
         raise ValueError(f"--kv-compress {config.policy.name} cannot be used with {reason}")
-    _tell(f"KV compression is not available with {reason}")
+    warn_once(f"KV compression is not available with {reason}")
     return False
-
-
-@functools.cache
-def _tell(message: str) -> None:
-    """Warn once, in the process that the user started."""
-    if multiprocessing.parent_process() is None:
-        logging.getLogger("vllm.vl_cache").warning(message)
 
 
 def _check_requests() -> None:

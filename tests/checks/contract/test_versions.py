@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from vl_cache_vllm import hooks, install, plugin
+from vl_cache_vllm import hooks, plugin
 from vl_cache_vllm.support import unsupported_version
+from vl_cache_vllm.warn import warn_once
 
 RANGE = "this version of vl-cache-vllm supports >={},<{}".format(*hooks.SUPPORTED_VLLM)
 REASON = f"vLLM 0.99.0: {RANGE}"
@@ -59,9 +60,9 @@ def told() -> Iterator[list[str]]:
     before = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    install._tell.cache_clear()
+    warn_once.cache_clear()
     yield messages
-    install._tell.cache_clear()
+    warn_once.cache_clear()
     logger.removeHandler(handler)
     logger.setLevel(before)
 
