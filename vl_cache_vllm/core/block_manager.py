@@ -192,12 +192,14 @@ class EvictionBlockManager(FullAttentionManager):
         the only one. The first copy is renewed instead, as by a hit: touched and freed, it moves to
         the end of the free queue.
         """
-        start = self.num_cached_block.get(request.request_id, 0)
+        start, end = self.num_cached_block.get(request.request_id, 0), num_tokens // self.block_size
+        if start >= end:  # every decode step
+            return []
         hashes = resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )
         indices, copies = [], []
-        for index in range(start, num_tokens // self.block_size):
+        for index in range(start, end):
             cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
             if cached is not None:
                 indices.append(index)
