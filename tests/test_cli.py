@@ -374,7 +374,7 @@ def test_hook_exists_in_this_vllm(hook: hooks.Hook) -> None:
     assert hook.scope and hook.reason
     module, name = hook.target.split(":")
     if module == "vllm.platforms.cuda":
-        pytest.skip("imports the CUDA build's operators; tests/contract reads its source")
+        pytest.skip("imports the CUDA build's operators; checks/contract reads its source")
     assert operator.attrgetter(name)(importlib.import_module(module)) is not ...
 
 

@@ -208,15 +208,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
             assert torch.equal(pool.pages, before)
         computed = end
 
-    source = make_pool(
-        page_order,
-        packing,
-        num_layers=NUM_LAYERS,
-        num_blocks=80,
-        num_kv_heads=NUM_KV_HEADS,
-        block_size=BLOCK_SIZE,
-        head_size=HEAD_SIZE,
-    )
+    source = pool_of(page_order, packing)
     source.pages.copy_(before)
     case = page_order, packing, worker.config
     if case not in expected:  # it is the same for all chunks, and plain loops are slow
