@@ -78,10 +78,11 @@ INLINE void cap(float* logits, int64_t width, float softcap) {
   }
 }
 
-// Add one row's attention, times `weight`, to the column sums; returns its number of dense entries.
+// Add one row's attention, times `weight`, to the column sums, and raise the column maxima (unless
+// null) to the attention; returns the row's number of dense entries.
 // The first `visible` logits are of keys at or before the query; the array is overwritten.
 INLINE int64_t attend(float* logits, int64_t visible, float log_threshold, float weight,
-                      float* column_sums) {
+                      float* column_sums, float* column_maxima) {
   const int64_t width = (visible + kLanes - 1) / kLanes * kLanes;
   std::fill(logits + visible, logits + width, -std::numeric_limits<float>::infinity());
   Floats maxima = load(logits);
@@ -97,19 +98,25 @@ INLINE int64_t attend(float* logits, int64_t visible, float log_threshold, float
     total += e;
     store(logits + i, e);
   }
-  const float factor = weight / sum(total);
-  for (int64_t i = 0; i < width; i += kLanes)
-    store(column_sums + i, load(column_sums + i) + load(logits + i) * factor);
+  const float norm = 1.0f / sum(total), factor = weight * norm;
+  if (factor != 0.0f)
+    for (int64_t i = 0; i < width; i += kLanes)
+      store(column_sums + i, load(column_sums + i) + load(logits + i) * factor);
+  if (column_maxima)
+    for (int64_t i = 0; i < width; i += kLanes)
+      store(column_maxima + i, larger(load(logits + i) * norm, load(column_maxima + i)));
   int64_t count = 0;
   for (int i = 0; i < kLanes; ++i) count += dense[i];
   return count;
 }
 
 // Process the rows `first` to `end` (at most 16) of one KV head; returns their dense entries.
-// logits: buffer of 16 rows of keys; packed: buffer of 16 queries; column_sums: of one KV head.
+// logits: buffer of 16 rows of keys; packed: buffer of 16 queries; column_sums, column_maxima (or
+// null): of one KV head.
 FOR_EACH_ISA int64_t observe_rows(const Shape& shape, const float* query, const float* tiles,
                                   const float* weights, int64_t kv_head, int64_t first,
-                                  int64_t end, float* logits, float* packed, float* column_sums) {
+                                  int64_t end, float* logits, float* packed, float* column_sums,
+                                  float* column_maxima) {
   const int64_t size = shape.head_size, group = shape.group();
   const int64_t width = shape.num_tiles() * kTile;
   for (int64_t row = first; row < first + kRows; ++row) {
@@ -130,7 +137,7 @@ FOR_EACH_ISA int64_t observe_rows(const Shape& shape, const float* query, const 
     const int64_t query_index = row / group, visible = shape.first_position + query_index + 1;
     if (shape.softcap > 0) cap(own, (visible + kLanes - 1) / kLanes * kLanes, shape.softcap);
     const float weight = weights ? weights[kv_head * shape.num_queries + query_index] : 1.0f;
-    dense += attend(own, visible, shape.log_threshold, weight, column_sums);
+    dense += attend(own, visible, shape.log_threshold, weight, column_sums, column_maxima);
   }
   return dense;
 }
@@ -141,11 +148,13 @@ FOR_EACH_ISA int64_t observe_rows(const Shape& shape, const float* query, const 
 // key: [num_kv_heads, >= num_keys, head_size], with the given strides in elements
 // weights: [num_kv_heads, num_queries], or null for 1
 // column_sums: [num_kv_heads, >= num_keys], rows at a distance of column_stride elements; added to
+// column_maxima: the same with maxima_stride, raised; or null
 // dense_entries: one number, added to
 extern "C" void vlc_observe(const float* query, const float* key, int64_t key_head_stride,
                             int64_t key_token_stride, const float* weights, float* column_sums,
-                            int64_t column_stride, int64_t* dense_entries, int64_t num_queries,
-                            int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
+                            int64_t column_stride, float* column_maxima, int64_t maxima_stride,
+                            int64_t* dense_entries, int64_t num_queries, int64_t num_heads,
+                            int64_t num_kv_heads, int64_t head_size,
                             int64_t first_position, float scale, float log_threshold,
                             float softcap) {
   const Shape shape = {num_queries, num_heads,     num_kv_heads, head_size,
@@ -156,6 +165,8 @@ extern "C" void vlc_observe(const float* query, const float* key, int64_t key_he
   const int num_threads = omp_get_max_threads();
   const int64_t partial_size = num_kv_heads * width;
   const std::unique_ptr<float[]> partial(new float[num_threads * partial_size]());
+  const std::unique_ptr<float[]> partial_maxima(
+      column_maxima ? new float[num_threads * partial_size]() : nullptr);
   int64_t dense = 0;
 #pragma omp parallel num_threads(num_threads) reduction(+ : dense)
   {
@@ -169,13 +180,16 @@ extern "C" void vlc_observe(const float* query, const float* key, int64_t key_he
     const std::unique_ptr<float[]> logits(new float[kRows * width]);
     const std::unique_ptr<float[]> packed(new float[kRows * head_size]);
     float* sums = partial.get() + omp_get_thread_num() * partial_size;
+    float* maxima =
+        column_maxima ? partial_maxima.get() + omp_get_thread_num() * partial_size : nullptr;
     const int64_t tasks = shape.tasks_per_head();
 #pragma omp for schedule(static, 1)
     for (int64_t task = 0; task < num_kv_heads * tasks; ++task) {
       const int64_t head = task / tasks, first = task % tasks * kRows;
       dense += observe_rows(shape, query, tiles.get() + head * num_tiles * tile_size, weights, head,
                             first, std::min(first + kRows, shape.rows()), logits.get(),
-                            packed.get(), sums + head * width);
+                            packed.get(), sums + head * width,
+                            maxima ? maxima + head * width : nullptr);
     }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < num_kv_heads; ++head)
@@ -183,6 +197,15 @@ extern "C" void vlc_observe(const float* query, const float* key, int64_t key_he
         for (int64_t i = 0; i < shape.num_keys(); ++i)
           column_sums[head * column_stride + i] +=
               partial[thread * partial_size + head * width + i];
+    if (column_maxima) {
+#pragma omp for schedule(static)
+      for (int64_t head = 0; head < num_kv_heads; ++head)
+        for (int thread = 0; thread < num_threads; ++thread)
+          for (int64_t i = 0; i < shape.num_keys(); ++i)
+            column_maxima[head * maxima_stride + i] =
+                std::max(column_maxima[head * maxima_stride + i],
+                         partial_maxima[thread * partial_size + head * width + i]);
+    }
   }
   *dense_entries += dense;
 }

@@ -4,7 +4,8 @@
 1. `statistics_kernel` computes each row's maximum logit and sum of exponentials. The keys are split
    over several programs, since the few queries of an observation window would not fill a GPU.
 2. `columns_kernel` combines these statistics and recomputes the logits. Each program owns a tile of
-   keys of one KV head, loops over the rows, sums the columns and counts the dense entries.
+   keys of one KV head, loops over the rows, takes sums and maxima of the columns and counts the
+   dense entries.
 
 Example with 2 KV heads, 3 row tiles, 8 key tiles and 4 splits; only the first head is drawn::
 
@@ -183,8 +184,14 @@ def statistics_kernel(
 
 # Compiled once for all prompts.
 @triton.jit(
-    do_not_specialize=[*_VARYING, "num_splits", "weights_stride", "column_stride"],
-    do_not_specialize_on_alignment=["block_row", "weights", "column_sums", "dense_entries"],
+    do_not_specialize=[*_VARYING, "num_splits", "weights_stride", "column_stride", "maxima_stride"],
+    do_not_specialize_on_alignment=[
+        "block_row",
+        "weights",
+        "column_sums",
+        "column_maxima",
+        "dense_entries",
+    ],
 )
 def columns_kernel(
     query,  # [num_queries, num_heads, head_size], any float type
@@ -212,11 +219,14 @@ def columns_kernel(
     weights_stride,  # int, elements from KV head to KV head of weights
     column_sums,  # [num_kv_heads, >= num_keys] float32, added to
     column_stride,  # int, elements from KV head to KV head of column_sums
+    column_maxima,  # [num_kv_heads, >= num_keys] float32, raised; not read without HAS_MAXIMA
+    maxima_stride,  # int, elements from KV head to KV head of column_maxima
     dense_entries,  # [] int64, added to
     GROUP: tl.constexpr,  # query heads per KV head
     HAS_SOFTCAP: tl.constexpr,  # bool
     WIDENS: tl.constexpr,  # bool, convert to float32 before the product
     HAS_WEIGHTS: tl.constexpr,  # bool
+    HAS_MAXIMA: tl.constexpr,  # bool
     SPLITS: tl.constexpr,  # splits combined in one iteration
     E: tl.constexpr,  # head_size rounded up to a power of 2, at least 16
     ROWS: tl.constexpr,  # rows of a tile
@@ -245,6 +255,7 @@ def columns_kernel(
         E,
     )
     column = tl.zeros((KEYS,), tl.float32)
+    largest = tl.zeros((KEYS,), tl.float32)
     dense = tl.zeros((KEYS,), tl.int32)
     # Rows before the tile's first key cannot attend to it: skip whole row tiles.
     first_row = tl.maximum(0, first_key - first_position) * GROUP // ROWS * ROWS
@@ -274,6 +285,8 @@ def columns_kernel(
         dense += tl.sum((is_seen & (logits >= base[:, None] + log_threshold)).to(tl.int32), 0)
         attention = tl.exp(tl.where(is_seen, logits - base[:, None], float("-inf")))
         attention /= total[:, None]
+        if HAS_MAXIMA:
+            largest = tl.maximum(largest, tl.max(attention, 0))
         if HAS_WEIGHTS:
             of_query = weights + kv_head * weights_stride + row // GROUP
             weight = tl.load(of_query, mask=row < num_rows, other=0.0)
@@ -282,6 +295,10 @@ def columns_kernel(
     address = column_sums + kv_head * column_stride + position
     before = tl.load(address, mask=position < num_keys, other=0.0)
     tl.store(address, before + column, mask=position < num_keys)
+    if HAS_MAXIMA:
+        address = column_maxima + kv_head * maxima_stride + position
+        before = tl.load(address, mask=position < num_keys, other=0.0)
+        tl.store(address, tl.maximum(before, largest), mask=position < num_keys)
     tl.atomic_add(dense_entries, tl.sum(dense.to(tl.int64), 0))
 
 
@@ -336,6 +353,7 @@ def observe(
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
+    column_maxima: torch.Tensor | None = None,
 ) -> None:
     """Accumulate attention and count dense entries; arguments as for the operation.
 
@@ -393,7 +411,9 @@ def observe(
         params.softcap,
         **constants,
     )
-    # Without weights any tensor will do as the argument, since the kernel does not read it.
+    # Without weights or maxima any tensor will do as the argument, since the kernel does not read it.
+    maxima_of_columns = column_sums if column_maxima is None else column_maxima
+    assert maxima_of_columns.stride(1) == 1
     weights = dense_entries if query_weights is None else query_weights.float().contiguous()
     columns_kernel[key_tiles, num_kv_heads](
         *inputs,
@@ -407,7 +427,10 @@ def observe(
         num_queries,
         column_sums,
         column_sums.stride(0),
+        maxima_of_columns,
+        maxima_of_columns.stride(0),
         dense_entries,
+        HAS_MAXIMA=column_maxima is not None,
         HAS_WEIGHTS=query_weights is not None,
         SPLITS=SPLITS,
         **constants,

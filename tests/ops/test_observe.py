@@ -137,6 +137,66 @@ def test_queries_have_weights() -> None:
     assert int(dense) == run(query, key, 54)[1]
 
 
+def naive_maxima(query: torch.Tensor, key: torch.Tensor, first_position: int) -> torch.Tensor:
+    """Column maxima ``[num_kv_heads, num_keys]`` in float64, from one query and head at a time."""
+    num_kv_heads = key.shape[0]
+    group = query.shape[1] // num_kv_heads
+    maxima = torch.zeros(num_kv_heads, first_position + query.shape[0], dtype=torch.float64)
+    for q in range(query.shape[0]):
+        for head in range(group):
+            one = query[q : q + 1, head::group]
+            alone, _ = naive_observe(one, key, first_position + q, 0.2, THRESHOLD, 0.0)
+            seen = maxima[:, : alone.shape[1]]
+            torch.maximum(seen, alone, out=seen)
+    return maxima
+
+
+@pytest.mark.parametrize("group", [1, 3], ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("num_queries", [1, 7, 40])
+def test_maxima(num_queries: int, group: int) -> None:
+    query, key = random_case(num_queries, 63, 2, group, 80)
+    first = 63 - num_queries
+    maxima = torch.full((3, 2, 70), -1.0)
+    maxima[1] = 0
+    sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
+    observe(query, key, first, PARAMS, sums, dense, column_maxima=maxima[1])
+    expected = naive_maxima(query, key, first)
+    torch.testing.assert_close(maxima[1, :, :63].double(), expected, rtol=1e-5, atol=1e-6)
+    assert not maxima[1, :, 63:].any()
+    assert (maxima[::2] == -1).all()
+    plain, plain_dense = run(query, key, first)
+    assert torch.equal(sums, plain)
+    assert int(dense) == plain_dense
+
+
+def test_maxima_are_raised_and_have_no_weights() -> None:
+    query, key = random_case(9, 63, 2, 3, 80)
+    before = torch.full((2, 63), 0.1)
+    sums, dense = torch.zeros(2, 63), torch.zeros((), dtype=torch.int64)
+    weights = torch.zeros(2, 9)
+    weights[:, -1] = 1
+    observe(query, key, 54, PARAMS, sums, dense, weights, before)
+    expected = naive_maxima(query, key, 54).clamp(min=0.1)
+    assert (expected == 0.1).any()
+    assert (expected > 0.1).any()
+    torch.testing.assert_close(before.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums, run(query[-1:], key, 62)[0])
+
+
+@pytest.mark.parametrize("chunks", [(13, 24), (1, 36), (36, 1), (5, 1, 20, 11)], ids=str)
+def test_maxima_of_chunks(chunks: tuple[int, ...]) -> None:
+    query, key = random_case(37, 63, 2, 3, 80)
+    dense, sums = torch.zeros((), dtype=torch.int64), torch.zeros(2, 63)
+    whole, parts = torch.zeros(2, 63), torch.zeros(2, 63)
+    observe(query, key, 26, PARAMS, sums, dense, column_maxima=whole)
+    start = 0
+    for length in chunks:
+        part = query[start : start + length]
+        observe(part, key, 26 + start, PARAMS, sums, dense, column_maxima=parts)
+        start += length
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_keys", [1, 64, 65, 500])
 def test_sizes(head_size: int, num_keys: int) -> None:

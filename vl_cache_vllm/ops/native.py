@@ -51,6 +51,7 @@ def _observe(
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
+    column_maxima: torch.Tensor | None = None,
 ) -> None:
     num_queries, num_heads, head_size = query.shape
     num_keys = first_position + num_queries
@@ -58,6 +59,9 @@ def _observe(
     key = key if key.stride(2) == 1 else key.contiguous()
     assert key.shape[1] == num_keys <= column_sums.shape[1] and column_sums.stride(1) == 1
     assert column_sums.dtype == torch.float32 and dense_entries.dtype == torch.int64
+    if column_maxima is not None:
+        assert num_keys <= column_maxima.shape[1] and column_maxima.stride(1) == 1
+        assert column_maxima.dtype == torch.float32
     _call(
         "vlc_observe",
         query.float().contiguous(),
@@ -67,6 +71,8 @@ def _observe(
         None if query_weights is None else query_weights.float().contiguous(),
         column_sums,
         column_sums.stride(0),
+        column_maxima,
+        0 if column_maxima is None else column_maxima.stride(0),
         dense_entries,
         num_queries,
         num_heads,
@@ -216,7 +222,7 @@ class _Operator:
 
 
 _OPERATORS = {
-    "observe": _Operator(_observe, ("column_sums", "dense_entries")),
+    "observe": _Operator(_observe, ("column_sums", "dense_entries", "column_maxima")),
     "select": _Operator(_select, fake=_fake_select),
     "compact": _Operator(_compact, ("pages",)),
     "layer_tables": _Operator(
@@ -247,6 +253,7 @@ def observe(
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
+    column_maxima: torch.Tensor | None = None,
 ) -> None:
     torch.ops.vl_cache.observe(
         query,
@@ -258,6 +265,7 @@ def observe(
         column_sums,
         dense_entries,
         query_weights,
+        column_maxima,
     )
 
 

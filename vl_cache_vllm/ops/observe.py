@@ -34,8 +34,9 @@ def observe(
     column_sums: torch.Tensor,
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
+    column_maxima: torch.Tensor | None = None,
 ) -> None:
-    """Add the causal attention of consecutive queries to the sums of the keys.
+    """Add the causal attention of consecutive queries to the sums and maxima of the keys.
 
     Example: two queries at the positions 2 and 3, one head. Columns are summed over the rows; at
     p = 0.5 the entries marked with * are dense, since they reach half of their row's maximum::
@@ -43,7 +44,8 @@ def observe(
         key                 0      1      2      3
         query at 2         0.5*   0.1    0.4*    -      masked: key 3 is later than the query
         query at 3         0.6*   0.1    0.2    0.1
-        column_sums  +=    1.1    0.2    0.6    0.1
+        column_sums    +=  1.1    0.2    0.6    0.1
+        column_maxima max= 0.6    0.1    0.4    0.1
         dense_entries  +=  3
 
     Arithmetic is in float32 for every type of the cache. The density test needs no softmax:
@@ -60,7 +62,10 @@ def observe(
             summed over the queries and over the query heads of the KV head's group.
         dense_entries: int64 ``[]``, added to: number of dense entries, over all query heads.
         query_weights: factor of each query in ``column_sums``, ``[num_kv_heads, num_queries]``;
-            None: 1. It does not change ``dense_entries``.
+            None: 1. It does not change ``dense_entries`` nor ``column_maxima``.
+        column_maxima: float32 ``[num_kv_heads, >= num_keys]``, raised to the largest attention that
+            any of the queries pays to the key with any head of the group; None: not computed. A
+            maximum does not depend on how a prompt is divided into chunks.
 
     Source: docs/method.md, Density of a layer and Token scores.
     """
@@ -82,6 +87,9 @@ def observe(
         dense_entries += (logits >= row_max + math.log(params.threshold)).sum()
         attention = logits.sub_(row_max).exp_()
         attention.div_(attention.sum(-1, keepdim=True))
+        if column_maxima is not None:
+            seen = column_maxima[:, :num_keys]
+            torch.maximum(seen, attention.amax((1, 2)), out=seen)
         if query_weights is not None:
             attention.mul_(query_weights[:, None, start : start + step, None])
         column_sums[:, :num_keys] += attention.sum((1, 2))
