@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from evaluation.cases import SPLITS, Case, answer_positions, page_reader_cases
-from evaluation.pretrained.tasks import FORMS, PretrainedCase, pretrained_cases, score
+from evaluation.pretrained.scores import score
+from evaluation.pretrained.tasks import FORMS, PretrainedCase, pretrained_cases
 from evaluation.pretrained.tasks import TASKS as PRETRAINED_TASKS
 from evaluation.scoring import SCORES
 from training.pages import TASKS
@@ -139,7 +140,7 @@ class PretrainedBench:
         return result
 
     def score(self, case: PretrainedCase, text: str) -> float:
-        return score(case, text)
+        return score(case.task, case.form, text, case.answers)
 
     def answer(self, case: PretrainedCase, output: "RequestOutput", llm: "LLM") -> list[int]:
         first = len(case.before)

@@ -227,6 +227,11 @@ class PretrainedCase:
     max_tokens: int
     answer_tokens: tuple[Place, ...]
 
+    @property
+    def cell(self) -> str:
+        """Name of the case's cell in tables of results."""
+        return f"{self.task}/{self.form}"
+
 
 @dataclass(frozen=True)
 class Statement:
