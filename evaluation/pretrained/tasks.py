@@ -72,28 +72,28 @@ TEMPLATES = {
             "Where was the {things} with the blue stripes made?",
         ),
         Template(
-            "The first prize for the finest {things} went to ",
+            "The owner of the finest {things} is named ",
             "name",
             ".",
-            "Who won the first prize for the finest {things}?",
+            "What is the owner of the finest {things} named?",
         ),
         Template(
             "The road behind the {places} leads to ",
             "towns",
             ".",
-            "Where does the road behind the {places} lead to?",
+            "Where does the road behind the {places} lead?",
         ),
         Template(
-            "On Sundays the {roles} plays chess against ",
+            "The chess partner of the {roles} is ",
             "name",
             ".",
-            "Against whom does the {roles} play chess on Sundays?",
+            "Who is the chess partner of the {roles}?",
         ),
         Template(
-            "Every spring the {animals} is brought to a fair in ",
+            "The home town of the {animals} is ",
             "towns",
             ".",
-            "Where is the {animals} brought to every spring?",
+            "What is the home town of the {animals}?",
         ),
     ),
     "needle": (
@@ -104,16 +104,16 @@ TEMPLATES = {
             "What is the access code of the {places}?",
         ),
         Template(
-            "Whoever wants to see the hidden {things} must whisper the words ",
+            "The secret password for the {things} is ",
             "phrase",
             ".",
-            "Which words must be whispered to see the hidden {things}?",
+            "What is the secret password for the {things}?",
         ),
         Template(
-            "The spy in the {places} signed his reports as ",
+            "The code name of the spy in the {places} is ",
             "phrase",
             ".",
-            "How did the spy in the {places} sign his reports?",
+            "What is the code name of the spy in the {places}?",
         ),
     ),
     "copy8": (
@@ -124,77 +124,74 @@ TEMPLATES = {
             "What exactly does the sign at the {places} read?",
         ),
         Template(
-            'Carved into the {things} are the words: "',
+            'The words carved into the {things} are: "',
             "copy8",
             '."',
-            "Which words exactly are carved into the {things}?",
+            "What are the words carved into the {things}?",
         ),
         Template(
-            'As the {roles} used to say: "',
-            "copy8",
-            '."',
-            "What exactly did the {roles} use to say?",
+            'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
         ),
     ),
     "copy40": (
         Template(
-            'A letter found under the {things} begins: "',
+            'The letter found under the {things} says: "',
             "copy40",
             '."',
-            "How exactly does the letter found under the {things} begin?",
+            "What exactly does the letter found under the {things} say?",
         ),
         Template(
-            'The diary of the {roles} ends with this sentence: "',
+            'The diary of the {roles} says: "',
             "copy40",
             '."',
-            "With which exact sentence does the diary of the {roles} end?",
+            "What exactly does the diary of the {roles} say?",
         ),
         Template(
-            'On the wall of the {places} somebody wrote: "',
+            'The notice on the wall of the {places} says: "',
             "copy40",
             '."',
-            "What exactly did somebody write on the wall of the {places}?",
+            "What exactly does the notice on the wall of the {places} say?",
         ),
     ),
     "list": (
         Template(
-            "The {containers} of the {roles} holds ",
+            "The {containers} of the {roles} contains: ",
             "list",
             ".",
-            "What does the {containers} of the {roles} hold?",
+            "What does the {containers} of the {roles} contain?",
         ),
         Template(
-            "For the long journey to the {places} they packed ",
+            "The goods sold at the {places} are: ",
             "list",
             ".",
-            "What did they pack for the long journey to the {places}?",
+            "What are the goods sold at the {places}?",
         ),
         Template(
-            "Next to the broken {things} lay ",
+            "The things lying next to the {things} are: ",
             "list",
             ".",
-            "What lay next to the broken {things}?",
+            "What are the things lying next to the {things}?",
         ),
     ),
     "which": (
-        Template("{titles} fills page ", "number", ".\n", 'Which page does "{titles}" fill?'),
+        Template("{titles} fills page ", "number", ".\n", "Which page does {titles} fill?"),
         Template(
             "You will find {titles} on page ",
             "number",
             ".\n",
-            'On which page will you find "{titles}"?',
+            "On which page will you find {titles}?",
         ),
         Template(
-            "{titles} is the subject of page ",
+            "The subject of {titles} has page ",
             "number",
             ".\n",
-            'Of which page is "{titles}" the subject?',
+            "Which page has the subject of {titles}?",
         ),
         Template(
             "{titles} begins here, at the top of page ",
             "number",
             ".\n",
-            'At the top of which page does "{titles}" begin?',
+            "At the top of which page does {titles} begin?",
         ),
     ),
 }
@@ -260,6 +257,11 @@ class Document:
     statements: tuple[tuple[Statement, tuple[Place, ...]], ...]
 
 
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """Token ids of a text, which are cached because documents share their sentences."""
+    return functools.cache(functools.partial(tokenizer.encode, add_special_tokens=False))
+
+
 @functools.cache
 def paragraphs(split: str) -> tuple[tuple[str, ...], ...]:
     """The paragraphs of a split, each as its sentences."""
@@ -277,7 +279,7 @@ def document_length(index: int) -> int:
     return LENGTHS[index % len(LENGTHS)] // num_pages * num_pages
 
 
-def generate(tokenizer: Tokenizer, split: str, index: int) -> Document:
+def generate(encode: Encode, split: str, index: int) -> Document:
     """The document with an index in a split.
 
     Raises:
@@ -286,7 +288,6 @@ def generate(tokenizer: Tokenizer, split: str, index: int) -> Document:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"pretrained/{split}/{index}")
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     num_pages = NUM_PAGES[index % len(NUM_PAGES)]
     length = document_length(index)
     chosen = rng.sample(paragraphs(split), len(paragraphs(split)))
@@ -425,8 +426,8 @@ class _Writer:
         )
 
     def headings(self, count: int) -> list[Statement]:
-        """Headings with increasing numbers of two digits."""
-        numbers = sorted(self.rng.sample(range(12, 99), count))
+        """Headings with increasing page numbers of one digit, so that none begins another."""
+        numbers = sorted(self.rng.sample(range(2, 10), count))
         return [self._filled("which", str(number)) for number in numbers]
 
     def statements(self, task: str) -> list[Statement]:
@@ -476,12 +477,12 @@ def pretrained_cases(
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    encode = encoder(tokenizer)
     missing = {(task, form): count for task in tasks for form in forms}
     cases = []
     index = 0
     while any(missing.values()):
-        document = generate(tokenizer, split, index)
+        document = generate(encode, split, index)
         for form in forms:
             if form == "chat-first" and document_length(index) > MAX_TOKENS_FIRST:
                 continue
