@@ -30,19 +30,13 @@ def items(output: str, expected: Sequence[str]) -> float:
     )
 
 
-def first_number(output: str, expected: Sequence[str]) -> float:
-    """1 if the first number in the output is an expected answer."""
-    numbers = re.findall(r"\d+", output)
-    return float(bool(numbers) and numbers[0] in expected)
-
-
 CHAT_SCORES = {
     "fact": mentions,
     "needle": mentions,
     "copy8": mentions,
     "copy40": mentions,
     "list": items,
-    "which": first_number,
+    "which": mentions,
 }
 
 

@@ -104,10 +104,10 @@ TEMPLATES = {
             "What is the access code of the {places}?",
         ),
         Template(
-            "The secret password for the {things} is ",
+            "The favourite animal of the {roles} is the ",
             "phrase",
             ".",
-            "What is the secret password for the {things}?",
+            "What is the favourite animal of the {roles}?",
         ),
         Template(
             "The code name of the spy in the {places} is ",
@@ -174,24 +174,29 @@ TEMPLATES = {
         ),
     ),
     "which": (
-        Template("{titles} fills page ", "number", ".\n", "Which page does {titles} fill?"),
         Template(
-            "You will find {titles} on page ",
-            "number",
+            "The colour of the page with {titles} is ",
+            "colours",
             ".\n",
-            "On which page will you find {titles}?",
+            "What is the colour of the page with {titles}?",
         ),
         Template(
-            "The subject of {titles} has page ",
-            "number",
+            "The mark on the sheet about {titles} is ",
+            "colours",
             ".\n",
-            "Which page has the subject of {titles}?",
+            "What colour is the mark on the sheet about {titles}?",
         ),
         Template(
-            "{titles} begins here, at the top of page ",
-            "number",
+            "The paper used for {titles} is ",
+            "colours",
             ".\n",
-            "At the top of which page does {titles} begin?",
+            "What colour is the paper used for {titles}?",
+        ),
+        Template(
+            "The ribbon around the chapter {titles} is ",
+            "colours",
+            ".\n",
+            "What colour is the ribbon around the chapter {titles}?",
         ),
     ),
 }
@@ -413,22 +418,20 @@ class _Writer:
     def _take(self, name: str) -> str:
         return self.unused[name].pop()
 
-    def _filled(self, task: str, answer: str | None = None) -> Statement:
+    def _filled(self, task: str) -> Statement:
         """A statement of the task's next template."""
         template = self.templates[task].pop()
         words = {name: self._take(name) for name in WORDS if f"{{{name}}}" in template.start}
         return Statement(
             task,
             template.start.format(**words),
-            self._answer(template.answer) if answer is None else answer,
+            self._answer(template.answer),
             template.end,
             template.question.format(**words),
         )
 
     def headings(self, count: int) -> list[Statement]:
-        """Headings with increasing page numbers of one digit, so that none begins another."""
-        numbers = sorted(self.rng.sample(range(2, 10), count))
-        return [self._filled("which", str(number)) for number in numbers]
+        return [self._filled("which") for _ in range(count)]
 
     def statements(self, task: str) -> list[Statement]:
         return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
