@@ -323,6 +323,7 @@ def generate(encode: Encode, split: str, index: int) -> Document:
         )
         pages.append(tuple(ids))
         placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    rng.shuffle(placed)  # so that all pages are asked about
     return Document(f"{split}/{index}", tuple(pages), tuple(placed))
 
 
