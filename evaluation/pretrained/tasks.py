@@ -33,7 +33,7 @@ MIN_TOKENS = {"copy40": 1400, "list": 900}
 # The document's prefill is not shared where the question comes first, so it has to be short.
 MAX_TOKENS_FIRST = 1500
 # Tokens that an output may have beyond the answer.
-EXTRA_TOKENS = {"completion": 3, "chat": 24, "chat-first": 24}
+EXTRA_TOKENS = {"completion": 4, "chat": 24, "chat-first": 24}
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 USER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -124,10 +124,10 @@ TEMPLATES = {
             "What exactly does the sign at the {places} read?",
         ),
         Template(
-            'The words carved into the {things} are: "',
+            'The label on the {things} says: "',
             "copy8",
             '."',
-            "What are the words carved into the {things}?",
+            "What exactly does the label on the {things} say?",
         ),
         Template(
             'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
@@ -147,10 +147,10 @@ TEMPLATES = {
             "What exactly does the diary of the {roles} say?",
         ),
         Template(
-            'The notice on the wall of the {places} says: "',
+            'The poster in the {places} announces: "',
             "copy40",
             '."',
-            "What exactly does the notice on the wall of the {places} say?",
+            "What exactly does the poster in the {places} announce?",
         ),
     ),
     "list": (
@@ -161,16 +161,16 @@ TEMPLATES = {
             "What does the {containers} of the {roles} contain?",
         ),
         Template(
-            "The goods sold at the {places} are: ",
+            "The delivery for the {places} contains: ",
             "list",
             ".",
-            "What are the goods sold at the {places}?",
+            "What does the delivery for the {places} contain?",
         ),
         Template(
-            "The things lying next to the {things} are: ",
+            "The parcel under the {things} contains: ",
             "list",
             ".",
-            "What are the things lying next to the {things}?",
+            "What does the parcel under the {things} contain?",
         ),
     ),
     "which": (

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from evaluation.pretrained.pools import POOLS
-from evaluation.pretrained.scores import begins, items, mentions, score
+from evaluation.pretrained.scores import begins, copies, items, mentions, score
 from evaluation.pretrained.tasks import (
     FORMS,
     LENGTHS,
@@ -205,10 +205,31 @@ def test_items() -> None:
     assert items("It holds plums, pink, salt.", ["ink, salt and plums"]) == 0
 
 
+def test_copies() -> None:
+    passage = (
+        "The wind tore tiles from the roofs and carried them over the gardens like leaves. In the "
+        "morning the road along the shore had disappeared under sand"
+    )
+    other = (
+        "The doctor on the island visits most of her patients on foot. There are few roads, and "
+        "those that exist end at the gate of somebody who is not at home"
+    )
+    assert copies(f'The letter says: "{passage}."', [passage]) == 1
+    assert copies(passage.replace("morning", "evening"), [passage]) == 1
+    assert copies(passage.replace("In the morning the road along", "At last"), [passage]) == 0
+    assert copies(passage[: len(passage) // 2], [passage]) == 0
+    assert copies("The wind", [passage]) == 0
+    assert copies(other, [passage]) == 0
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_score(task: str) -> None:
     assert score(task, "chat", "It is red and green.", ["red and green"]) == 1
-    assert score(task, "completion", "It is red and green.", ["red and green"]) == 0
     for form in FORMS:
         assert score(task, form, " red and green.", ["red and green"]) == 1
-        assert score(task, form, " red and grey.", ["red and green"]) == 0
+        assert score(task, form, " red and blue.", ["red and green"]) == 0
+
+
+@pytest.mark.parametrize("task", ["fact", "needle", "copy8", "which"])
+def test_short_completions_begin_with_the_answer(task: str) -> None:
+    assert score(task, "completion", "It is red and green.", ["red and green"]) == 0
