@@ -33,7 +33,7 @@ MIN_TOKENS = {"copy40": 1400, "list": 900}
 # The document's prefill is not shared where the question comes first, so it has to be short.
 MAX_TOKENS_FIRST = 1500
 # Tokens that an output may have beyond the answer.
-EXTRA_TOKENS = {"completion": 3, "chat": 24, "chat-first": 24}
+EXTRA_TOKENS = {"completion": 4, "chat": 24, "chat-first": 24}
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 USER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -72,28 +72,28 @@ TEMPLATES = {
             "Where was the {things} with the blue stripes made?",
         ),
         Template(
-            "The first prize for the finest {things} went to ",
+            "The owner of the finest {things} is named ",
             "name",
             ".",
-            "Who won the first prize for the finest {things}?",
+            "What is the owner of the finest {things} named?",
         ),
         Template(
             "The road behind the {places} leads to ",
             "towns",
             ".",
-            "Where does the road behind the {places} lead to?",
+            "Where does the road behind the {places} lead?",
         ),
         Template(
-            "On Sundays the {roles} plays chess against ",
+            "The chess partner of the {roles} is ",
             "name",
             ".",
-            "Against whom does the {roles} play chess on Sundays?",
+            "Who is the chess partner of the {roles}?",
         ),
         Template(
-            "Every spring the {animals} is brought to a fair in ",
+            "The home town of the {animals} is ",
             "towns",
             ".",
-            "Where is the {animals} brought to every spring?",
+            "What is the home town of the {animals}?",
         ),
     ),
     "needle": (
@@ -104,16 +104,16 @@ TEMPLATES = {
             "What is the access code of the {places}?",
         ),
         Template(
-            "Whoever wants to see the hidden {things} must whisper the words ",
+            "The favourite animal of the {roles} is the ",
             "phrase",
             ".",
-            "Which words must be whispered to see the hidden {things}?",
+            "What is the favourite animal of the {roles}?",
         ),
         Template(
-            "The spy in the {places} signed his reports as ",
+            "The code name of the spy in the {places} is ",
             "phrase",
             ".",
-            "How did the spy in the {places} sign his reports?",
+            "What is the code name of the spy in the {places}?",
         ),
     ),
     "copy8": (
@@ -124,77 +124,79 @@ TEMPLATES = {
             "What exactly does the sign at the {places} read?",
         ),
         Template(
-            'Carved into the {things} are the words: "',
+            'The label on the {things} says: "',
             "copy8",
             '."',
-            "Which words exactly are carved into the {things}?",
+            "What exactly does the label on the {things} say?",
         ),
         Template(
-            'As the {roles} used to say: "',
-            "copy8",
-            '."',
-            "What exactly did the {roles} use to say?",
+            'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
         ),
     ),
     "copy40": (
         Template(
-            'A letter found under the {things} begins: "',
+            'The letter found under the {things} says: "',
             "copy40",
             '."',
-            "How exactly does the letter found under the {things} begin?",
+            "What exactly does the letter found under the {things} say?",
         ),
         Template(
-            'The diary of the {roles} ends with this sentence: "',
+            'The diary of the {roles} says: "',
             "copy40",
             '."',
-            "With which exact sentence does the diary of the {roles} end?",
+            "What exactly does the diary of the {roles} say?",
         ),
         Template(
-            'On the wall of the {places} somebody wrote: "',
+            'The poster in the {places} announces: "',
             "copy40",
             '."',
-            "What exactly did somebody write on the wall of the {places}?",
+            "What exactly does the poster in the {places} announce?",
         ),
     ),
     "list": (
         Template(
-            "The {containers} of the {roles} holds ",
+            "The {containers} of the {roles} contains: ",
             "list",
             ".",
-            "What does the {containers} of the {roles} hold?",
+            "What does the {containers} of the {roles} contain?",
         ),
         Template(
-            "For the long journey to the {places} they packed ",
+            "The delivery for the {places} contains: ",
             "list",
             ".",
-            "What did they pack for the long journey to the {places}?",
+            "What does the delivery for the {places} contain?",
         ),
         Template(
-            "Next to the broken {things} lay ",
+            "The parcel under the {things} contains: ",
             "list",
             ".",
-            "What lay next to the broken {things}?",
+            "What does the parcel under the {things} contain?",
         ),
     ),
     "which": (
-        Template("{titles} fills page ", "number", ".\n", 'Which page does "{titles}" fill?'),
         Template(
-            "You will find {titles} on page ",
-            "number",
+            "The colour of the page with {titles} is ",
+            "colours",
             ".\n",
-            'On which page will you find "{titles}"?',
+            "What is the colour of the page with {titles}?",
         ),
         Template(
-            "{titles} is the subject of page ",
-            "number",
+            "The mark on the sheet about {titles} is ",
+            "colours",
             ".\n",
-            'Of which page is "{titles}" the subject?',
+            "What colour is the mark on the sheet about {titles}?",
         ),
         Template(
-            "{titles} begins here, at the top of page ",
-            "number",
+            "The paper used for {titles} is ",
+            "colours",
             ".\n",
-            'At the top of which page does "{titles}" begin?',
+            "What colour is the paper used for {titles}?",
+        ),
+        Template(
+            "The ribbon around the chapter {titles} is ",
+            "colours",
+            ".\n",
+            "What colour is the ribbon around the chapter {titles}?",
         ),
     ),
 }
@@ -265,6 +267,11 @@ class Document:
     statements: tuple[tuple[Statement, tuple[Place, ...]], ...]
 
 
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """Token ids of a text, which are cached because documents share their sentences."""
+    return functools.cache(functools.partial(tokenizer.encode, add_special_tokens=False))
+
+
 @functools.cache
 def paragraphs(split: str) -> tuple[tuple[str, ...], ...]:
     """The paragraphs of a split, each as its sentences."""
@@ -282,7 +289,7 @@ def document_length(index: int) -> int:
     return LENGTHS[index % len(LENGTHS)] // num_pages * num_pages
 
 
-def generate(tokenizer: Tokenizer, split: str, index: int) -> Document:
+def generate(encode: Encode, split: str, index: int) -> Document:
     """The document with an index in a split.
 
     Raises:
@@ -291,7 +298,6 @@ def generate(tokenizer: Tokenizer, split: str, index: int) -> Document:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"pretrained/{split}/{index}")
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     num_pages = NUM_PAGES[index % len(NUM_PAGES)]
     length = document_length(index)
     chosen = rng.sample(paragraphs(split), len(paragraphs(split)))
@@ -322,6 +328,7 @@ def generate(tokenizer: Tokenizer, split: str, index: int) -> Document:
         )
         pages.append(tuple(ids))
         placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    rng.shuffle(placed)  # so that all pages are asked about
     return Document(f"{split}/{index}", tuple(pages), tuple(placed))
 
 
@@ -417,22 +424,20 @@ class _Writer:
     def _take(self, name: str) -> str:
         return self.unused[name].pop()
 
-    def _filled(self, task: str, answer: str | None = None) -> Statement:
+    def _filled(self, task: str) -> Statement:
         """A statement of the task's next template."""
         template = self.templates[task].pop()
         words = {name: self._take(name) for name in WORDS if f"{{{name}}}" in template.start}
         return Statement(
             task,
             template.start.format(**words),
-            self._answer(template.answer) if answer is None else answer,
+            self._answer(template.answer),
             template.end,
             template.question.format(**words),
         )
 
     def headings(self, count: int) -> list[Statement]:
-        """Headings with increasing numbers of two digits."""
-        numbers = sorted(self.rng.sample(range(12, 99), count))
-        return [self._filled("which", str(number)) for number in numbers]
+        return [self._filled("which") for _ in range(count)]
 
     def statements(self, task: str) -> list[Statement]:
         return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
@@ -481,12 +486,12 @@ def pretrained_cases(
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    encode = encoder(tokenizer)
     missing = {(task, form): count for task in tasks for form in forms}
     cases = []
     index = 0
     while any(missing.values()):
-        document = generate(tokenizer, split, index)
+        document = generate(encode, split, index)
         for form in forms:
             if form == "chat-first" and document_length(index) > MAX_TOKENS_FIRST:
                 continue
