@@ -68,10 +68,14 @@ soak: env
 accuracy: env
 	$(RUN) $(BIN)/python -m evaluation.accuracy --ablation --json benchmarks/results/accuracy.json
 
-# The model is built from the weights of a package. h2o observes whole prompts, so that its requests
-# share no prefill; it would take longer than all other policies together.
+# The model is built from the weights of a package. Where the question comes first, no questions share
+# a prefill, so fewer are asked. h2o observes whole prompts, so that its requests share none at all; it
+# would take longer than all other policies together.
+PRETRAINED := $(RUN) $(BIN)/python -m evaluation.accuracy --bench pretrained --policies vlcache vlcache-plus snapkv pyramidkv streamingllm random
+
 accuracy-pretrained: env
-	$(RUN) $(BIN)/python -m evaluation.accuracy --bench pretrained --policies vlcache vlcache-plus snapkv pyramidkv streamingllm random --json benchmarks/results/accuracy-pretrained.json
+	$(PRETRAINED) --forms completion chat --json benchmarks/results/accuracy-pretrained.json
+	$(PRETRAINED) --forms chat-first --samples 100 --json benchmarks/results/accuracy-pretrained-first.json
 
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader

@@ -119,7 +119,7 @@ class OfflineModel:
             extended.append((keys, values))
             grouped = q[0].unflatten(0, (-1, group)).flatten(1, 2)  # [KV heads, group * n, size]
             logits = grouped @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
-            logits.unflatten(1, (group, n))[..., -n:] += mask
+            logits.unflatten(1, (group, n))[..., keys.shape[1] - n :] += mask
             attended = torch.softmax(logits, -1) @ values
             x = layer.finish(x, attended.unflatten(1, (group, n)).flatten(0, 1)[None])
         return self.language.norm(x[0]), extended, queries
