@@ -247,8 +247,22 @@ def engines(policies: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any
     return result
 
 
+def answered(cases: Sequence[Any], full: dict[str, Cell]) -> list[Any]:
+    """The cases that the full cache answers right.
+
+    Args:
+        cases: all cases.
+        full: the results of the full cache, by cell, in the order of the cases.
+    """
+    scores = {name: iter(cell.scores) for name, cell in full.items()}
+    return [case for case in cases if next(scores[case.cell]) == 1.0]
+
+
 def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> dict[str, Any]:
-    """Results of all policies: ``{policy: {budget: {cell: summary}}}``, the full cache first."""
+    """Results of all policies: ``{policy: {budget: {cell: summary}}}``, the full cache first.
+
+    If the bench `counts_answered`, the policies get only the cases that the full cache answers.
+    """
     offline = "1" if options.data is None else "0"
     set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE=offline)
     budgets = sorted({b for b in options.budgets if b < 1.0})
@@ -266,6 +280,8 @@ def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> 
     for number, (settings, requests) in enumerate(jobs, 1):
         began = time.perf_counter()
         measured = run(bench, cases, settings, [extra for *_, extra in requests], options)
+        if settings is None and bench.counts_answered:
+            cases = answered(cases, measured[0])
         print(f"[{number}/{len(jobs)}] {time.perf_counter() - began:.0f} s")
         for (policy, budget, _), cells in zip(requests, measured, strict=True):
             summaries = {name: cell.summary() for name, cell in cells.items()}
@@ -297,7 +313,8 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for report in reports:
         for policy, cells in report["results"].items():
-            budgets = results.setdefault(policy, {}) | cells
+            earlier = results.get(policy, {})
+            budgets = earlier | {b: earlier.get(b, {}) | by_task for b, by_task in cells.items()}
             results[policy] = dict(sorted(budgets.items(), key=lambda item: float(item[0])))
     if options.json:
         parts = {"command": [r["command"] for r in reports], "results": results}
@@ -326,15 +343,28 @@ def table(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], budget: float) -> str:
-    """A Markdown table of one budget: scores in percent, the full cache first."""
-    tasks = list(next(iter(next(iter(results.values())).values())))
-    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
-    for policy, cells in results.items():
-        cell = cells.get("1.0" if policy == "full cache" else str(budget))
-        if cell:
-            scores = " | ".join(f"{100 * cell[task]['score']:.1f}" for task in tasks)
-            lines.append(f"| {policy} | {scores} |")
-    return "\n".join(lines)
+    """Markdown tables of one budget: scores in percent, the full cache first.
+
+    Each form of the pretrained bench has a table of its own.
+    """
+    cells = next(iter(next(iter(results.values())).values()))
+    forms: dict[str, list[str]] = defaultdict(list)
+    for cell in cells:
+        forms[cell.partition("/")[2]].append(cell)
+    tables = []
+    for form, names in forms.items():
+        heads = [name.partition("/")[0] for name in names]
+        lines = [
+            f"| {form} | ".replace("  ", " ") + " | ".join(heads) + " |",
+            "| --- |" + " ---: |" * len(names),
+        ]
+        for policy, by_budget in results.items():
+            found = by_budget.get("1.0" if policy == "full cache" else str(budget))
+            if found and all(name in found for name in names):
+                scores = " | ".join(f"{100 * found[name]['score']:.1f}" for name in names)
+                lines.append(f"| {policy} | {scores} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -455,6 +485,8 @@ def _bench(
         if options.bench == "pretrained":
             if options.data is not None or options.score is not None or options.model != MODEL:
                 raise ValueError("--bench pretrained has its own model, data and scores")
+            if 1.0 not in options.budgets:
+                raise ValueError("--bench pretrained needs budget 1.0: it chooses the cases")
             return PretrainedBench(pretrained_model()), bench_cases(options)
         bench = ImageBench(str(options.model), options.score)
         if options.data is not None:

@@ -38,6 +38,7 @@ class Bench(Protocol):
 
     model: str
     engine: dict[str, Any]  # arguments of the engine that the prompts need
+    counts_answered: bool  # policies are measured on the cases that the full cache answers
 
     def outputs(
         self, llm: "LLM", cases: Sequence[Any], sampling: Sequence["SamplingParams"]
@@ -58,6 +59,8 @@ class ImageBench:
         model: path or name.
         score: of `SCORES`; None: characters for dumps, exact for all others.
     """
+
+    counts_answered = False
 
     def __init__(self, model: str, score: str | None = None) -> None:
         self.model = model
@@ -105,6 +108,8 @@ class PretrainedBench:
     Args:
         model: checkpoint that `evaluation.pretrained.build_model` wrote.
     """
+
+    counts_answered = True  # a small model answers some questions wrong, with or without eviction
 
     def __init__(self, model: Path) -> None:
         self.model = str(model)

@@ -4,7 +4,7 @@
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, Prompt
+from vl_cache_vllm.policy import POLICIES, Attention, Prompt
 from vl_cache_vllm.policy.h2o import H2OPolicy
 
 
@@ -19,7 +19,7 @@ def test_half_heavy_hitters_half_recent() -> None:
     policy = H2OPolicy()
     attention = torch.tensor([[[0.0, 9.0, 1.0, 8.0, 2.0, 0.0, 0.0, 0.0]]])
     positions = select(
-        policy.token_scores(attention, Prompt(8)),
+        policy.token_scores(Attention(attention), Prompt(8)),
         torch.tensor([4]),
         policy.recent_ratio,
         4,

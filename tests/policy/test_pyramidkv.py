@@ -7,7 +7,7 @@ Source: docs/method.md, "Other policies".
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, Prompt, Shard
+from vl_cache_vllm.policy import POLICIES, Attention, Prompt, Shard
 from vl_cache_vllm.policy.pyramidkv import PyramidKVPolicy
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
@@ -46,8 +46,8 @@ def test_scores_are_snapkv() -> None:
     assert POLICIES["pyramidkv"] is PyramidKVPolicy
     attention, prompt = torch.rand(2, 3, 99), Prompt(99)
     assert torch.equal(
-        PyramidKVPolicy().token_scores(attention, prompt),
-        SnapKVPolicy().token_scores(attention, prompt),
+        PyramidKVPolicy().token_scores(Attention(attention), prompt),
+        SnapKVPolicy().token_scores(Attention(attention), prompt),
     )
 
 

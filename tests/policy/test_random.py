@@ -4,13 +4,13 @@
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, Prompt, Shard
+from vl_cache_vllm.policy import POLICIES, Attention, Prompt, Shard
 from vl_cache_vllm.policy.random import RandomPolicy
 
 
 def scores(seed: int = 0, layers: int = 4, heads: int = 3, tokens: int = 5000) -> torch.Tensor:
     attention = torch.rand(layers, heads, tokens)
-    return RandomPolicy(seed=seed).token_scores(attention, Prompt(attention.shape[-1]))
+    return RandomPolicy(seed=seed).token_scores(Attention(attention), Prompt(attention.shape[-1]))
 
 
 def test_registered() -> None:
@@ -52,8 +52,8 @@ def test_largest_seed() -> None:
 
 
 def test_workers_that_share_a_model_draw_what_one_draws() -> None:
-    whole = RandomPolicy().token_scores(torch.zeros(4, 4, 30), Prompt(30))
+    whole = RandomPolicy().token_scores(Attention(torch.zeros(4, 4, 30)), Prompt(30))
     for layer, head in ((0, 2), (2, 0), (2, 2)):
         prompt = Prompt(30, shard=Shard((layer, layer + 1), head, 4))
-        part = RandomPolicy().token_scores(torch.zeros(2, 2, 30), prompt)
+        part = RandomPolicy().token_scores(Attention(torch.zeros(2, 2, 30)), prompt)
         assert torch.equal(part, whole[layer : layer + 2, head : head + 2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.config import KVCompressConfig, describe_settings
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy, Prompt, setting
+from vl_cache_vllm.policy import POLICIES, Attention, EvictionPolicy, Prompt, setting
 from vl_cache_vllm.policy.registry import GROUP, Registry
 
 
@@ -21,7 +21,7 @@ class Newest(EvictionPolicy):
 
     strength: float = setting(1.0, "how much newer counts")
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         return self.strength * torch.arange(attention.shape[-1]).expand_as(attention)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from vl_cache_vllm.policy import Attention
 from vl_cache_vllm.policy.prompt import PatchGrid, Prompt
 from vl_cache_vllm.policy.scoring import average, interleave, look_ahead, smooth
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
@@ -91,13 +92,13 @@ def test_policies_that_average_can_do_so_on_the_grid() -> None:
     attention = torch.rand(2, 3, 70)
     expected = smooth(attention, 3, prompt.grids)
     policy = VLCachePolicy(pooling=3, pooling_2d=True)
-    assert torch.equal(policy.token_scores(attention, prompt), expected)
+    assert torch.equal(policy.token_scores(Attention(attention), prompt), expected)
     attention[..., -9:] = 0  # SnapKV's window does not count
     expected = smooth(attention, 3, prompt.grids)
     snapkv = SnapKVPolicy(pooling=3, pooling_2d=True, max_observation_tokens=9)
-    assert torch.equal(snapkv.token_scores(attention, prompt), expected)
+    assert torch.equal(snapkv.token_scores(Attention(attention), prompt), expected)
     flat = SnapKVPolicy(pooling=3, max_observation_tokens=9)
-    assert not torch.equal(flat.token_scores(attention, prompt), expected)
+    assert not torch.equal(flat.token_scores(Attention(attention), prompt), expected)
 
 
 @pytest.mark.parametrize("policy", [VLCachePolicy, SnapKVPolicy])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, Prompt
+from vl_cache_vllm.policy import POLICIES, Attention, Prompt
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 
 
@@ -40,7 +40,7 @@ def test_kept_tokens(tokens: int, window: int, pooling: int, kept: int) -> None:
     attention = torch.rand(2, 3, tokens, dtype=torch.float64).float()
     policy = SnapKVPolicy(max_observation_tokens=window, pooling=pooling)
     prompt = Prompt(tokens)
-    scores = policy.token_scores(attention, prompt)
+    scores = policy.token_scores(Attention(attention), prompt)
     assert scores.shape == attention.shape and scores.dtype == torch.float32
     precedence = policy.precedence(prompt, scores.device)
     found = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
@@ -52,7 +52,7 @@ def test_kept_tokens(tokens: int, window: int, pooling: int, kept: int) -> None:
 
 def test_the_attention_of_a_huge_prompt_does_not_beat_the_window() -> None:
     policy, prompt = SnapKVPolicy(max_observation_tokens=2, sink_tokens=1), Prompt(8)
-    scores = policy.token_scores(torch.full((1, 1, 8), 1e9), prompt)
+    scores = policy.token_scores(Attention(torch.full((1, 1, 8), 1e9)), prompt)
     precedence = policy.precedence(prompt, scores.device)
     for kept, expected in ((1, [7]), (2, [6, 7]), (3, [0, 6, 7])):
         found = select(scores, torch.tensor([kept]), 0.0, kept, precedence)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vl_cache_vllm.ops.select import select
-from vl_cache_vllm.policy import POLICIES, Prompt
+from vl_cache_vllm.policy import POLICIES, Attention, Prompt
 from vl_cache_vllm.policy.streamingllm import StreamingLLMPolicy
 
 
@@ -21,7 +21,7 @@ from vl_cache_vllm.policy.streamingllm import StreamingLLMPolicy
 )
 def test_kept_tokens(sinks: int, kept: int, expected: list[int]) -> None:
     policy, prompt = StreamingLLMPolicy(sink_tokens=sinks), Prompt(10, ((2, 5),))
-    scores = policy.token_scores(torch.rand(2, 3, 10), prompt)
+    scores = policy.token_scores(Attention(torch.rand(2, 3, 10)), prompt)
     precedence = policy.precedence(prompt, scores.device)
     positions = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
     assert positions.tolist() == [[expected] * 3] * 2

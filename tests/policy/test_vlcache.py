@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vl_cache_vllm.policy import POLICIES, EvictionPolicy, Prompt
+from vl_cache_vllm.policy import POLICIES, Attention, EvictionPolicy, Prompt
 from vl_cache_vllm.policy.scoring import interleave, look_ahead
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
@@ -28,7 +28,7 @@ def weights_of(policy: VLCachePolicy, density: list[float], budget: float) -> to
 
 
 def scored(policy: VLCachePolicy, attention: torch.Tensor) -> torch.Tensor:
-    return policy.token_scores(attention, Prompt(attention.shape[-1]))
+    return policy.token_scores(Attention(attention), Prompt(attention.shape[-1]))
 
 
 DENSITIES = pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def collect(config: KVCompressConfig, chunks: list[int]) -> AttentionStats:
 @pytest.mark.parametrize("chunks", [[4, 8], [1] * 12, [11, 1]])
 def test_chunks_do_not_matter(config: KVCompressConfig, chunks: list[int]) -> None:
     whole, parts = collect(config, [12]), collect(config, chunks)
-    torch.testing.assert_close(parts.column_sums, whole.column_sums)
+    torch.testing.assert_close(parts.attention.sums, whole.attention.sums)
     assert torch.equal(parts.dense_entries, whole.dense_entries)
     if config.experimental.diversity:
         assert parts.similarity is not None and whole.similarity is not None
@@ -56,7 +56,7 @@ def test_chunks_do_not_matter(config: KVCompressConfig, chunks: list[int]) -> No
 def test_elite_queries_score_alone() -> None:
     elite, plain = collect(ELITE, [12]), collect(PLAIN, [12])
     assert torch.equal(elite.dense_entries, plain.dense_entries)
-    assert not torch.equal(elite.column_sums, plain.column_sums)
+    assert not torch.equal(elite.attention.sums, plain.attention.sums)
     torch.manual_seed(0)
     queries, keys = torch.randn(LAYERS, 12, 4, 8), torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)
     params = AttentionParams(scale=0.3, softcap=0.0, threshold=0.01)
@@ -65,7 +65,7 @@ def test_elite_queries_score_alone() -> None:
         assert 0 < int(weights.sum()) < weights.numel()
         expected, dense = torch.zeros(KV_HEADS, TOKENS), torch.zeros((), dtype=torch.int64)
         observe(queries[layer], keys[layer], FIRST, params, expected, dense, weights)
-        torch.testing.assert_close(elite.column_sums[layer], expected)
+        torch.testing.assert_close(elite.attention.sums[layer], expected)
 
 
 def test_similarity_is_of_the_prompt_alone() -> None:

@@ -110,5 +110,5 @@ def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
     warmup.observe()
     state = worker.requests.get("warm-up")
     assert state is not None and state.attention_stats is not None
-    held = state.attention_stats.column_sums.numel() + warmup._others.column_sums.numel()
+    held = state.attention_stats.attention.sums.numel() + warmup._others.attention.sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.prompt import Prompt
 
 DENSITY_THRESHOLD = 0.01
@@ -104,18 +105,27 @@ class EvictionPolicy(ABC):
         """Whether the policy reads `Prompt.grids`."""
         return False
 
+    @property
+    def wants_maxima(self) -> bool:
+        """Whether the policy reads `Attention.maxima`."""
+        return False
+
+    @property
+    def summed_queries(self) -> int | None:
+        """Number of last observed queries that `Attention.sums` adds up; None: all of them."""
+        return None
+
     @abstractmethod
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Score tokens by their accumulated attention.
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
+        """Score tokens by the attention that they received.
 
         Args:
-            attention: attention that each key received, summed over the observed queries and the
-                KV head's group, float32 ``[num_layers, num_kv_heads, tokens]``.
+            attention: of the observed queries.
             prompt: kinds and positions of the tokens.
 
         Returns:
-            Scores of the same shape, finite and not negative. Higher scores are kept first; ties
-            go to the lower position.
+            Scores ``[num_layers, num_kv_heads, tokens]``, finite and not negative. Higher scores
+            are kept first; ties go to the lower position.
         """
 
     def precedence(self, prompt: Prompt, device: torch.device) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.base import EvictionPolicy, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 
@@ -24,6 +25,6 @@ class H2OPolicy(EvictionPolicy):
     recent_ratio: float = with_default(EvictionPolicy, "recent_ratio", 0.5)
     post_vision_only: bool = with_default(EvictionPolicy, "post_vision_only", False)
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """The accumulated attention itself."""
-        return attention
+        return attention.sums

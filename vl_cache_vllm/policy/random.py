@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vl_cache_vllm.ops.device import to_device
+from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 
@@ -31,18 +32,19 @@ class RandomPolicy(EvictionPolicy):
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, got {self.seed}")
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """A hash of layer, KV head and position, uniform in [0, 1)."""
-        layers, heads, tokens = attention.shape
+        layers, heads, tokens = attention.sums.shape
+        device = attention.sums.device
 
         def index(first: int, count: int, odd: int) -> torch.Tensor:
-            return torch.arange(first + 1, first + count + 1, device=attention.device) * odd
+            return torch.arange(first + 1, first + count + 1, device=device) * odd
 
-        layer_numbers = to_device(prompt.shard.layer_numbers(layers), attention.device)
+        layer_numbers = to_device(prompt.shard.layer_numbers(layers), device)
         # 32-bit arithmetic in int64; the constants are those of Murmur3's finaliser.
         x = ((layer_numbers + 1) * 0x9E3779B1)[:, None, None]
         x = x + index(prompt.shard.first_kv_head, heads, 0x85EBCA77)[None, :, None]
         x = (x + index(0, tokens, 0xC2B2AE3D) + self.seed * 0x27D4EB2F) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-        return (x.double() / 2**32).to(attention.dtype)
+        return (x.double() / 2**32).to(attention.sums.dtype)

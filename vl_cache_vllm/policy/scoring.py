@@ -80,7 +80,9 @@ def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
     return scores
 
 
-def interleave(scores: torch.Tensor, other: torch.Tensor, fraction: float) -> torch.Tensor:
+def interleave(
+    scores: torch.Tensor, other: torch.Tensor, fraction: float | torch.Tensor
+) -> torch.Tensor:
     """Scores whose best k tokens are, for every k, the best of two rankings.
 
     ``fraction`` of the k tokens come from the top of ``other``, the rest from the top of

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.base import EvictionPolicy, setting, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.scoring import POOLING, POOLING_2D, check_pooling, smooth
@@ -39,9 +40,9 @@ class SnapKVPolicy(EvictionPolicy):
         """Whether the policy reads `Prompt.grids`."""
         return self.pooling_2d
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Pooled attention of the tokens before the window."""
-        before = attention.clone()
+        before = attention.sums.clone()
         before[..., self._window(prompt) :] = 0
         return smooth(before, self.pooling, prompt.grids if self.pooling_2d else ())
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.base import EvictionPolicy, with_default
 from vl_cache_vllm.policy.prompt import Prompt
 
@@ -21,9 +22,9 @@ class StreamingLLMPolicy(EvictionPolicy):
     max_observation_tokens: int | None = with_default(EvictionPolicy, "max_observation_tokens", 1)
     sink_tokens: int = with_default(EvictionPolicy, "sink_tokens", 4)
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Later tokens score higher; of the sink tokens, earlier ones do."""
-        position = torch.arange(prompt.tokens, device=attention.device)
+        position = torch.arange(prompt.tokens, device=attention.sums.device)
         sinks = min(self.sink_tokens, prompt.tokens)
         score = torch.where(position < sinks, prompt.tokens + sinks - position, position)
-        return score.to(attention.dtype).expand_as(attention)
+        return score.to(attention.sums.dtype).expand_as(attention.sums)

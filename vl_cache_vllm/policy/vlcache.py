@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from vl_cache_vllm.policy.base import DENSITY_THRESHOLD, EvictionPolicy, setting, with_default
+from vl_cache_vllm.policy.attention import Attention
+from vl_cache_vllm.policy.base import DENSITY_THRESHOLD, EvictionPolicy, setting
 from vl_cache_vllm.policy.prompt import Prompt
 from vl_cache_vllm.policy.scoring import (
     POOLING,
@@ -91,14 +92,27 @@ class VLCachePolicy(EvictionPolicy):
         """Whether the policy reads `Prompt.grids`."""
         return self.pooling_2d
 
-    def token_scores(self, attention: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention, as in the paper; then the optional steps."""
+        return self.scores_of(attention.sums, self.shared_scores, prompt)
+
+    def scores_of(self, attention: torch.Tensor, shared: float, prompt: Prompt) -> torch.Tensor:
+        """The optional steps: sharing, pooling and look-ahead.
+
+        Args:
+            attention: not negative, ``[num_layers, num_kv_heads, tokens]``.
+            shared: fraction of a score that all layers and KV heads share.
+            prompt: kinds and positions of the tokens.
+
+        Returns:
+            Scores of the same shape.
+        """
         scores = attention
-        if self.shared_scores:
+        if shared:
             # The root mean square, not the mean: a few heads with much attention are better
             # evidence than many heads with a little.
-            shared = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
-            scores = torch.lerp(attention, shared, self.shared_scores)
+            common = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
+            scores = torch.lerp(attention, common, shared)
         own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         if self.short_lookahead:
             scores = look_ahead(own, self.short_lookahead)
@@ -115,23 +129,3 @@ class VLCachePolicy(EvictionPolicy):
         fraction = torch.where(total > 0, density / total.clamp(min=1e-300), uniform)
         fraction = (1.0 - self.uniform_mix) * fraction + self.uniform_mix * uniform
         return (fraction * budget * num_layers).clamp(self.min_layer_budget, 1.0)
-
-
-@dataclass(frozen=True)
-class VLCachePlusPolicy(VLCachePolicy):
-    """VL-Cache with the settings that were best on the tuning split of the page reader.
-
-    Only the last query is observed. All layers and KV heads share about half of a score. A long
-    look-ahead chooses most of the tokens and a short one the rest. Layer budgets are uniform.
-    docs/accuracy.md has the measurements.
-    """
-
-    name: ClassVar[str] = "vlcache-plus"
-
-    recent_ratio: float = with_default(VLCachePolicy, "recent_ratio", 0.02)
-    max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 1)
-    uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
-    shared_scores: float = with_default(VLCachePolicy, "shared_scores", 0.55)
-    lookahead: float = with_default(VLCachePolicy, "lookahead", 80.0)
-    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.7)
-    short_lookahead: float = with_default(VLCachePolicy, "short_lookahead", 1.0)

@@ -7,6 +7,7 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.device import Stopwatch
 from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys
+from vl_cache_vllm.policy import Attention
 from vl_cache_vllm.policy.diversity import key_similarity
 
 
@@ -19,9 +20,9 @@ class AttentionStats:
         tokens: of the prompt.
         device: of the results.
 
-    ``column_sums``, float32 ``[num_layers, num_kv_heads, tokens]``, and ``dense_entries``, int64
-    ``[num_layers]``, are those of `observe`; ``similarity`` is that of `key_similarity`, shaped as
-    the sums, None without the option ``diversity``. ``stopwatch`` is for who adds to them.
+    ``attention`` is what the policy scores by. ``dense_entries``, int64 ``[num_layers]``, is that
+    of `observe`; ``similarity`` is that of `key_similarity`, shaped as the sums, None without the
+    option ``diversity``. ``stopwatch`` is for who adds to them.
     """
 
     def __init__(
@@ -32,13 +33,16 @@ class AttentionStats:
         tokens: int,
         device: torch.device,
     ) -> None:
-        self._threshold = config.policy.density_threshold
+        policy = config.policy
+        self._threshold = policy.density_threshold
+        self._summed_queries = policy.summed_queries
         self._options = config.experimental
         self.tokens = tokens
         self.stopwatch = Stopwatch(device)
-        self.column_sums = torch.zeros(num_layers, num_kv_heads, tokens, device=device)
+        sums = torch.zeros(num_layers, num_kv_heads, tokens, device=device)
+        self.attention = Attention(sums, torch.zeros_like(sums) if policy.wants_maxima else None)
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
-        self.similarity = torch.zeros_like(self.column_sums) if self._options.diversity else None
+        self.similarity = torch.zeros_like(sums) if self._options.diversity else None
         # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
@@ -68,15 +72,33 @@ class AttentionStats:
             first_position = end - query.shape[0]
             assert isinstance(key, torch.Tensor)
             weights = elite_queries(query, key, first_position, params, options.elite_window)
+        if self._summed_queries is not None:
+            weights = self._only_last(query, first_position, weights)
+        maxima = self.attention.maxima
         observe(
             query,
             key,
             first_position,
             params,
-            self.column_sums[layer],
+            self.attention.sums[layer],
             self.dense_entries[layer],
             weights,
+            None if maxima is None else maxima[layer],
         )
         if self.similarity is not None and is_last:
             assert isinstance(key, torch.Tensor)
             self.similarity[layer] = key_similarity(key[:, :end])
+
+    def _only_last(
+        self, query: torch.Tensor, first_position: int, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``weights``, but 0 for the queries before the last summed ones of the prompt."""
+        assert self._summed_queries is not None
+        num_queries, num_kv_heads = query.shape[0], self.attention.sums.shape[1]
+        if weights is None:
+            weights = torch.ones(num_kv_heads, num_queries, device=query.device)
+        else:
+            weights = weights.float()
+        first = self.tokens - self._summed_queries - first_position
+        weights[:, : max(0, first)] = 0
+        return weights

@@ -59,7 +59,7 @@ def select_kept(
     density = dense_entries.double() / (entries * num_heads)
     weights = policy.layer_weights(density, config.budget, prompt)
     kept_pages = apportion(weights, total_pages, full_pages)
-    scores = policy.token_scores(observed.column_sums, prompt)
+    scores = policy.token_scores(observed.attention, prompt)
     if observed.similarity is not None:
         scores = mix_diversity(scores, observed.similarity, options.diversity)
     positions = select(

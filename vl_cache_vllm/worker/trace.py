@@ -58,11 +58,15 @@ class Trace:
             stats: the observed attention.
             kept_tokens: of each layer on this worker.
         """
+        config = eviction.state.config
         record: dict[str, Any] = {
             "request_id": eviction.state.request_id,
             "rank": self._rank,
             "layers": self._layer_numbers,
-            "budget": eviction.state.config.budget,
+            "budget": config.budget,
+            "policy": config.policy.name,
+            "policy_options": dataclasses.asdict(config.policy),
+            "experimental": dataclasses.asdict(config.experimental),
             "prompt_tokens": eviction.prompt_tokens,
             "vision_end": eviction.state.vision_end,
             "block_size": self._block_size,
@@ -79,7 +83,9 @@ class Trace:
                 for layer, kept in zip(selection.positions, kept_tokens, strict=True)
             ]
         if self._scores:
-            record["attention"] = _rounded(stats.column_sums)
+            record["attention"] = _rounded(stats.attention.sums)
+            if stats.attention.maxima is not None:
+                record["maxima"] = _rounded(stats.attention.maxima)
             record["scores"] = _rounded(selection.scores)
         # One write call per line: workers of several engines may share the file.
         os.write(self._file, (json.dumps(record) + "\n").encode())

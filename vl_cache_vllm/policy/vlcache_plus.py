@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VL-Cache with scores that hold where prompts do not end right before the answer."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vl_cache_vllm.policy.attention import Attention
+from vl_cache_vllm.policy.base import setting, with_default
+from vl_cache_vllm.policy.prompt import Prompt
+from vl_cache_vllm.policy.scoring import interleave
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
+
+MAXIMA_SHARE = (0.1, 0.9)
+"""Bounds of `VLCachePlusPolicy.share_of_maxima`, so that neither ranking loses all tokens."""
+
+
+@dataclass(frozen=True)
+class VLCachePlusPolicy(VLCachePolicy):
+    """Two rankings: by the attention of the last query, and by the maximum over all queries.
+
+    The last query knows where the answer goes on if the prompt ends right before it. After a chat
+    template it knows nothing, but some query of the question does. How much attention the last
+    query pays to the visual tokens decides how many tokens each ranking chooses.
+
+    The first token draws attention from most queries and tells nothing about the question (an
+    attention sink). It is kept, and its attention does not enter the rankings. Layer budgets are
+    uniform. docs/accuracy.md has the measurements, on two models.
+    """
+
+    name: ClassVar[str] = "vlcache-plus"
+
+    sink_tokens: int = setting(
+        1,
+        "Number of tokens at the start of the prompt that are kept, next in priority to the recent "
+        "ones, and whose attention does not enter the rankings.",
+    )
+    recent_ratio: float = with_default(VLCachePolicy, "recent_ratio", 0.02)
+    max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 64)
+    uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
+    shared_scores: float = with_default(VLCachePolicy, "shared_scores", 0.55)
+    lookahead: float = with_default(VLCachePolicy, "lookahead", 60.0)
+    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.7)
+    short_lookahead: float = with_default(VLCachePolicy, "short_lookahead", 1.0)
+    shared_maxima: float = setting(
+        0.9,
+        "As shared_scores, for the ranking by the maximum over all observed queries.",
+    )
+    maxima_share: float | None = setting(
+        None,
+        "Fraction of the kept tokens, from 0 to 1, that the ranking by the maximum over all "
+        "observed queries chooses; the ranking by the last query chooses the rest. null: the less "
+        "attention the last query pays to visual tokens, the more, from 0.1 to 0.9.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.shared_maxima <= 1.0:
+            raise ValueError(f"shared_maxima must be in [0, 1], got {self.shared_maxima}")
+        if self.maxima_share is not None and not 0.0 <= self.maxima_share <= 1.0:
+            raise ValueError(f"maxima_share must be in [0, 1] or null, got {self.maxima_share}")
+
+    @property
+    def wants_maxima(self) -> bool:
+        """Whether the policy reads `Attention.maxima`."""
+        return self.maxima_share != 0
+
+    @property
+    def summed_queries(self) -> int | None:
+        """The sums are the attention of the last query alone."""
+        return 1
+
+    def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
+        """The ranking by the last query, interleaved with the ranking by the maximum."""
+        last = self._without_sinks(attention.sums)
+        scores = self.scores_of(last, self.shared_scores, prompt)
+        if attention.maxima is None:
+            return scores
+        maxima = self._without_sinks(attention.maxima)
+        share: float | torch.Tensor
+        if self.maxima_share is None:
+            share = self.share_of_maxima(last, maxima, prompt)
+        else:
+            share = self.maxima_share
+        return interleave(scores, self.scores_of(maxima, self.shared_maxima, prompt), share)
+
+    @staticmethod
+    def share_of_maxima(last: torch.Tensor, maxima: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """Fraction of the kept tokens that the ranking by the maximum chooses, ``[]``.
+
+        ``1 - |last| / |maxima|``, with Euclidean norms over the visual tokens of all layers
+        and KV heads, clipped to `MAXIMA_SHARE`.
+
+        Args:
+            last, maxima: ``[num_layers, num_kv_heads, tokens]``.
+            prompt: kinds of the tokens; without visual ones all tokens count.
+        """
+        is_visual = torch.zeros(prompt.tokens, dtype=torch.bool, device=last.device)
+        for first, end in prompt.visual or ((0, prompt.tokens),):
+            is_visual[first:end] = True
+        squares = [(a * is_visual).square().mean() for a in (last, maxima)]
+        of_last, of_maxima = prompt.mean_over_ranks(torch.stack(squares)).sqrt()
+        return (1.0 - of_last / of_maxima.clamp(min=1e-30)).clamp(*MAXIMA_SHARE)
+
+    def _without_sinks(self, attention: torch.Tensor) -> torch.Tensor:
+        result = attention.clone()
+        result[..., : self.sink_tokens] = 0
+        return result
