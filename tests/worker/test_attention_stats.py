@@ -19,6 +19,7 @@ ELITE = KVCompressConfig(
     policy=VLCachePolicy(max_observation_tokens=64),
     experimental=ExperimentalOptions(elite_window=0.5),
 )
+PLUS = KVCompressConfig.from_dict({"policy": "vlcache-plus"})
 DIVERSE = KVCompressConfig(experimental=ExperimentalOptions(diversity=0.5))
 
 
@@ -40,17 +41,39 @@ def collect(config: KVCompressConfig, chunks: list[int]) -> AttentionStats:
     return observed
 
 
-@pytest.mark.parametrize("config", [PLAIN, ELITE, DIVERSE], ids=["plain", "elite", "diverse"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, PLUS, ELITE, DIVERSE], ids=["plain", "plus", "elite", "diverse"]
+)
 @pytest.mark.parametrize("chunks", [[4, 8], [1] * 12, [11, 1]])
 def test_chunks_do_not_matter(config: KVCompressConfig, chunks: list[int]) -> None:
     whole, parts = collect(config, [12]), collect(config, chunks)
     torch.testing.assert_close(parts.attention.sums, whole.attention.sums)
+    assert (parts.attention.maxima is not None) is (config is PLUS)
+    if whole.attention.maxima is not None:
+        torch.testing.assert_close(parts.attention.maxima, whole.attention.maxima)
     assert torch.equal(parts.dense_entries, whole.dense_entries)
     if config.experimental.diversity:
         assert parts.similarity is not None and whole.similarity is not None
         assert torch.equal(parts.similarity, whole.similarity)
     else:
         assert parts.similarity is whole.similarity is None
+
+
+@pytest.mark.parametrize("chunks", [[12], [4, 8], [11, 1]])
+def test_sums_of_the_last_query_and_maxima_of_all(chunks: list[int]) -> None:
+    observed = collect(PLUS, chunks)
+    torch.manual_seed(0)
+    queries, keys = torch.randn(LAYERS, 12, 4, 8), torch.randn(LAYERS, KV_HEADS, TOKENS + 5, 8)
+    for layer in range(LAYERS):
+        position = torch.arange(FIRST, TOKENS)[:, None]
+        future = torch.arange(TOKENS) > position
+        key = keys[layer, :, :TOKENS].repeat_interleave(4 // KV_HEADS, 0)
+        logits = 0.3 * queries[layer].transpose(0, 1) @ key.transpose(1, 2)
+        attention = logits.masked_fill(future, -torch.inf).softmax(-1)  # [heads, queries, keys]
+        grouped = attention.view(KV_HEADS, -1, 12, TOKENS)
+        torch.testing.assert_close(observed.attention.sums[layer], grouped[:, :, -1].sum(1))
+        assert observed.attention.maxima is not None
+        torch.testing.assert_close(observed.attention.maxima[layer], grouped.amax((1, 2)))
 
 
 def test_elite_queries_score_alone() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eviction worker over a page pool of its own, against the naive references of the parts."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,9 @@ def test_trace(tmp_path: Path) -> None:
     pages, positions = expected_eviction(source, list(range(16)), query, worker.config)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["request_id"], second["request_id"]) == ("a", "b")
+    assert first["policy"] == worker.config.policy.name
+    assert first["policy_options"] == dataclasses.asdict(worker.config.policy)
+    assert first["experimental"] == {"elite_window": 0.0, "diversity": 0.0}
     assert first["prompt_tokens"] == PROMPT
     assert first["vision_end"] == VISION_END
     assert (first["prompt_blocks"], first["kept_blocks"], first["block_size"]) == (16, 4, 4)
