@@ -48,6 +48,7 @@ EVERY_SETTING = {
     "max_observation_tokens": 50,
     "post_vision_only": False,
     "sink_tokens": 4,
+    "min_kept_tokens": 96,
     "keep_text": True,
     "pooling": 3,
     "pooling_2d": True,
@@ -110,6 +111,7 @@ def test_every_setting_is_parsed() -> None:
             max_observation_tokens=50,
             post_vision_only=False,
             sink_tokens=4,
+            min_kept_tokens=96,
             keep_text=True,
             pooling=3,
             pooling_2d=True,
@@ -468,6 +470,7 @@ def test_settings_tell_configurations_apart() -> None:
         "experimental.diversity": 0.6,
         "pooling_2d": False,
         "sink_tokens": 0,
+        "min_kept_tokens": 32,
         "keep_text": False,
         "pooling": 5,
         "uniform_mix": 0.7,
@@ -508,7 +511,7 @@ def test_frozen() -> None:
     ],
 )
 def test_kept_blocks(budget: float, prompt_blocks: int, expected: int) -> None:
-    assert parse(budget=budget).kept_blocks(prompt_blocks) == expected
+    assert parse(budget=budget).kept_blocks(prompt_blocks, 16) == expected
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
@@ -524,7 +527,8 @@ def test_kept_blocks_is_exact(budget: Fraction, prompt_blocks: int) -> None:
     """The budget is the decimal that the user wrote, not the nearest binary fraction."""
     literal = f"{budget.numerator * 10**6 // budget.denominator / 10**6:.6f}"
     assert Fraction(literal) == budget
-    assert parse(budget=float(literal)).kept_blocks(prompt_blocks) == ceil(budget * prompt_blocks)
+    kept = parse(budget=float(literal)).kept_blocks(prompt_blocks, 16)
+    assert kept == ceil(budget * prompt_blocks)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -532,13 +536,19 @@ def test_kept_blocks_is_exact(budget: Fraction, prompt_blocks: int) -> None:
 def test_kept_blocks_bounds(budget: float, prompt_blocks: int, more: int) -> None:
     """At least one block, never more than there are, and never fewer for a longer prompt."""
     config = KVCompressConfig(budget=budget)
-    kept = config.kept_blocks(prompt_blocks)
+    kept = config.kept_blocks(prompt_blocks, 16)
     assert 1 <= kept <= prompt_blocks
-    assert kept <= config.kept_blocks(prompt_blocks + more)
+    assert kept <= config.kept_blocks(prompt_blocks + more, 16)
+
+
+@pytest.mark.parametrize(("minimum", "expected"), [(0, 1), (16, 1), (17, 2), (64, 4), (160, 10)])
+def test_kept_blocks_of_a_minimum_of_tokens(minimum: int, expected: int) -> None:
+    assert parse(budget=0.1, min_kept_tokens=minimum).kept_blocks(10, 16) == expected
+    assert parse(budget=1.0, min_kept_tokens=minimum).kept_blocks(10, 16) == 10
 
 
 def test_kept_blocks_of_a_tiny_budget() -> None:
-    assert KVCompressConfig(budget=1e-10).kept_blocks(4) == 1
+    assert KVCompressConfig(budget=1e-10).kept_blocks(4, 16) == 1
 
 
 def test_settings_of_a_vllm_config() -> None:

@@ -135,9 +135,13 @@ class KVCompressConfig:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
         self.experimental.check(self.policy)
 
-    def kept_blocks(self, prompt_blocks: int) -> int:
-        """``ceil(budget * prompt_blocks)``, exact for the decimal budget: 0.1 of 10 blocks is 1."""
-        return math.ceil(Fraction(str(self.budget)) * prompt_blocks)
+    def kept_blocks(self, prompt_blocks: int, block_size: int) -> int:
+        """``ceil(budget * prompt_blocks)``, but enough blocks for the policy's minimum of tokens.
+
+        Exact for the decimal budget: 0.1 of 10 blocks is 1.
+        """
+        by_budget = math.ceil(Fraction(str(self.budget)) * prompt_blocks)
+        return max(by_budget, -(-self.policy.min_kept_tokens // block_size))
 
     def for_request(self, params: SamplingParams | None) -> KVCompressConfig:
         """These settings with those that a request changes.

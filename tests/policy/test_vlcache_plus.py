@@ -99,15 +99,6 @@ def test_sinks_do_not_rank() -> None:
     assert groups.tolist() == [2, 2] + [0] * 58
 
 
-def test_without_maxima() -> None:
-    policy = VLCachePlusPolicy(maxima_share=0.0)
-    assert not policy.wants_maxima
-    attention = Attention(attention_of().sums)
-    torch.testing.assert_close(
-        policy.token_scores(attention, PROMPT), ranking(attention.sums, 0.55)
-    )
-
-
 def test_inputs_are_not_changed() -> None:
     attention = attention_of()
     copy = attention_of()
@@ -121,7 +112,7 @@ def test_inputs_are_not_changed() -> None:
     ("parameters", "message"),
     [
         ({"shared_maxima": 1.1}, r"shared_maxima must be in \[0, 1\], got 1.1"),
-        ({"maxima_share": -0.1}, r"maxima_share must be in \[0, 1\] or null, got -0.1"),
+        ({"maxima_share": 0.0}, r"maxima_share must be in \(0, 1\] or null, got 0.0"),
         ({"lookahead": -1.0}, "lookahead must be from 0"),
     ],
 )

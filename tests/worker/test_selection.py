@@ -71,7 +71,8 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
         query = torch.randn(TOKENS - first, HEADS, 8, generator=generator)
         key = torch.randn(KV_HEADS, TOKENS, 8, generator=generator)
         observed.add(layer, query, key, first, 0.3, 0.0)
-    kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK))
+    # More would not be evicted (`plan_eviction`).
+    kept_blocks = min(config.kept_blocks(-(-TOKENS // BLOCK), BLOCK), TOKENS // BLOCK)
     choice = select_kept(
         config, observed, observed.dense_entries, PROMPT, HEADS, first, kept_blocks, BLOCK
     )

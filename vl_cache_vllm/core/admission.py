@@ -91,7 +91,7 @@ def plan_eviction(
         one block at every later length.
     """
     num_blocks = cdiv(prompt_tokens, block_size)
-    kept = config.kept_blocks(num_blocks)
+    kept = config.kept_blocks(num_blocks, block_size)
     own_tokens = prompt_tokens if num_prompt_tokens is None else num_prompt_tokens
     skip = None
     if vision_end is None:

@@ -63,6 +63,11 @@ class EvictionPolicy(ABC):
         "0 reserves none. This setting does not remove attention sinks from the ranking: other "
         "tokens that attract attention still rank by their score.",
     )
+    min_kept_tokens: int = setting(
+        0,
+        "Minimum number of tokens of a prompt to keep, whatever the budget is; rounded up to whole "
+        "blocks, so that short prompts keep room for the answer. 0: the budget alone decides.",
+    )
     keep_text: bool = setting(
         False,
         "Keep text tokens before visual tokens, next in priority to sink_tokens. Useful if clients "
@@ -72,6 +77,8 @@ class EvictionPolicy(ABC):
     def __post_init__(self) -> None:
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
+        if self.min_kept_tokens < 0:
+            raise ValueError(f"min_kept_tokens must be at least 0, got {self.min_kept_tokens}")
         if not 0.0 <= self.recent_ratio <= 1.0:
             raise ValueError(f"recent_ratio must be in [0, 1], got {self.recent_ratio}")
         if self.max_observation_tokens is not None and self.max_observation_tokens < 1:

@@ -36,6 +36,7 @@ class VLCachePlusPolicy(VLCachePolicy):
         "Number of tokens at the start of the prompt that are kept, next in priority to the recent "
         "ones, and whose attention does not enter the rankings.",
     )
+    min_kept_tokens: int = with_default(VLCachePolicy, "min_kept_tokens", 64)
     recent_ratio: float = with_default(VLCachePolicy, "recent_ratio", 0.02)
     max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 64)
     uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
@@ -49,22 +50,22 @@ class VLCachePlusPolicy(VLCachePolicy):
     )
     maxima_share: float | None = setting(
         None,
-        "Fraction of the kept tokens, from 0 to 1, that the ranking by the maximum over all "
-        "observed queries chooses; the ranking by the last query chooses the rest. null: the less "
-        "attention the last query pays to visual tokens, the more, from 0.1 to 0.9.",
+        "Fraction of the kept tokens, above 0 and at most 1, that the ranking by the maximum "
+        "over all observed queries chooses; the ranking by the last query chooses the rest. null: "
+        "the less attention the last query pays to visual tokens, the more, from 0.1 to 0.9.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.shared_maxima <= 1.0:
             raise ValueError(f"shared_maxima must be in [0, 1], got {self.shared_maxima}")
-        if self.maxima_share is not None and not 0.0 <= self.maxima_share <= 1.0:
-            raise ValueError(f"maxima_share must be in [0, 1] or null, got {self.maxima_share}")
+        if self.maxima_share is not None and not 0.0 < self.maxima_share <= 1.0:
+            raise ValueError(f"maxima_share must be in (0, 1] or null, got {self.maxima_share}")
 
     @property
     def wants_maxima(self) -> bool:
         """Whether the policy reads `Attention.maxima`."""
-        return self.maxima_share != 0
+        return True
 
     @property
     def summed_queries(self) -> int | None:
@@ -74,16 +75,18 @@ class VLCachePlusPolicy(VLCachePolicy):
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """The ranking by the last query, interleaved with the ranking by the maximum."""
         last = self._without_sinks(attention.sums)
-        scores = self.scores_of(last, self.shared_scores, prompt)
-        if attention.maxima is None:
-            return scores
+        assert attention.maxima is not None
         maxima = self._without_sinks(attention.maxima)
         share: float | torch.Tensor
         if self.maxima_share is None:
             share = self.share_of_maxima(last, maxima, prompt)
         else:
             share = self.maxima_share
-        return interleave(scores, self.scores_of(maxima, self.shared_maxima, prompt), share)
+        return interleave(
+            self.scores_of(last, self.shared_scores, prompt),
+            self.scores_of(maxima, self.shared_maxima, prompt),
+            share,
+        )
 
     @staticmethod
     def share_of_maxima(last: torch.Tensor, maxima: torch.Tensor, prompt: Prompt) -> torch.Tensor:

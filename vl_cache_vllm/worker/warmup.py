@@ -30,6 +30,7 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
     """Settings for the profiling run: evict prompts of any length, write no trace."""
     return dataclasses.replace(
         config,
+        policy=dataclasses.replace(config.policy, min_kept_tokens=0),
         budget=0.5,
         min_prompt_tokens=1,
         trace=TraceConfig(),
@@ -96,7 +97,7 @@ class WarmupEviction:
         self._state = worker.requests.start("warm-up", config, self._starts[0], tokens)
         self._num_blocks = cdiv(tokens, pool.block_size)
         self._kept_blocks = min(
-            max(1, config.kept_blocks(self._num_blocks)), tokens // pool.block_size
+            max(1, config.kept_blocks(self._num_blocks, pool.block_size)), tokens // pool.block_size
         )
         self._others = AttentionStats(
             config, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
