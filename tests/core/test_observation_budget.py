@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from tests.core.test_block_manager import Engine
+from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import Skip
 from vl_cache_vllm.core.observation_budget import (
     ObservationBudget,
@@ -130,8 +131,14 @@ def test_room_of_an_engine() -> None:
         model_config=SimpleNamespace(max_model_len=4096),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
     )
-    layers: Any = [SimpleNamespace(num_kv_heads=8)] * 32
+
+    def layers_of(policy: str) -> Any:
+        settings = KVCompressConfig.from_dict({"policy": policy})
+        return [SimpleNamespace(num_kv_heads=8, kv_compress=settings)] * 32
+
+    layers = layers_of("vlcache")
     assert observation_budget_tokens(config, layers) == 262144
+    assert observation_budget_tokens(config, layers_of("vlcache-plus")) == 131072  # with maxima
     config.scheduler_config.max_num_batched_tokens = 1 << 20
     assert observation_budget_tokens(config, layers) == 4096 + (1 << 20)
     config.device_config.device_type = "cpu"

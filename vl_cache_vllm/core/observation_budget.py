@@ -7,9 +7,12 @@ waiting, and a request that already runs is not evicted.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import AttentionSpec
+
+if TYPE_CHECKING:  # the spec imports the block manager, which imports this
+    from vl_cache_vllm.core.spec import EvictionAttentionSpec
 
 
 class ObservationBudget:
@@ -57,9 +60,9 @@ class ObservationBudget:
 
 
 def observation_budget_tokens(
-    vllm_config: VllmConfig, layers: Sequence[AttentionSpec]
+    vllm_config: VllmConfig, layers: "Sequence[EvictionAttentionSpec]"
 ) -> int | None:
-    """The budget of an engine: as many tokens as 256 MiB of scores are enough for.
+    """The budget of an engine: as many tokens as 256 MiB of sums and maxima are enough for.
 
     It is at least the longest prompt plus one step. None for CPU workers, whose memory vLLM does
     not profile.
@@ -70,7 +73,12 @@ def observation_budget_tokens(
     """
     if vllm_config.device_config.device_type == "cpu":
         return None
-    token_bytes = sum(4 * layer.num_kv_heads for layer in layers)
+    policies = [layer.kv_compress.policy for layer in layers if layer.kv_compress is not None]
+    assert len(policies) == len(layers)
+    token_bytes = sum(
+        4 * (2 if policy.wants_maxima else 1) * layer.num_kv_heads
+        for policy, layer in zip(policies, layers, strict=True)
+    )
     max_model_len = vllm_config.model_config.max_model_len
     least = max_model_len + vllm_config.scheduler_config.max_num_batched_tokens
     return max(least, (256 << 20) // token_bytes)

@@ -11,13 +11,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
+from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_stats, take_reports
 
@@ -35,7 +35,7 @@ class EvictionSchedulerMixin(_Base):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))
         group = self.kv_cache_manager.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
-        assert isinstance(group.kv_cache_spec, AttentionSpec)
+        assert isinstance(group.kv_cache_spec, EvictionAttentionSpec)
         layers = [group.kv_cache_spec] * len(group.layer_names)
         manager.bind(
             self.requests.get,

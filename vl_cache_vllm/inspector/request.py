@@ -148,13 +148,16 @@ def _reason(
     )
     prompt = f"{prompt_tokens} prompt tokens are {plan.prompt_blocks} blocks of {block_size}"
     smaller = f"use a longer prompt, a --block-size below {block_size} or a smaller budget"
+    kept = min(config.kept_blocks(plan.prompt_blocks, block_size), plan.prompt_blocks)
+    minimum = config.policy.min_kept_tokens
+    floor = f" with min_kept_tokens {minimum}" if minimum else ""
     reasons = {
         Skip.TEXT_ONLY: "the prompt has no image: add --image (or --kv-compress-text with a policy "
         "that evicts text)",
         Skip.SHORT_PROMPT: f"the prompt has {prompt_tokens} tokens, fewer than min_prompt_tokens, "
         f"{config.min_prompt_tokens}",
-        Skip.NO_SAVING: f"{prompt}, and a budget of {config.budget} keeps "
-        f"{config.kept_blocks(plan.prompt_blocks)} of them: no block would be freed; {smaller}",
+        Skip.NO_SAVING: f"{prompt}, and a budget of {config.budget}{floor} keeps {kept} of them: "
+        f"no block would be freed; {smaller}",
         Skip.POOL_TOO_SMALL: f"{prompt}, too many for a pool of {blocks}: increase "
         "--kv-cache-memory-bytes",
     }

@@ -4,7 +4,7 @@
 vLLM then leaves enough memory for the largest eviction, whatever the policy is, and the first
 request finds its kernels compiled. Eviction needs, at most:
 
-- scores: 4 bytes per observed prompt token, layer and KV head;
+- scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of one prompt allocate at once;
 - tables: 4 bytes per layer, request and block of the longest sequence.
 """
