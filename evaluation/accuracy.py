@@ -60,6 +60,7 @@ PRETRAINED_DEFAULTS = dict(
     max_model_len=4096,
     max_num_seqs=48,
     kv_cache_mib=4096,
+    max_images=9,
 )
 
 
@@ -70,13 +71,14 @@ class Cell:
     scores: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     retained: list[float] = field(default_factory=list)
+    cached: list[float] = field(default_factory=list)
     kept_answer: list[float] = field(default_factory=list)
     reached_answer: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         score, low, high = interval(self.scores, self.groups)
         result = {"score": score, "low": low, "high": high, "samples": len(self.scores)}
-        for name in ("retained", "kept_answer", "reached_answer"):
+        for name in ("retained", "cached", "kept_answer", "reached_answer"):
             values = getattr(self, name)
             if values:
                 result[name] = sum(values) / len(values)
@@ -179,6 +181,8 @@ def run(
                 cell = results[i][case.cell]
                 cell.scores.append(bench.score(case, output.outputs[0].text))
                 cell.groups.append(case.group)
+                prompt = len(output.prompt_token_ids or [])
+                cell.cached.append((output.num_cached_tokens or 0) / prompt)
                 retained, fractions = kept.get(output.request_id, (1.0, None))
                 cell.retained.append(retained)
                 if fractions is not None:
@@ -458,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.bench == "pretrained":
+    if options.bench != "page-reader":
         parser.set_defaults(**PRETRAINED_DEFAULTS)
         options = parser.parse_args(arguments)
     options.arguments = arguments
@@ -482,11 +486,11 @@ def _bench(
     try:
         for policy in options.policies:
             parse_policy(policy)
-        if options.bench == "pretrained":
+        if options.bench != "page-reader":
             if options.data is not None or options.score is not None or options.model != MODEL:
-                raise ValueError("--bench pretrained has its own model, data and scores")
+                raise ValueError(f"--bench {options.bench} has its own model, data and scores")
             if 1.0 not in options.budgets:
-                raise ValueError("--bench pretrained needs budget 1.0: it chooses the cases")
+                raise ValueError(f"--bench {options.bench} needs budget 1.0: it chooses the cases")
             return PretrainedBench(pretrained_model()), bench_cases(options)
         bench = ImageBench(str(options.model), options.score)
         if options.data is not None:

@@ -2,7 +2,8 @@
 """The benches: cases, how vLLM is asked them, and how the outputs are scored.
 
 `page-reader` asks the embedded page reader about images of pages. `pretrained` asks a pretrained
-language model about pages of prose, which reach it as image embeddings.
+language model about pages of prose, which reach it as image embeddings. `agent` asks the same model
+in conversations that get one more page in each turn.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from evaluation.cases import SPLITS, Case, answer_positions, page_reader_cases
+from evaluation.pretrained.agent import agent_cases
 from evaluation.pretrained.scores import score
 from evaluation.pretrained.tasks import FORMS, PretrainedCase, pretrained_cases
 from evaluation.pretrained.tasks import TASKS as PRETRAINED_TASKS
@@ -102,6 +104,11 @@ def page_tokens(case: PretrainedCase) -> int:
     return len(case.pages[0])
 
 
+def texts_between(case: PretrainedCase) -> Sequence[tuple[int, ...]]:
+    """Token ids after each page but the last one."""
+    return case.between or [()] * (len(case.pages) - 1)
+
+
 class PretrainedBench:
     """Pages of text as image embeddings: rows of the language model's own embedding table.
 
@@ -126,9 +133,11 @@ class PretrainedBench:
 
     def prompt(self, case: PretrainedCase) -> dict[str, Any]:
         """Token ids with one placeholder for each page, and the pages' embeddings."""
-        placeholders = [self._image_token] * len(case.pages)
+        ids = [*case.before, self._image_token]
+        for text in texts_between(case):
+            ids += [*text, self._image_token]
         return {
-            "prompt_token_ids": [*case.before, *placeholders, *case.after],
+            "prompt_token_ids": [*ids, *case.after],
             "multi_modal_data": {"image": [self._embeddings(page) for page in case.pages]},
         }
 
@@ -148,8 +157,10 @@ class PretrainedBench:
         return score(case.task, case.form, text, case.answers)
 
     def answer(self, case: PretrainedCase, output: "RequestOutput", llm: "LLM") -> list[int]:
-        first = len(case.before)
-        return [first + page * page_tokens(case) + index for page, index in case.answer_tokens]
+        first = [len(case.before)]
+        for text in texts_between(case):
+            first.append(first[-1] + page_tokens(case) + len(text))
+        return [first[page] + index for page, index in case.answer_tokens]
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, split: str) -> None:
@@ -160,10 +171,14 @@ def add_case_arguments(parser: argparse.ArgumentParser, split: str) -> None:
         split: default of ``--split``.
     """
     add = parser.add_argument
-    add("--bench", choices=("page-reader", "pretrained"), default="page-reader")
+    add("--bench", choices=("page-reader", "pretrained", "agent"), default="page-reader")
     add("--tasks", nargs="+", help=f"default: all; {_names(TASKS)}, or {_names(PRETRAINED_TASKS)}")
     add("--forms", nargs="+", default=list(FORMS), help="prompts of the pretrained bench")
-    add("--samples", type=int, help="cases per cell; default: 500 per task, pretrained 300")
+    add(
+        "--samples",
+        type=int,
+        help="cases per cell; default: 500; pretrained 300; agent 100",
+    )
     add("--split", choices=SPLITS, default=split, help="tune: to choose settings; test: to report")
 
 
@@ -183,6 +198,8 @@ def bench_cases(options: argparse.Namespace) -> list[Any]:
     from transformers import AutoTokenizer  # slow to import
 
     tokenizer = AutoTokenizer.from_pretrained(pretrained_model())
+    if options.bench == "agent":
+        return agent_cases(tokenizer, options.split, options.samples or 100)
     tasks, count = options.tasks or PRETRAINED_TASKS, options.samples or 300
     cases = pretrained_cases(tokenizer, options.split, tasks, options.forms, count)
     return sorted(cases, key=page_tokens)

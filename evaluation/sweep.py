@@ -153,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     pretrained = options.bench == "pretrained"
+    if options.bench == "agent":
+        parser.error("--bench agent runs through vLLM only: use evaluation.accuracy")
     reader = OfflinePretrained(pretrained_model()) if pretrained else OfflineReader(MODEL)
     results = sweep(reader, tqdm(cases, disable=None), configs, options.block_size)
     full = results["full cache"]

@@ -59,11 +59,11 @@ GRADED_ALIKE = ("copy40", "list")  # in completions, too
 
 
 def score(task: str, form: str, output: str, expected: Sequence[str]) -> float:
-    """Score of an output for a case of `tasks.pretrained_cases`.
+    """Score of an output for a case of `pretrained_cases` or `agent_cases`.
 
     A completion continues the answer's sentence, so it has to begin with the answer. A long answer
     may differ a little, as its score says. A reply in a chat may say more.
     """
-    return (begins if form == "completion" and task not in GRADED_ALIKE else SCORES[task])(
-        output, expected
-    )
+    return (
+        begins if form == "completion" and task not in GRADED_ALIKE else SCORES.get(task, mentions)
+    )(output, expected)

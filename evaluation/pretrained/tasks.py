@@ -217,6 +217,7 @@ class PretrainedCase:
     ``pages`` are the token ids of each page, all equally long. ``before`` and ``after`` are the
     token ids around them. ``group`` is the document; confidence intervals resample groups.
     ``answer_tokens`` are the tokens of the answer in the document as (page, index within the page).
+    ``between`` are the token ids after each page but the last one; empty: none.
     """
 
     task: str
@@ -228,6 +229,7 @@ class PretrainedCase:
     answers: tuple[str, ...]
     max_tokens: int
     answer_tokens: tuple[Place, ...]
+    between: tuple[tuple[int, ...], ...] = ()
 
     @property
     def cell(self) -> str:
@@ -305,7 +307,7 @@ def generate(encode: Encode, split: str, index: int) -> Document:
     for task, count in NUM_QUOTED.items():
         quotations[task] = _quotations(encode, chosen[:count], QUOTE_TOKENS[task], rng)
         chosen = chosen[count:]
-    writer = _Writer(rng, POOLS[split], quotations)
+    writer = Writer(rng, POOLS[split], quotations)
     headings = writer.headings(num_pages) if num_pages > 1 else []
     statements = [
         statement
@@ -314,10 +316,10 @@ def generate(encode: Encode, split: str, index: int) -> Document:
         for statement in writer.statements(task)
     ]
     rng.shuffle(statements)
-    prose = _prose(encode, chosen)
+    prose = prose_of(encode, chosen)
     pages, placed = [], []
     for page in range(num_pages):
-        ids, places = _page(
+        ids, places = page_of(
             encode,
             rng,
             prose,
@@ -353,13 +355,13 @@ def _quotations(
     return found
 
 
-def _prose(encode: Encode, chosen: Iterable[Sequence[str]]) -> deque[list[int]]:
+def prose_of(encode: Encode, chosen: Iterable[Sequence[str]]) -> deque[list[int]]:
     """Token ids of the sentences of paragraphs."""
     sentences = [(PARAGRAPH if i == 0 else " ") + s for p in chosen for i, s in enumerate(p)]
     return deque(encode(s) for s in [sentences[0].lstrip(), *sentences[1:]])
 
 
-def _page(
+def page_of(
     encode: Encode,
     rng: random.Random,
     prose: deque[list[int]],
@@ -407,7 +409,7 @@ def _page(
     return ids, places
 
 
-class _Writer:
+class Writer:
     """Writes statements. No template, name or word of a pool occurs twice in a document."""
 
     def __init__(self, rng: random.Random, pool: Pool, quotations: Mapping[str, list[str]]) -> None:
@@ -438,6 +440,10 @@ class _Writer:
 
     def headings(self, count: int) -> list[Statement]:
         return [self._filled("which") for _ in range(count)]
+
+    def all_statements(self, task: str) -> list[Statement]:
+        """A statement of each template."""
+        return [self._filled(task) for _ in TEMPLATES[task]]
 
     def statements(self, task: str) -> list[Statement]:
         return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
