@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The overhead of eviction: the fraction of prefill and decode steps spent in this package's code.
 
-    python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--budget 0.1 1.0] [--json FILE]
+    python -m benchmarks.overhead [--images 1 2 4 8] [--batch 8] [--budget 0.1 1.0] [--policy NAME]
 
 An image has 1,024 visual tokens, and the observation window has 64 tokens. Each prompt is
 prefilled in one step. With budget 1.0 nothing is evicted. The time includes this package's code in
@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--images", type=int, nargs="+", default=[1, 2, 4, 8], help="images per prompt"
     )
     parser.add_argument("--batch", type=int, default=8, help="in addition to batches of 1")
+    parser.add_argument("--policy", default="vlcache")
     parser.add_argument("--torch", action="store_true", help="use the torch operations")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--stock", action="store_true", help="also measure vLLM without eviction")
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [
             row
             for budget in options.budget
-            for row in measure(model, {"policy": "vlcache", "budget": budget}, options)
+            for row in measure(model, {"policy": options.policy, "budget": budget}, options)
         ]
         stock = measure(model, None, options) if options.stock else []
     for row in rows:

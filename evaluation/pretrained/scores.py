@@ -64,6 +64,6 @@ def score(task: str, form: str, output: str, expected: Sequence[str]) -> float:
     A completion continues the answer's sentence, so it has to begin with the answer. A long answer
     may differ a little, as its score says. A reply in a chat may say more.
     """
-    return (
-        begins if form == "completion" and task not in GRADED_ALIKE else SCORES.get(task, mentions)
-    )(output, expected)
+    if form == "completion" and task not in GRADED_ALIKE:
+        return begins(output, expected)
+    return SCORES.get(task, mentions)(output, expected)
