@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Select the tokens with the highest scores, for every layer and KV head. The specification is
-// vl_cache_vllm/ops/select.py.
+// Select the tokens with the highest scores, for every layer and KV head, and rank them. The
+// specification is vl_cache_vllm/ops/select.py.
 //
 // Each token gets an integer key that is larger the earlier the token is kept. No two keys are
 // equal, since they contain the position: [precedence, 64 bits][score, 32][inverted position, 32].
@@ -12,20 +12,25 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 
 namespace {
 
 typedef unsigned __int128 Wide;
 
-// The key without precedence: the higher score first, then the lower position.
-uint64_t order_key(float score, int64_t position) {
+// An integer in the order of the scores.
+uint32_t ordered(float score) {
   uint32_t bits = 0x7f800000u;  // NaN: the highest score, as in torch
   if (score == score) {
     score += 0.0f;  // -0 becomes 0
     std::memcpy(&bits, &score, sizeof bits);
   }
-  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // integers in the order of the floats
-  return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(position));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The key without precedence: the higher score first, then the lower position.
+uint64_t order_key(float score, int64_t position) {
+  return uint64_t{ordered(score)} << 32 | (0xffffffffu - static_cast<uint32_t>(position));
 }
 
 // Write the positions of the `count` largest keys of the first `candidates` tokens, in increasing
@@ -75,6 +80,38 @@ extern "C" void vlc_select(const float* scores, const int64_t* kept_tokens,
       else
         keep<uint64_t>(plain, candidates, num_tokens, count,
                        reinterpret_cast<uint64_t*>(keys.get()), to);
+    }
+  }
+}
+
+// scores: [rows, num_tokens]
+// ranks: [rows, num_tokens], index of each token in the order of its row
+// A radix sort of the keys with their positions, 11 bits per pass: it keeps equal keys in the order
+// of their positions, and takes a fraction of the time of a sort by comparison.
+extern "C" void vlc_rank(const float* scores, int64_t* ranks, int64_t rows, int64_t num_tokens) {
+  constexpr int kBits = 11, kPasses = 3, kBuckets = 1 << kBits;
+#pragma omp parallel
+  {
+    struct Item {
+      uint32_t key, position;
+    };
+    const std::unique_ptr<Item[]> buffer(new Item[2 * num_tokens]);
+    const std::unique_ptr<int64_t[]> starts(new int64_t[kBuckets]);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      Item *from = buffer.get(), *to = from + num_tokens;
+      for (int64_t i = 0; i < num_tokens; ++i)
+        from[i] = {~ordered(scores[row * num_tokens + i]), static_cast<uint32_t>(i)};
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const auto bucket = [&](Item item) { return item.key >> pass * kBits & (kBuckets - 1); };
+        std::fill_n(starts.get(), kBuckets, 0);
+        for (int64_t i = 0; i < num_tokens; ++i) ++starts[bucket(from[i])];
+        int64_t total = 0;
+        for (int b = 0; b < kBuckets; ++b) total += std::exchange(starts[b], total);
+        for (int64_t i = 0; i < num_tokens; ++i) to[starts[bucket(from[i])]++] = from[i];
+        std::swap(from, to);
+      }
+      for (int64_t i = 0; i < num_tokens; ++i) ranks[row * num_tokens + from[i].position] = i;
     }
   }
 }

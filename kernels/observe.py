@@ -411,7 +411,7 @@ def observe(
         params.softcap,
         **constants,
     )
-    # Without weights or maxima any tensor will do as the argument, since the kernel does not read it.
+    # Without weights or maxima any tensor will do, since the kernel does not read it.
     maxima_of_columns = column_sums if column_maxima is None else column_maxima
     assert maxima_of_columns.stride(1) == 1
     weights = dense_entries if query_weights is None else query_weights.float().contiguous()

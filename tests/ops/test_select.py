@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.ops.select import rank, select, torch_rank
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -133,3 +133,24 @@ def test_equal_precedence_changes_nothing() -> None:
         plain = select(scores, kept, 0.1, 30)
         for layer, count in enumerate(kept.tolist()):
             assert torch.equal(alike[layer, :, :count], plain[layer, :, :count])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 3000])
+def test_rank(tokens: int) -> None:
+    scores = torch.rand(2, 3, tokens, generator=torch.Generator().manual_seed(tokens))
+    scores[0] *= 1e-30
+    scores[1, 0] = (4 * scores[1, 0]).floor()  # many ties
+    scores[1, 1] -= 0.5
+    ranks = rank(scores)
+    assert ranks.dtype == torch.int64
+    assert torch.equal(ranks, torch_rank(scores))
+    for layer in range(2):
+        for head in range(3):
+            row = scores[layer, head].tolist()
+            order = sorted(range(tokens), key=lambda position: (-row[position], position))
+            assert [ranks[layer, head, position].item() for position in order] == [*range(tokens)]
+
+
+def test_rank_of_special_values() -> None:
+    scores = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-45, 0.0])
+    assert rank(scores).tolist() == [2, 3, 0, 5, 1, 4]

@@ -116,7 +116,7 @@ def best(scores: torch.Tensor, k: int) -> set[int]:
 def test_any_cut_is_the_best_of_both(share: float, tokens: int) -> None:
     torch.manual_seed(tokens)
     one, other = torch.rand(2, 1, 1, tokens)
-    merged = interleave(one, other, share)[0, 0]
+    merged = interleave([(one, 1 - share), (other, share)])[0, 0]
     for cut in torch.linspace(0.123, 1.5 * tokens, 100).tolist():
         kept = set((merged >= 1 / cut).nonzero().flatten().tolist())
         first = best(one[0, 0], int(cut * (1 - share)))
@@ -127,7 +127,7 @@ def test_shares() -> None:
     one, other = torch.zeros(2, 1, 1, 1000)
     one[..., :500] = torch.arange(500, 0, -1)
     other[..., 500:] = torch.arange(500, 0, -1)
-    kept = best(interleave(one, other, 0.25)[0, 0], 100)
+    kept = best(interleave([(one, 0.75), (other, 0.25)])[0, 0], 100)
     assert kept == {*range(75), *range(500, 525)}
 
 
@@ -135,18 +135,27 @@ def test_shares() -> None:
 def test_a_share_of_zero_or_one_is_one_ranking(tokens: int) -> None:
     one, other = torch.rand(2, 2, 3, tokens)
     for share, alone in ((0.0, one), (1.0, other)):
-        order = torch.argsort(interleave(one, other, share), descending=True, stable=True)
+        merged = interleave([(one, 1 - share), (other, share)])
+        order = torch.argsort(merged, descending=True, stable=True)
         assert torch.equal(order, torch.argsort(alone, descending=True, stable=True))
 
 
 def test_layers_and_heads_rank_by_themselves() -> None:
     one, other = torch.rand(2, 2, 3, 50)
-    merged = interleave(one, other, 0.4)
+    merged = interleave([(one, 0.6), (other, 0.4)])
     for layer in range(2):
         for head in range(3):
-            row = interleave(
-                one[layer : layer + 1, head : head + 1],
-                other[layer : layer + 1, head : head + 1],
-                0.4,
-            )
+            here = slice(layer, layer + 1), slice(head, head + 1)
+            row = interleave([(one[here], 0.6), (other[here], 0.4)])
             assert torch.equal(merged[layer, head], row[0, 0])
+
+
+def test_any_cut_is_the_best_of_four() -> None:
+    torch.manual_seed(0)
+    shares = (0.1, 0.2, 0.3, 0.4)
+    rankings = [(torch.rand(1, 1, 90), torch.tensor(share).double()) for share in shares]
+    merged = interleave(rankings)[0, 0]
+    for cut in torch.linspace(0.123, 100, 50).tolist():
+        kept = set((merged >= 1 / cut).nonzero().flatten().tolist())
+        tops = (best(rankings[i][0][0, 0], int(cut * shares[i])) for i in range(4))
+        assert kept == set().union(*tops)

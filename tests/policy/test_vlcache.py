@@ -137,7 +137,7 @@ def test_lookahead_ranks_a_share_of_the_tokens() -> None:
     attention = torch.rand(2, 3, 50)
     pooled = scored(VLCachePolicy(pooling=3), attention)
     policy = VLCachePolicy(pooling=3, lookahead=4.0, lookahead_share=0.3)
-    expected = interleave(pooled, look_ahead(pooled, 4.0), 0.3)
+    expected = interleave([(pooled, 0.7), (look_ahead(pooled, 4.0), 0.3)])
     assert torch.equal(scored(policy, attention), expected)
 
 
@@ -149,7 +149,7 @@ def test_short_lookahead_ranks_the_rest() -> None:
         short,
     )
     policy = VLCachePolicy(lookahead=9.0, lookahead_share=0.6, short_lookahead=2.0)
-    expected = interleave(short, look_ahead(attention, 9.0), 0.6)
+    expected = interleave([(short, 0.4), (look_ahead(attention, 9.0), 0.6)])
     assert torch.equal(scored(policy, attention), expected)
 
 

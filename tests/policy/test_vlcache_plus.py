@@ -19,13 +19,15 @@ def attention_of(seed: int = 0, tokens: int = 60) -> Attention:
     return Attention(last, torch.maximum(last, torch.rand(2, 3, tokens, generator=generator) ** 4))
 
 
-def ranking(attention: torch.Tensor, shared: float) -> torch.Tensor:
-    """Token by token: sinks muted, shared over all heads, then two look-aheads."""
+def rankings(
+    attention: torch.Tensor, shared: float, part: float
+) -> list[tuple[torch.Tensor, float]]:
+    """Sinks muted, shared over all heads, then two look-aheads."""
     attention = attention.clone()
     attention[..., 0] = 0
     common = (attention**2).mean((0, 1)).sqrt()
     scores = (1 - shared) * attention + shared * common
-    return interleave(look_ahead(scores, 1.0), look_ahead(scores, 60.0), 0.7)
+    return [(look_ahead(scores, 1.0), 0.3 * part), (look_ahead(scores, 60.0), 0.7 * part)]
 
 
 def test_preset() -> None:
@@ -44,7 +46,8 @@ def test_rankings_are_interleaved(share: float) -> None:
     attention = attention_of()
     assert attention.maxima is not None
     scores = VLCachePlusPolicy(maxima_share=share).token_scores(attention, PROMPT)
-    expected = interleave(ranking(attention.sums, 0.55), ranking(attention.maxima, 0.9), share)
+    of_maxima = rankings(attention.maxima, 0.9, share)
+    expected = interleave(rankings(attention.sums, 0.55, 1 - share) + of_maxima)
     torch.testing.assert_close(scores, expected)
 
 

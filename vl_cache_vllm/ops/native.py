@@ -106,6 +106,14 @@ def _select(
     return positions
 
 
+def _rank(scores: torch.Tensor) -> torch.Tensor:
+    ranks = torch.empty(scores.shape, dtype=torch.int64)
+    num_tokens = scores.shape[-1]
+    rows = scores.numel() // max(1, num_tokens)
+    _call("vlc_rank", scores.float().contiguous(), ranks, rows, num_tokens)
+    return ranks
+
+
 def _compact(
     pages: torch.Tensor,
     key_index: torch.Tensor,
@@ -210,6 +218,10 @@ def _fake_select(
     return scores.new_empty((*scores.shape[:2], max_kept), dtype=torch.int64)
 
 
+def _fake_rank(scores: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(scores, dtype=torch.int64)
+
+
 def _fake_in_place(*args: Any) -> None:
     """An operator that writes its arguments and returns nothing."""
 
@@ -224,6 +236,7 @@ class _Operator:
 _OPERATORS = {
     "observe": _Operator(_observe, ("column_sums", "dense_entries", "column_maxima")),
     "select": _Operator(_select, fake=_fake_select),
+    "rank": _Operator(_rank, fake=_fake_rank),
     "compact": _Operator(_compact, ("pages",)),
     "layer_tables": _Operator(
         _layer_tables, ("out_block_table", "out_seq_lens", "out_slot_mapping")
@@ -271,6 +284,10 @@ def observe(
 
 def select(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.ops.vl_cache.select(*args, **kwargs)
+
+
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ops.vl_cache.rank(scores)
 
 
 def compact(

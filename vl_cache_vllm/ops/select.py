@@ -42,20 +42,29 @@ def select(
     is_recent = position >= (num_tokens - recent)[:, None, None]  # [L, 1, tokens]
     if precedence is not None:
         # Adding an offset to a score would round it, so add the offset to the score's rank.
-        scores = (precedence * num_tokens - rank(scores)).double()
+        scores = (precedence * num_tokens - torch_rank(scores)).double()
     ranked = torch.where(is_recent, torch.inf, scores)
-    kept = rank(ranked) < kept_tokens[:, None, None]
+    kept = torch_rank(ranked) < kept_tokens[:, None, None]
     # One sort puts the kept positions first and keeps each side in increasing order.
     key = torch.where(kept, position, position + num_tokens)
     return key.sort(dim=-1).values[..., :max_kept] % num_tokens
 
 
+@operation
 def rank(scores: torch.Tensor) -> torch.Tensor:
     """Index of each entry in the descending order of the last dimension, int64.
 
     The highest entry has rank 0; of equal entries the lower position comes first. This order
-    defines `select`, so everything that must agree with it uses this function.
+    defines `select`.
+
+    Args:
+        scores: float32 ``[..., tokens]``.
     """
+    return torch_rank(scores)
+
+
+def torch_rank(scores: torch.Tensor) -> torch.Tensor:
+    """`rank` by sorting, for scores of any type."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     ranks = torch.arange(scores.shape[-1], device=scores.device)
     return torch.empty_like(order).scatter_(-1, order, ranks.expand_as(order))

@@ -4,6 +4,7 @@
 Scores are ``[num_layers, num_kv_heads, tokens]`` throughout.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -80,26 +81,24 @@ def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
     return scores
 
 
-def interleave(
-    scores: torch.Tensor, other: torch.Tensor, fraction: float | torch.Tensor
-) -> torch.Tensor:
-    """Scores whose best k tokens are, for every k, the best of two rankings.
+def interleave(rankings: Sequence[tuple[torch.Tensor, float | torch.Tensor]]) -> torch.Tensor:
+    """Scores whose best k tokens are, for every k, the best of several rankings.
 
-    ``fraction`` of the k tokens come from the top of ``other``, the rest from the top of
-    ``scores``. A token at the top of both counts once, and the next ones follow. For example, with
-    fraction 0.5 and the ranks
+    Each ranking contributes its share of the k tokens from its top. A token at the top of several
+    counts once, and the next ones follow. For example, with two rankings of equal shares and the
+    ranks
 
-        scores    0 1 2 3
+        one       0 1 2 3
         other     3 2 0 1
 
     the best two tokens are the first and the third.
 
     Args:
-        scores, other: ties go to the lower position.
-        fraction: from 0 (``scores`` alone) to 1 (``other`` alone).
+        rankings: scores and share of each. Of equal scores the lower position is better. The shares
+            are not negative and add up to 1.
 
     Returns:
         Positive scores that fall like 1 / rank.
     """
-    own_rank, other_rank = rank(scores) + 1, rank(other) + 1
-    return 1.0 / torch.minimum(own_rank / (1.0 - fraction), other_rank / fraction)
+    best = [(rank(scores) + 1) / share for scores, share in rankings]
+    return 1.0 / functools.reduce(torch.minimum, best)

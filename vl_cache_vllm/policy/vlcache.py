@@ -94,9 +94,12 @@ class VLCachePolicy(EvictionPolicy):
 
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention, as in the paper; then the optional steps."""
-        return self.scores_of(attention.sums, self.shared_scores, prompt)
+        rankings = self.rankings(attention.sums, self.shared_scores, prompt)
+        return rankings[0][0] if len(rankings) == 1 else interleave(rankings)
 
-    def scores_of(self, attention: torch.Tensor, shared: float, prompt: Prompt) -> torch.Tensor:
+    def rankings(
+        self, attention: torch.Tensor, shared: float, prompt: Prompt
+    ) -> list[tuple[torch.Tensor, float]]:
         """The optional steps: sharing, pooling and look-ahead.
 
         Args:
@@ -105,7 +108,8 @@ class VLCachePolicy(EvictionPolicy):
             prompt: kinds and positions of the tokens.
 
         Returns:
-            Scores of the same shape.
+            The plain ranking and, if it is on, the look-ahead: scores of the same shape, and the
+            fraction of the kept tokens that they choose.
         """
         scores = attention
         if shared:
@@ -116,9 +120,10 @@ class VLCachePolicy(EvictionPolicy):
         own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         if self.short_lookahead:
             scores = look_ahead(own, self.short_lookahead)
-        if self.lookahead:
-            scores = interleave(scores, look_ahead(own, self.lookahead), self.lookahead_share)
-        return scores
+        if not self.lookahead:
+            return [(scores, 1.0)]
+        share = self.lookahead_share
+        return [(scores, 1.0 - share), (look_ahead(own, self.lookahead), share)]
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""

@@ -82,10 +82,11 @@ class VLCachePlusPolicy(VLCachePolicy):
             share = self.share_of_maxima(last, maxima, prompt)
         else:
             share = self.maxima_share
+        of_last = self.rankings(last, self.shared_scores, prompt)
+        of_maxima = self.rankings(maxima, self.shared_maxima, prompt)
         return interleave(
-            self.scores_of(last, self.shared_scores, prompt),
-            self.scores_of(maxima, self.shared_maxima, prompt),
-            share,
+            [(scores, part * (1.0 - share)) for scores, part in of_last]
+            + [(scores, part * share) for scores, part in of_maxima]
         )
 
     @staticmethod
