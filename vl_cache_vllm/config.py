@@ -138,10 +138,10 @@ class KVCompressConfig:
     def kept_blocks(self, prompt_blocks: int, block_size: int) -> int:
         """``ceil(budget * prompt_blocks)``, but enough blocks for the policy's minimum of tokens.
 
-        Exact for the decimal budget: 0.1 of 10 blocks is 1.
+        Exact for the decimal budget: 0.1 of 10 blocks is 1. At most ``prompt_blocks``.
         """
         by_budget = math.ceil(Fraction(str(self.budget)) * prompt_blocks)
-        return max(by_budget, -(-self.policy.min_kept_tokens // block_size))
+        return min(prompt_blocks, max(by_budget, -(-self.policy.min_kept_tokens // block_size)))
 
     def for_request(self, params: SamplingParams | None) -> KVCompressConfig:
         """These settings with those that a request changes.

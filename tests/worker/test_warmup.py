@@ -92,7 +92,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
     # Whether keys are read out of their pages, and whether there are weights and maxima.
     kinds = [(False, False, False), (True, True, False), (True, False, False)]
     if policy == "vlcache-plus":
-        kinds = [(False, True, True), (True, True, True)]
+        kinds = [(False, True, True), (True, True, True)]  # no elite queries, but diversity
     assert seen == {
         *(("select", has_precedence) for has_precedence in (False, True)),
         *(("observe", kind) for kind in kinds),

@@ -148,7 +148,7 @@ def _reason(
     )
     prompt = f"{prompt_tokens} prompt tokens are {plan.prompt_blocks} blocks of {block_size}"
     smaller = f"use a longer prompt, a --block-size below {block_size} or a smaller budget"
-    kept = min(config.kept_blocks(plan.prompt_blocks, block_size), plan.prompt_blocks)
+    kept = config.kept_blocks(plan.prompt_blocks, block_size)
     minimum = config.policy.min_kept_tokens
     floor = f" with min_kept_tokens {minimum}" if minimum else ""
     reasons = {

@@ -4,7 +4,7 @@
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.select import rank
+from vl_cache_vllm.ops.select import torch_rank
 
 
 @operation
@@ -46,7 +46,7 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     # A layer at its cap must not get another page because of rounding noise. Nine decimals, so
     # that noise does not decide between equal remainders either.
     remainder = torch.where(pages < max_pages, (quota - pages).round(decimals=9), -1.0)
-    return pages + (rank(remainder) < missing)
+    return pages + (torch_rank(remainder) < missing)
 
 
 def check_total_pages(num_layers: int, total_pages: int, max_pages: int) -> None:

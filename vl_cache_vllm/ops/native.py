@@ -10,6 +10,7 @@ operator also has a fake implementation, which returns tensors of the right shap
 import ctypes
 import importlib.machinery
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,23 @@ if TYPE_CHECKING:
     from vl_cache_vllm.ops.observe import AttentionParams
 
 
+INTERFACE = 2
+"""Number of the C functions' signatures, as in csrc/interface.cpp; change both together."""
+
+
 def _load() -> ctypes.CDLL | None:
-    """The library that ``setup.py`` built, or None."""
+    """The library that ``setup.py`` built, or None if there is none with these signatures."""
     package = Path(__file__).parents[1]
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         if (path := package / f"_native{suffix}").exists():
-            return ctypes.CDLL(str(path))  # after torch, so that both share one OpenMP runtime
+            library = ctypes.CDLL(str(path))  # after torch, so that both share one OpenMP runtime
+            if hasattr(library, "vlc_interface") and library.vlc_interface() == INTERFACE:
+                return library
+            warnings.warn(
+                f"{path} was built from other sources, so that the slower torch operations are "
+                "used; build it again: pip install -e .",
+                stacklevel=2,
+            )
     return None
 
 
@@ -107,10 +119,11 @@ def _select(
 
 
 def _rank(scores: torch.Tensor) -> torch.Tensor:
+    assert scores.dtype == torch.float32
     ranks = torch.empty(scores.shape, dtype=torch.int64)
     num_tokens = scores.shape[-1]
     rows = scores.numel() // max(1, num_tokens)
-    _call("vlc_rank", scores.float().contiguous(), ranks, rows, num_tokens)
+    _call("vlc_rank", scores.contiguous(), ranks, rows, num_tokens)
     return ranks
 
 
@@ -219,7 +232,7 @@ def _fake_select(
 
 
 def _fake_rank(scores: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(scores, dtype=torch.int64)
+    return scores.new_empty(scores.shape, dtype=torch.int64)
 
 
 def _fake_in_place(*args: Any) -> None:

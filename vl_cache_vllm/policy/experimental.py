@@ -39,6 +39,11 @@ class ExperimentalOptions:
 
     def check(self, policy: EvictionPolicy) -> None:
         """Raise ValueError if ``policy`` does not bound the queries that elite_window holds."""
+        if self.elite_window and (policy.wants_maxima or policy.summed_queries is not None):
+            raise ValueError(
+                f"experimental.elite_window does not work with {policy.name}, which does not rank "
+                "by the sum over all observed queries"
+            )
         limit = policy.max_observation_tokens
         if self.elite_window and not 1 < (limit or 0) <= MAX_HELD_QUERIES:
             raise ValueError(

@@ -4,9 +4,8 @@
 Scores are ``[num_layers, num_kv_heads, tokens]`` throughout.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
     return scores
 
 
-def interleave(rankings: Sequence[tuple[torch.Tensor, float | torch.Tensor]]) -> torch.Tensor:
+def interleave(rankings: Iterable[tuple[torch.Tensor, float | torch.Tensor]]) -> torch.Tensor:
     """Scores whose best k tokens are, for every k, the best of several rankings.
 
     Each ranking contributes its share of the k tokens from its top. A token at the top of several
@@ -100,5 +99,9 @@ def interleave(rankings: Sequence[tuple[torch.Tensor, float | torch.Tensor]]) ->
     Returns:
         Positive scores that fall like 1 / rank.
     """
-    best = [(rank(scores) + 1) / share for scores, share in rankings]
-    return 1.0 / functools.reduce(torch.minimum, best)
+    best: torch.Tensor | None = None
+    for scores, share in rankings:
+        own = (rank(scores) + 1) / share
+        best = own if best is None else torch.minimum(best, own, out=best)
+    assert best is not None
+    return best.reciprocal_()

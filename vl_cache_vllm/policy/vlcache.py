@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VL-Cache: Tu et al., arXiv 2410.23317 (ICLR 2025)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,11 +96,11 @@ class VLCachePolicy(EvictionPolicy):
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention, as in the paper; then the optional steps."""
         rankings = self.rankings(attention.sums, self.shared_scores, prompt)
-        return rankings[0][0] if len(rankings) == 1 else interleave(rankings)
+        return interleave(rankings) if self.lookahead else next(rankings)[0]
 
     def rankings(
         self, attention: torch.Tensor, shared: float, prompt: Prompt
-    ) -> list[tuple[torch.Tensor, float]]:
+    ) -> Iterator[tuple[torch.Tensor, float]]:
         """The optional steps: sharing, pooling and look-ahead.
 
         Args:
@@ -107,9 +108,9 @@ class VLCachePolicy(EvictionPolicy):
             shared: fraction of a score that all layers and KV heads share.
             prompt: kinds and positions of the tokens.
 
-        Returns:
+        Yields:
             The plain ranking and, if it is on, the look-ahead: scores of the same shape, and the
-            fraction of the kept tokens that they choose.
+            fraction of the kept tokens that they choose. One at a time, to save memory.
         """
         scores = attention
         if shared:
@@ -117,13 +118,12 @@ class VLCachePolicy(EvictionPolicy):
             # evidence than many heads with a little.
             common = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
             scores = torch.lerp(attention, common, shared)
-        own = scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
-        if self.short_lookahead:
-            scores = look_ahead(own, self.short_lookahead)
-        if not self.lookahead:
-            return [(scores, 1.0)]
-        share = self.lookahead_share
-        return [(scores, 1.0 - share), (look_ahead(own, self.lookahead), share)]
+        scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
+        share = self.lookahead_share if self.lookahead else 0.0
+        short = self.short_lookahead
+        yield look_ahead(scores, short) if short else scores, 1.0 - share
+        if self.lookahead:
+            yield look_ahead(scores, self.lookahead), share
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""

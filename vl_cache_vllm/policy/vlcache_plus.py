@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VL-Cache with scores that hold where prompts do not end right before the answer."""
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +35,8 @@ class VLCachePlusPolicy(VLCachePolicy):
     sink_tokens: int = setting(
         1,
         "Number of tokens at the start of the prompt that are kept, next in priority to the recent "
-        "ones, and whose attention does not enter the rankings.",
+        "ones, and whose attention does not enter the rankings. With 0, a first token that is an "
+        "attention sink fills the rankings with the tokens after it.",
     )
     min_kept_tokens: int = with_default(VLCachePolicy, "min_kept_tokens", 64)
     recent_ratio: float = with_default(VLCachePolicy, "recent_ratio", 0.02)
@@ -85,8 +87,10 @@ class VLCachePlusPolicy(VLCachePolicy):
         of_last = self.rankings(last, self.shared_scores, prompt)
         of_maxima = self.rankings(maxima, self.shared_maxima, prompt)
         return interleave(
-            [(scores, part * (1.0 - share)) for scores, part in of_last]
-            + [(scores, part * share) for scores, part in of_maxima]
+            itertools.chain(
+                ((scores, part * (1.0 - share)) for scores, part in of_last),
+                ((scores, part * share) for scores, part in of_maxima),
+            )
         )
 
     @staticmethod

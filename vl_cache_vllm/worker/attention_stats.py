@@ -43,6 +43,7 @@ class AttentionStats:
         self.attention = Attention(sums, torch.zeros_like(sums) if policy.wants_maxima else None)
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self.similarity = torch.zeros_like(sums) if self._options.diversity else None
+        self._last_weights: tuple[tuple[int, int], torch.Tensor] | None = None
         # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
@@ -73,7 +74,7 @@ class AttentionStats:
             assert isinstance(key, torch.Tensor)
             weights = elite_queries(query, key, first_position, params, options.elite_window)
         if self._summed_queries is not None:
-            weights = self._only_last(query, first_position, weights)
+            weights = self._only_last(query.shape[0], first_position)
         maxima = self.attention.maxima
         observe(
             query,
@@ -89,16 +90,16 @@ class AttentionStats:
             assert isinstance(key, torch.Tensor)
             self.similarity[layer] = key_similarity(key[:, :end])
 
-    def _only_last(
-        self, query: torch.Tensor, first_position: int, weights: torch.Tensor | None
-    ) -> torch.Tensor:
-        """``weights``, but 0 for the queries before the last summed ones of the prompt."""
-        assert self._summed_queries is not None
-        num_queries, num_kv_heads = query.shape[0], self.attention.sums.shape[1]
-        if weights is None:
-            weights = torch.ones(num_kv_heads, num_queries, device=query.device)
-        else:
-            weights = weights.float()
-        first = self.tokens - self._summed_queries - first_position
-        weights[:, : max(0, first)] = 0
-        return weights
+    def _only_last(self, num_queries: int, first_position: int) -> torch.Tensor:
+        """Weights of a chunk's queries: 0 before the last summed ones of the prompt, then 1.
+
+        Every layer of a step has the same chunk.
+        """
+        chunk = num_queries, first_position
+        if self._last_weights is None or self._last_weights[0] != chunk:
+            assert self._summed_queries is not None
+            sums = self.attention.sums
+            weights = sums.new_ones(sums.shape[1], num_queries)
+            weights[:, : max(0, self.tokens - self._summed_queries - first_position)] = 0
+            self._last_weights = chunk, weights
+        return self._last_weights[1]

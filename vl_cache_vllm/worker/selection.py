@@ -57,7 +57,10 @@ def select_kept(
     # Query at position t has t + 1 causal entries.
     entries = (prompt.tokens - first_query) * (first_query + 1 + prompt.tokens) // 2
     density = dense_entries.double() / (entries * num_heads)
-    weights = policy.layer_weights(density, config.budget, prompt)
+    budget = config.budget
+    if policy.min_kept_tokens:  # which may keep more than the budget
+        budget = max(budget, min(1.0, kept_blocks * block_size / prompt.tokens))
+    weights = policy.layer_weights(density, budget, prompt)
     kept_pages = apportion(weights, total_pages, full_pages)
     scores = policy.token_scores(observed.attention, prompt)
     if observed.similarity is not None:
