@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about documents of natural prose, for a pretrained language model.
+
+A document consists of paragraphs from ``prose/`` with inserted sentences that it is asked about. It
+is cut into one to four pages of equally many tokens, because vLLM takes only image embeddings of
+equal lengths in one request. If it has several pages, each begins with a heading that names the
+page's number.
+
+A document depends only on its split, its index and the tokenizer.
+"""
+
+import functools
+import random
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from evaluation.pretrained.pools import POOLS, Pool
+
+TASKS = ("fact", "needle", "copy8", "copy40", "list", "which")
+FORMS = ("completion", "chat", "chat-first")
+SPLITS = ("tune", "test")
+
+# Lengths of documents in tokens. With one to four pages, all combinations occur in 20 documents.
+LENGTHS = (600, 1000, 1500, 2000, 3000)
+NUM_PAGES = (1, 2, 3, 4)
+PER_DOCUMENT = {"fact": 2, "needle": 2, "copy8": 2, "copy40": 2, "list": 2, "which": 2}
+# A tenth of a shorter document has fewer tokens than the answers.
+MIN_TOKENS = {"copy40": 1400, "list": 900}
+# The document's prefill is not shared where the question comes first, so it has to be short.
+MAX_TOKENS_FIRST = 1500
+# Tokens that an output may have beyond the answer.
+EXTRA_TOKENS = {"completion": 3, "chat": 24, "chat-first": 24}
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+USER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+PARAGRAPH = "\n\n"
+
+# Paragraphs that the document quotes and does not contain, so that a quotation stands there once.
+NUM_QUOTED = {"copy8": 16, "copy40": 16}
+# Lengths of quotations in tokens.
+QUOTE_TOKENS = {"copy8": (6, 11), "copy40": (36, 44)}
+WORDS = ("roles", "places", "things", "containers", "animals", "titles")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A statement with words to fill in; ``answer`` is the kind of its answer."""
+
+    start: str
+    answer: str
+    end: str
+    question: str
+
+
+TEMPLATES = {
+    "fact": (
+        Template(
+            "The {roles} of the {places} is called ",
+            "name",
+            ".",
+            "What is the {roles} of the {places} called?",
+        ),
+        Template(
+            "The {things} with the blue stripes was made in ",
+            "towns",
+            ".",
+            "Where was the {things} with the blue stripes made?",
+        ),
+        Template(
+            "The owner of the finest {things} is named ",
+            "name",
+            ".",
+            "What is the owner of the finest {things} named?",
+        ),
+        Template(
+            "The road behind the {places} leads to ",
+            "towns",
+            ".",
+            "Where does the road behind the {places} lead?",
+        ),
+        Template(
+            "The chess partner of the {roles} is ",
+            "name",
+            ".",
+            "Who is the chess partner of the {roles}?",
+        ),
+        Template(
+            "The home town of the {animals} is ",
+            "towns",
+            ".",
+            "What is the home town of the {animals}?",
+        ),
+    ),
+    "needle": (
+        Template(
+            "The access code of the {places} is ",
+            "code",
+            ".",
+            "What is the access code of the {places}?",
+        ),
+        Template(
+            "The secret password for the {things} is ",
+            "phrase",
+            ".",
+            "What is the secret password for the {things}?",
+        ),
+        Template(
+            "The code name of the spy in the {places} is ",
+            "phrase",
+            ".",
+            "What is the code name of the spy in the {places}?",
+        ),
+    ),
+    "copy8": (
+        Template(
+            'The sign at the {places} reads: "',
+            "copy8",
+            '."',
+            "What exactly does the sign at the {places} read?",
+        ),
+        Template(
+            'The words carved into the {things} are: "',
+            "copy8",
+            '."',
+            "What are the words carved into the {things}?",
+        ),
+        Template(
+            'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
+        ),
+    ),
+    "copy40": (
+        Template(
+            'The letter found under the {things} says: "',
+            "copy40",
+            '."',
+            "What exactly does the letter found under the {things} say?",
+        ),
+        Template(
+            'The diary of the {roles} says: "',
+            "copy40",
+            '."',
+            "What exactly does the diary of the {roles} say?",
+        ),
+        Template(
+            'The notice on the wall of the {places} says: "',
+            "copy40",
+            '."',
+            "What exactly does the notice on the wall of the {places} say?",
+        ),
+    ),
+    "list": (
+        Template(
+            "The {containers} of the {roles} contains: ",
+            "list",
+            ".",
+            "What does the {containers} of the {roles} contain?",
+        ),
+        Template(
+            "The goods sold at the {places} are: ",
+            "list",
+            ".",
+            "What are the goods sold at the {places}?",
+        ),
+        Template(
+            "The things lying next to the {things} are: ",
+            "list",
+            ".",
+            "What are the things lying next to the {things}?",
+        ),
+    ),
+    "which": (
+        Template("{titles} fills page ", "number", ".\n", "Which page does {titles} fill?"),
+        Template(
+            "You will find {titles} on page ",
+            "number",
+            ".\n",
+            "On which page will you find {titles}?",
+        ),
+        Template(
+            "The subject of {titles} has page ",
+            "number",
+            ".\n",
+            "Which page has the subject of {titles}?",
+        ),
+        Template(
+            "{titles} begins here, at the top of page ",
+            "number",
+            ".\n",
+            "At the top of which page does {titles} begin?",
+        ),
+    ),
+}
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+
+Encode = Callable[[str], list[int]]
+Place = tuple[int, int]  # (page, index within the page)
+
+
+@dataclass(frozen=True)
+class PretrainedCase:
+    """A question about a document.
+
+    ``pages`` are the token ids of each page, all equally long. ``before`` and ``after`` are the
+    token ids around them. ``group`` is the document; confidence intervals resample groups.
+    ``answer_tokens`` are the tokens of the answer in the document as (page, index within the page).
+    """
+
+    task: str
+    form: str
+    group: str
+    pages: tuple[tuple[int, ...], ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    answers: tuple[str, ...]
+    max_tokens: int
+    answer_tokens: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of a document: ``start``, ``answer`` and ``end``, with the question for it."""
+
+    task: str
+    start: str
+    answer: str
+    end: str
+    question: str
+
+    @property
+    def text(self) -> str:
+        return self.start + self.answer + self.end
+
+    def answer_range(self, encode: Encode, lead: str) -> range:
+        """Indices of the answer's tokens in the sentence, which ``lead`` precedes.
+
+        A blank before a word is a part of its token.
+        """
+        first = len(encode((lead + self.start).rstrip()))
+        return range(first, len(encode(lead + self.start + self.answer)))
+
+
+@dataclass(frozen=True)
+class Document:
+    """Pages of equally many token ids, and statements with the places of their answers."""
+
+    name: str
+    pages: tuple[tuple[int, ...], ...]
+    statements: tuple[tuple[Statement, tuple[Place, ...]], ...]
+
+
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """Token ids of a text, which are cached because documents share their sentences."""
+    return functools.cache(functools.partial(tokenizer.encode, add_special_tokens=False))
+
+
+@functools.cache
+def paragraphs(split: str) -> tuple[tuple[str, ...], ...]:
+    """The paragraphs of a split, each as its sentences."""
+    text = (Path(__file__).parent / "prose" / f"{split}.txt").read_text()
+    return tuple(
+        tuple(re.split(r"(?<=[.?!]) ", " ".join(paragraph.split())))
+        for paragraph in text.split(PARAGRAPH)
+        if paragraph.strip()
+    )
+
+
+def document_length(index: int) -> int:
+    """Length of a document in tokens, rounded down to equal pages."""
+    num_pages = NUM_PAGES[index % len(NUM_PAGES)]
+    return LENGTHS[index % len(LENGTHS)] // num_pages * num_pages
+
+
+def generate(encode: Encode, split: str, index: int) -> Document:
+    """The document with an index in a split.
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+    rng = random.Random(f"pretrained/{split}/{index}")
+    num_pages = NUM_PAGES[index % len(NUM_PAGES)]
+    length = document_length(index)
+    chosen = rng.sample(paragraphs(split), len(paragraphs(split)))
+    quotations = {}
+    for task, count in NUM_QUOTED.items():
+        quotations[task] = _quotations(encode, chosen[:count], QUOTE_TOKENS[task], rng)
+        chosen = chosen[count:]
+    writer = _Writer(rng, POOLS[split], quotations)
+    headings = writer.headings(num_pages) if num_pages > 1 else []
+    statements = [
+        statement
+        for task in TASKS
+        if task != "which" and length >= MIN_TOKENS.get(task, 0)
+        for statement in writer.statements(task)
+    ]
+    rng.shuffle(statements)
+    prose = _prose(encode, chosen)
+    pages, placed = [], []
+    for page in range(num_pages):
+        ids, places = _page(
+            encode,
+            rng,
+            prose,
+            headings[page : page + 1],
+            statements[page::num_pages],
+            length // num_pages,
+            PARAGRAPH if page else "",
+        )
+        pages.append(tuple(ids))
+        placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    return Document(f"{split}/{index}", tuple(pages), tuple(placed))
+
+
+def _quotations(
+    encode: Encode, quoted: Iterable[Sequence[str]], tokens: tuple[int, int], rng: random.Random
+) -> list[str]:
+    """At most one quotation from each paragraph: whole sentences, without the last full stop."""
+    found = []
+    for sentences in quoted:
+        runs = [
+            " ".join(sentences[i:j])
+            for i in range(len(sentences))
+            for j in range(i + 1, len(sentences) + 1)
+        ]
+        fitting = [
+            run[:-1]
+            for run in runs
+            if run.endswith(".") and tokens[0] <= len(encode(run[:-1])) <= tokens[1]
+        ]
+        if fitting:
+            found.append(rng.choice(fitting))
+    return found
+
+
+def _prose(encode: Encode, chosen: Iterable[Sequence[str]]) -> deque[list[int]]:
+    """Token ids of the sentences of paragraphs."""
+    sentences = [(PARAGRAPH if i == 0 else " ") + s for p in chosen for i, s in enumerate(p)]
+    return deque(encode(s) for s in [sentences[0].lstrip(), *sentences[1:]])
+
+
+def _page(
+    encode: Encode,
+    rng: random.Random,
+    prose: deque[list[int]],
+    heading: Sequence[Statement],
+    statements: Sequence[Statement],
+    length: int,
+    lead: str,
+) -> tuple[list[int], list[tuple[Statement, range]]]:
+    """One page, which takes its sentences from ``prose``; the next page continues the last one.
+
+    Args:
+        heading: the page's heading, or nothing.
+        statements: sentences to insert.
+        length: number of tokens of the page.
+        lead: text before the heading.
+
+    Returns:
+        Token ids, and the indices of the statements' answers.
+    """
+    ids: list[int] = []
+    places = []
+    for statement in heading:
+        ids += encode(lead + statement.text)
+        places.append((statement, statement.answer_range(encode, lead)))
+    inserted = [encode(" " + s.text) for s in statements]
+    body = []
+    missing = length - len(ids) - sum(map(len, inserted))
+    while missing > 0:
+        sentence = prose.popleft()
+        if len(sentence) > missing:
+            prose.appendleft(sentence[missing:])
+        body.append(sentence[:missing])
+        missing -= len(body[-1])
+    positions = rng.sample(range(1, len(body)), len(statements))
+    for position, sentence in enumerate(body):
+        if position in positions:
+            which = positions.index(position)
+            answer = statements[which].answer_range(encode, " ")
+            places.append(
+                (statements[which], range(len(ids) + answer.start, len(ids) + answer.stop))
+            )
+            ids += inserted[which]
+        ids += sentence
+    assert len(ids) == length, f"a page of {len(ids)} tokens instead of {length}"
+    return ids, places
+
+
+class _Writer:
+    """Writes statements. No template, name or word of a pool occurs twice in a document."""
+
+    def __init__(self, rng: random.Random, pool: Pool, quotations: Mapping[str, list[str]]) -> None:
+        self.rng = rng
+        self.unused = {
+            name: rng.sample(words, len(words))
+            for name, words in vars(pool).items()
+            if isinstance(words, tuple)
+        }
+        self.first_digits = pool.first_digits
+        self.unused |= quotations
+        self.templates = {task: rng.sample(ts, len(ts)) for task, ts in TEMPLATES.items()}
+
+    def _take(self, name: str) -> str:
+        return self.unused[name].pop()
+
+    def _filled(self, task: str, answer: str | None = None) -> Statement:
+        """A statement of the task's next template."""
+        template = self.templates[task].pop()
+        words = {name: self._take(name) for name in WORDS if f"{{{name}}}" in template.start}
+        return Statement(
+            task,
+            template.start.format(**words),
+            self._answer(template.answer) if answer is None else answer,
+            template.end,
+            template.question.format(**words),
+        )
+
+    def headings(self, count: int) -> list[Statement]:
+        """Headings with increasing page numbers of one digit, so that none begins another."""
+        numbers = sorted(self.rng.sample(range(2, 10), count))
+        return [self._filled("which", str(number)) for number in numbers]
+
+    def statements(self, task: str) -> list[Statement]:
+        return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
+
+    def _answer(self, kind: str) -> str:
+        if kind == "name":
+            return f"{self._take('first_names')} {self._take('last_names')}"
+        if kind == "code":
+            return self.rng.choice(self.first_digits) + "".join(self.rng.choices("0123456789", k=4))
+        if kind == "phrase":
+            return f"{self._take('adjectives')} {self._take('animals')}"
+        if kind == "list":
+            *goods, last = [self._take("goods") for _ in range(self.rng.randint(4, 6))]
+            return f"{', '.join(goods)} and {last}"
+        return self._take(kind)
+
+
+def _around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
+    """Token ids before and after the pages."""
+    if form == "completion":
+        return [], encode(PARAGRAPH + statement.start.rstrip())
+    if form == "chat":
+        after = f"\n\nUsing the text above, answer the question: {statement.question}{ASSISTANT}"
+        return encode(f"{USER}Read this text:\n\n"), encode(after)
+    before = f"{USER}Answer the question from the text: {statement.question}\n\n"
+    return encode(before), encode(ASSISTANT)
+
+
+def pretrained_cases(
+    tokenizer: Tokenizer, split: str, tasks: Iterable[str], forms: Iterable[str], count: int
+) -> list[PretrainedCase]:
+    """``count`` cases of each task in each form. Cases of a document and form are consecutive.
+
+    Args:
+        tokenizer: only ``encode`` is called.
+        split: "tune" or "test".
+        tasks: some of `TASKS`.
+        forms: some of `FORMS`.
+        count: cases of each task and form.
+
+    Raises:
+        ValueError: for an unknown split, task or form.
+    """
+    tasks, forms = list(tasks), list(forms)
+    for names, known in ((tasks, TASKS), (forms, FORMS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    encode = encoder(tokenizer)
+    missing = {(task, form): count for task in tasks for form in forms}
+    cases = []
+    index = 0
+    while any(missing.values()):
+        document = generate(encode, split, index)
+        for form in forms:
+            if form == "chat-first" and document_length(index) > MAX_TOKENS_FIRST:
+                continue
+            for task in tasks:
+                asked = [s for s in document.statements if s[0].task == task]
+                for statement, places in asked[: min(PER_DOCUMENT[task], missing[task, form])]:
+                    missing[task, form] -= 1
+                    before, after = _around(encode, form, statement)
+                    cases.append(
+                        PretrainedCase(
+                            task,
+                            form,
+                            document.name,
+                            document.pages,
+                            tuple(before),
+                            tuple(after),
+                            (statement.answer,),
+                            len(encode(statement.answer)) + EXTRA_TOKENS[form],
+                            places,
+                        )
+                    )
+        index += 1
+    return cases
