@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from training.model import Shape
 from training.words.data import MEAN, STD
-from training.words.train import shape_for
+from training.words.train import WordReader, shape_for
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 
@@ -71,6 +71,17 @@ def export(
     weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # readable for other users
+
+
+def load(tower: Path) -> WordReader:
+    """The model that `export` wrote, in float32."""
+    state = {k: v.float() for k, v in load_file(tower / "model.safetensors").items()}
+    conv = state.pop(EMBEDDINGS + "patch_embedding.weight")
+    state[EMBEDDINGS + "patches.weight"] = conv.sum(1).flatten(1)
+    model = WordReader(shape_for(len(state["multi_modal_projector.linear_2.bias"])))
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    assert all("post_layernorm" in name for name in unexpected), unexpected
+    return model.eval()
 
 
 def join(tower: Path, model: Path, out: Path) -> None:
