@@ -5,9 +5,12 @@
     python -m evaluation.accuracy --policies vlcache random vlcache:pooling=31,uniform_mix=0.8 \\
         --budgets 0.05 0.1 1.0 --tasks lookup row
     python -m evaluation.accuracy --model MODEL --data questions.jsonl --score anls
+    python -m evaluation.accuracy --bench pretrained --budgets 0.05 0.1 0.2 1.0
 
-By default the model is the embedded page reader and the data are its held-out pages. Each cell of
-the results contains the mean score with its 95% interval and the fraction of the prompt's KV cache
+By default the model is the embedded page reader and the data are its held-out pages. The bench
+`pretrained` asks a pretrained language model about pages of prose, which reach it as image
+embeddings (`evaluation.pretrained`); its tasks are named task/form. Each cell of the results
+contains the mean score with its 95% interval and the fraction of the prompt's KV cache
 that was kept (`retained`). If the visual tokens of the answer are known, it also contains the kept
 fraction of them: averaged over layers and KV heads (`kept_answer`), and counting tokens kept by any
 KV head of any layer (`reached_answer`).
@@ -16,29 +19,48 @@ KV head of any layer (`reached_answer`).
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.cases import SPLITS, Case, answer_positions, jsonl_cases, page_reader_cases
+from tqdm import tqdm
+
+from evaluation.benches import (
+    MODEL,
+    Bench,
+    ImageBench,
+    PretrainedBench,
+    add_case_arguments,
+    bench_cases,
+    pretrained_model,
+)
+from evaluation.cases import jsonl_cases
 from evaluation.scoring import SCORES, interval
 from testing.cli import make_parser, set_vllm_environment
 from testing.results import to_json, write_report
-from training.pages import TASKS
-from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, KVCompressConfig
 from vl_cache_vllm.policy import POLICIES
 
-MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 DEFAULT_BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 DEFAULT_POLICIES = tuple(POLICIES)
 WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
 # Two observation windows (post-vision queries, last 32 queries) times two kinds of layer budgets
 # (from sparsity, uniform).
 ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")
+# Batches of requests for the engine: their ends leave it partly idle, their traces fill the disk.
+BATCH = 1000
+PRETRAINED_DEFAULTS = dict(
+    budgets=[0.05, 0.1, 0.2, 1.0],
+    dtype="bfloat16",
+    max_model_len=4096,
+    max_num_seqs=48,
+    kv_cache_mib=4096,
+)
 
 
 @dataclass
@@ -86,10 +108,10 @@ def parse_policy(text: str) -> dict[str, Any]:
 
 
 def _engine_arguments(
-    model: str, settings: dict[str, Any] | None, options: argparse.Namespace
+    bench: Bench, settings: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
     arguments: dict[str, Any] = dict(
-        model=model,
+        model=bench.model,
         dtype=options.dtype,
         enforce_eager=True,
         block_size=options.block_size,
@@ -100,88 +122,89 @@ def _engine_arguments(
     )
     if options.max_model_len:
         arguments["max_model_len"] = options.max_model_len
-    return arguments
+    return arguments | bench.engine
 
 
 def run(
-    model: str,
-    cases: Sequence[Case],
+    bench: Bench,
+    cases: Sequence[Any],
     settings: dict[str, Any] | None,
-    budgets: Sequence[float],
+    requests: Sequence[dict[str, Any]],
     options: argparse.Namespace,
-) -> dict[float, dict[str, Cell]]:
-    """Run all cases at all budgets with one engine.
+) -> list[dict[str, Cell]]:
+    """Run all cases with all settings of requests on one engine.
 
-    The budgets of a case follow each other, so that they share the prefill of the pages.
+    The requests of a case follow each other, so that they share the prefill of the pages.
 
     Args:
-        model: path or name.
+        bench: of the cases.
         cases: the questions.
         settings: of KV compression; None stands for vLLM without eviction.
-        budgets: of the requests.
+        requests: ``extra_args`` of the requests for each case; ``[{}]`` without eviction.
         options: of the command line.
 
     Returns:
-        Cells by budget and task.
+        For each of ``requests``, cells by name.
     """
     # vLLM reads environment variables when it is imported, so `measure` sets them first.
     from vllm import SamplingParams
 
-    from testing.engine import read_trace, running_llm
+    from testing.engine import running_llm
 
+    results: list[dict[str, Cell]] = [defaultdict(Cell) for _ in requests]
+    jobs = [(case, i) for case in cases for i in range(len(requests))]
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        trace = folder / "trace.jsonl"
+        trace = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.jsonl"
+        trace.touch()
         if settings is not None:
             settings = settings | {"trace": {"path": str(trace), "positions": True}}
-        llm = stack.enter_context(running_llm(**_engine_arguments(model, settings, options)))
-        jobs = [(case, budget) for case in cases for budget in budgets]
-        outputs = llm.chat(
-            [_conversation(case) for case, _ in jobs],
-            [
+        llm = stack.enter_context(running_llm(**_engine_arguments(bench, settings, options)))
+        progress = tqdm(total=len(jobs), disable=options.quiet or None)
+        for first in range(0, len(jobs), BATCH):
+            batch = jobs[first : first + BATCH]
+            sampling = [
                 SamplingParams(
-                    temperature=0,
-                    max_tokens=case.max_tokens,
-                    extra_args=None if settings is None else {"kv_budget": budget},
+                    temperature=0, max_tokens=case.max_tokens, extra_args=requests[i] or None
                 )
-                for case, budget in jobs
-            ],
-            use_tqdm=not options.quiet,
-            chat_template_content_format="openai",
-        )
-        traces: dict[str, dict[str, Any]] = {}
-        if settings is not None and trace.exists():
-            traces = {key.split("-")[0]: record for key, record in read_trace(trace).items()}
-        image_token = getattr(llm.model_config.hf_config, "image_token_index", None)
-    cells: dict[float, dict[str, Cell]] = {budget: defaultdict(Cell) for budget in budgets}
-    for (case, budget), output in zip(jobs, outputs, strict=True):
-        cell = cells[budget][case.task]
-        name = options.score or ("characters" if case.task == "dump" else "exact")
-        cell.scores.append(SCORES[name](output.outputs[0].text, case.answers))
-        cell.groups.append(case.group)
-        record = traces.get(output.request_id)
-        cell.retained.append(_retained(record))
-        if record is not None and case.answer_cells and image_token is not None:
-            positions = answer_positions(
-                case.answer_cells, output.prompt_token_ids, image_token, len(case.load_images())
-            )
-            kept, reached = _kept_fraction(record, positions)
-            cell.kept_answer.append(kept)
-            cell.reached_answer.append(reached)
-    return cells
+                for case, i in batch
+            ]
+            outputs = bench.outputs(llm, [case for case, _ in batch], sampling)
+            answers = {
+                output.request_id: bench.answer(case, output, llm)
+                for (case, _), output in zip(batch, outputs, strict=True)
+            }
+            kept = dict(_read_kept(trace, answers))
+            os.truncate(trace, 0)  # kept positions of all requests would take gigabytes
+            for (case, i), output in zip(batch, outputs, strict=True):
+                cell = results[i][case.cell]
+                cell.scores.append(bench.score(case, output.outputs[0].text))
+                cell.groups.append(case.group)
+                retained, fractions = kept.get(output.request_id, (1.0, None))
+                cell.retained.append(retained)
+                if fractions is not None:
+                    cell.kept_answer.append(fractions[0])
+                    cell.reached_answer.append(fractions[1])
+            progress.update(len(batch))
+        progress.close()
+    return results
 
 
-def _conversation(case: Case) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [
-        {"type": "image_pil", "image_pil": image} for image in case.load_images()
-    ]
-    content.append({"type": "text", "text": case.question})
-    return [{"role": "user", "content": content}]
+def _read_kept(
+    trace: Path, answers: dict[str, list[int]]
+) -> Iterator[tuple[str, tuple[float, tuple[float, float] | None]]]:
+    """For each evicted request: its id, and the kept fractions of its blocks and of its answer.
 
-
-def _retained(record: dict[str, Any] | None) -> float:
-    """Fraction of a prompt's blocks that was kept; 1 for a request that was not evicted."""
-    return 1.0 if record is None else record["kept_blocks"] / record["prompt_blocks"]
+    Args:
+        trace: the trace file. In it, a random suffix follows the ids of `LLM`.
+        answers: prompt positions of the answers by request id; empty if unknown.
+    """
+    with trace.open() as lines:
+        for line in lines:
+            record = json.loads(line)
+            request_id = record["request_id"].split("-")[0]
+            positions = answers[request_id]
+            kept = _kept_fraction(record, positions) if positions else None
+            yield request_id, (record["kept_blocks"] / record["prompt_blocks"], kept)
 
 
 def _kept_fraction(record: dict[str, Any], positions: Sequence[int]) -> tuple[float, float]:
@@ -197,27 +220,59 @@ def _kept_fraction(record: dict[str, Any], positions: Sequence[int]) -> tuple[fl
     return sum(fractions) / len(fractions), len(found) / len(wanted)
 
 
-def measure(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
-    """Results of all policies: ``{policy: {budget: {task: summary}}}``, the full cache first."""
-    offline = "1" if options.model == MODEL else "0"
+def engines(policies: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Group policies into engines, so that the settings of a policy share the prefill of pages.
+
+    Returns:
+        For each engine its settings, and the ``kv_policy_options`` of each policy's requests.
+        A policy with settings that no request may change has an engine of its own.
+    """
+    result: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for policy in policies:
+        settings = parse_policy(policy)
+        plain = {"policy": settings["policy"]}
+        changes = {key: value for key, value in settings.items() if key != "policy"}
+        config = KVCompressConfig.from_dict(plain)
+        assert config is not None
+        try:
+            config.with_request_settings({REQUEST_OPTIONS: changes})
+        except ValueError:
+            result.append((settings, {policy: {}}))
+            continue
+        shared = next((options for engine, options in result if engine == plain), None)
+        if shared is None:
+            result.append((plain, {policy: changes}))
+        else:
+            shared[policy] = changes
+    return result
+
+
+def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> dict[str, Any]:
+    """Results of all policies: ``{policy: {budget: {cell: summary}}}``, the full cache first."""
+    offline = "1" if options.data is None else "0"
     set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE=offline)
-    results: dict[str, Any] = {}
     budgets = sorted({b for b in options.budgets if b < 1.0})
-    jobs: list[tuple[str, Sequence[float]]] = [("full cache", (1.0,))] * (1.0 in options.budgets)
-    jobs += [(policy, budgets) for policy in options.policies if budgets]
-    for number, (policy, job_budgets) in enumerate(jobs, 1):
-        settings = None if policy == "full cache" else parse_policy(policy)
+    jobs: list[tuple[dict[str, Any] | None, list[tuple[str, float, dict[str, Any]]]]] = []
+    if 1.0 in options.budgets:
+        jobs.append((None, [("full cache", 1.0, {})]))
+    for settings, changes in engines(options.policies) if budgets else []:
+        requests = [
+            (policy, budget, {REQUEST_BUDGET: budget, REQUEST_OPTIONS: change})
+            for policy, change in changes.items()
+            for budget in budgets
+        ]
+        jobs.append((settings, requests))
+    results: dict[str, Any] = {}
+    for number, (settings, requests) in enumerate(jobs, 1):
         began = time.perf_counter()
-        cells = run(str(options.model), cases, settings, job_budgets, options)
-        results[policy] = {
-            str(budget): {task: cell.summary() for task, cell in by_task.items()}
-            for budget, by_task in cells.items()
-        }
-        print(f"[{number}/{len(jobs)}] {policy} ({time.perf_counter() - began:.0f} s)")
-        for budget, by_task in results[policy].items():
-            scores = "  ".join(f"{task} {cell['score']:.3f}" for task, cell in by_task.items())
-            print(f"  {float(budget):>4.0%}: {scores}", flush=True)
-        if options.json:  # after each policy, because a run takes hours
+        measured = run(bench, cases, settings, [extra for *_, extra in requests], options)
+        print(f"[{number}/{len(jobs)}] {time.perf_counter() - began:.0f} s")
+        for (policy, budget, _), cells in zip(requests, measured, strict=True):
+            summaries = {name: cell.summary() for name, cell in cells.items()}
+            results.setdefault(policy, {})[str(budget)] = summaries
+            scores = "  ".join(f"{name} {cell['score']:.3f}" for name, cell in summaries.items())
+            print(f"  {policy} {budget:>4.0%}: {scores}", flush=True)
+        if options.json:  # after each engine, because a run takes hours
             write(options, results)
     return results
 
@@ -341,9 +396,7 @@ def _parser() -> argparse.ArgumentParser:
         help="add the 2x2 ablation: observation windows x layer budgets",
     )
     add("--budgets", nargs="+", type=_budget, default=list(DEFAULT_BUDGETS))
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the page reader")
-    add("--samples", type=int, default=500, help="cases per task of the page reader")
-    add("--split", choices=SPLITS, default="test", help="tune: to choose settings; test: to report")
+    add_case_arguments(parser, split="test")
     add("--model", type=Path, default=MODEL, help="path or name of a model that vLLM serves")
     add("--data", type=Path, help='JSONL of {"images": [...], "question": ..., "answers": [...]}')
     add("--max-tokens", type=int, default=64, help="maximum output tokens for --data")
@@ -375,9 +428,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.bench == "pretrained":
+        parser.set_defaults(**PRETRAINED_DEFAULTS)
+        options = parser.parse_args(arguments)
     options.arguments = arguments
     try:
-        results = merge(options) if options.report else measure(options, _cases(parser, options))
+        results = merge(options) if options.report else measure(options, *_bench(parser, options))
     except ValueError as error:
         if options.report:
             parser.error(str(error))
@@ -387,17 +443,25 @@ def main(arguments: list[str] | None = None) -> None:
         plot(results, options.plot or options.json.with_suffix(".png"))
 
 
-def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+def _bench(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[Bench, Sequence[Any]]:
+    """The bench of the command line with its cases."""
     if options.ablation:
         options.policies += [p for p in ABLATION if p not in options.policies]
     try:
         for policy in options.policies:
             parse_policy(policy)
+        if options.bench == "pretrained":
+            if options.data is not None or options.score is not None or options.model != MODEL:
+                raise ValueError("--bench pretrained has its own model, data and scores")
+            return PretrainedBench(pretrained_model()), bench_cases(options)
+        bench = ImageBench(str(options.model), options.score)
         if options.data is not None:
-            return jsonl_cases(options.data, options.max_tokens)
+            return bench, jsonl_cases(options.data, options.max_tokens)
         if options.model != MODEL:
             raise ValueError("--model needs --data: the built-in tasks are for the page reader")
-        return page_reader_cases(options.split, options.tasks, options.samples)
+        return bench, bench_cases(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -38,6 +38,11 @@ class Case:
     max_tokens: int
     answer_cells: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def cell(self) -> str:
+        """Name of the case's cell in tables of results."""
+        return self.task
+
 
 def _draw(document: Document, seed: int) -> list[Image.Image]:
     return [Image.fromarray(render(p, seed + i)) for i, p in enumerate(document.pages)]

@@ -8,6 +8,7 @@ import pytest
 from vllm import SamplingParams
 
 from evaluation import accuracy, sweep
+from evaluation.benches import ImageBench
 from evaluation.cases import page_reader_cases
 from testing.engine import read_trace, running_llm
 from training.pages import TASKS
@@ -15,6 +16,7 @@ from vl_cache_vllm.config import KVCompressConfig
 
 CASES = 50
 MAX_BYTES = 16 << 20
+BENCH = ImageBench(str(accuracy.MODEL))
 
 
 def options(**changes: object) -> argparse.Namespace:
@@ -33,8 +35,8 @@ def test_size() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_stock_vllm_answers_held_out_lookups(dtype: str) -> None:
     cases = page_reader_cases("test", ["lookup"], CASES)
-    cells = accuracy.run(str(accuracy.MODEL), cases, None, [1.0], options(dtype=dtype))
-    score = cells[1.0]["lookup"].summary()
+    (cells,) = accuracy.run(BENCH, cases, None, [{}], options(dtype=dtype))
+    score = cells["lookup"].summary()
     assert score["samples"] == CASES
     assert score["score"] >= 0.97
     assert score["retained"] == 1.0
@@ -46,7 +48,7 @@ def test_a_tenth_of_the_cache() -> None:
     found = {}
     for policy in ("vlcache-plus", "vlcache", "random"):
         settings = accuracy.parse_policy(policy)
-        cells = accuracy.run(str(accuracy.MODEL), cases, settings, [0.1], options())[0.1]
+        (cells,) = accuracy.run(BENCH, cases, settings, [{"kv_budget": 0.1}], options())
         found[policy] = {task: cell.summary() for task, cell in cells.items()}
         for cell in found[policy].values():
             # 10 % of 13 to 52 blocks, rounded up to whole ones.
@@ -64,17 +66,17 @@ def test_a_tenth_of_the_cache() -> None:
 def test_budgets_of_one_run_are_those_of_runs_of_their_own() -> None:
     cases = page_reader_cases("test", ["lookup", "row"], 6)
     settings = accuracy.parse_policy("snapkv")
-    together = accuracy.run(str(accuracy.MODEL), cases, settings, [0.1, 0.4], options())
-    for budget in (0.1, 0.4):
-        alone = accuracy.run(
-            str(accuracy.MODEL), cases, settings | {"budget": 0.3}, [budget], options()
-        )
-        for task, cell in alone[budget].items():
-            other = together[budget][task]
+    requests = [{"kv_budget": budget} for budget in (0.1, 0.4)]
+    together = accuracy.run(BENCH, cases, settings, requests, options())
+    for request, cells in zip(requests, together, strict=True):
+        (alone,) = accuracy.run(BENCH, cases, settings | {"budget": 0.3}, [request], options())
+        for task, cell in alone.items():
+            other = cells[task]
             assert (cell.scores, cell.retained) == (other.scores, other.retained)
             # Batches of another size round differently: a token here or there.
             assert cell.kept_answer == pytest.approx(other.kept_answer, abs=0.02)
-    assert sum(together[0.1]["row"].retained) < sum(together[0.4]["row"].retained)
+    few, many = (cells["row"].retained for cells in together)
+    assert sum(few) < sum(many)
 
 
 @pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
@@ -82,11 +84,11 @@ def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) ->
     settings = {"policy": policy, "trace": {"path": str(tmp_path / "trace"), "positions": True}}
     cases = page_reader_cases("tune", TASKS, 2)
     arguments = accuracy._engine_arguments(
-        str(accuracy.MODEL), settings, options(dtype="float32", max_num_seqs=1)
+        BENCH, settings, options(dtype="float32", max_num_seqs=1)
     )
     with running_llm(**arguments) as llm:
         llm.chat(
-            [accuracy._conversation(case) for case in cases],
+            [BENCH.conversation(case) for case in cases],
             SamplingParams(temperature=0, max_tokens=4),
             use_tqdm=False,
             chat_template_content_format="openai",

@@ -125,9 +125,10 @@ def test_parse_policy(text: str, settings: dict) -> None:
         (["--policies", "none"], "budget 1.0"),
         (["--budgets", "7"], "7 is not a budget"),
         (["--budgets", "0"], "0 is not a budget"),
-        (["--tasks", "sum"], "invalid choice: 'sum'"),
+        (["--tasks", "sum"], "unknown task(s) sum"),
         (["--model", "some/model"], "--model needs --data"),
         (["--data", "/nowhere.jsonl"], "No such file"),
+        (["--bench", "pretrained", "--score", "anls"], "has its own model, data and scores"),
     ],
 )
 def test_bad_arguments(
@@ -136,6 +137,19 @@ def test_bad_arguments(
     with pytest.raises(SystemExit):
         accuracy.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_settings_of_one_policy_share_an_engine() -> None:
+    pooled, mixed = "vlcache:pooling=3", "vlcache:uniform_mix=1.0,pooling=5"
+    own = "vlcache:pooling=3,min_prompt_tokens=100"  # not for one request
+    assert accuracy.engines([pooled, "random", own, mixed]) == [
+        (
+            {"policy": "vlcache"},
+            {pooled: {"pooling": 3}, mixed: {"uniform_mix": 1.0, "pooling": 5}},
+        ),
+        ({"policy": "random"}, {"random": {}}),
+        ({"policy": "vlcache", "pooling": 3, "min_prompt_tokens": 100}, {own: {}}),
+    ]
 
 
 def test_jsonl(tmp_path: Path) -> None:
