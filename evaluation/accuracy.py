@@ -34,9 +34,11 @@ from evaluation.benches import (
     MODEL,
     Bench,
     ImageBench,
+    PixelBench,
     PretrainedBench,
     add_case_arguments,
     bench_cases,
+    pixel_model,
     pretrained_model,
 )
 from evaluation.cases import jsonl_cases
@@ -428,7 +430,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.bench == "pretrained":
+    if options.bench.startswith("pretrained"):
         parser.set_defaults(**PRETRAINED_DEFAULTS)
         options = parser.parse_args(arguments)
     options.arguments = arguments
@@ -452,9 +454,11 @@ def _bench(
     try:
         for policy in options.policies:
             parse_policy(policy)
-        if options.bench == "pretrained":
+        if options.bench.startswith("pretrained"):
             if options.data is not None or options.score is not None or options.model != MODEL:
-                raise ValueError("--bench pretrained has its own model, data and scores")
+                raise ValueError(f"--bench {options.bench} has its own model, data and scores")
+            if options.bench == "pretrained-pixels":
+                return PixelBench(pixel_model()), bench_cases(options)
             return PretrainedBench(pretrained_model()), bench_cases(options)
         bench = ImageBench(str(options.model), options.score)
         if options.data is not None:

@@ -1,36 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pretrained bench with pictures: its pages as images, and how well the word reader reads them.
-
-    python -m evaluation.pretrained.pixels
-
-A token is read if its embedding is the nearest to the patch's feature.
-"""
+"""The pages of the pretrained bench as images for the word reader."""
 
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import batched, chain
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
+from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from evaluation.pretrained.tasks import PretrainedCase
-from training.words.data import normalised, patches
 from training.words.render import GRID, render
-from training.words.train import WordReader
 
 TOWER = Path(__file__).parents[2] / "models" / "word-reader"
 CELLS = GRID**2
 
 
-def page_images(case: PretrainedCase, tokenizer: PreTrainedTokenizerBase) -> list[Image.Image]:
-    """The tokens of a case's pages as images of 256 cells; the last one may end with blank cells.
+def page_images(pages: Iterable[Iterable[int]], tokenizer: PreTrainedTokenizerBase) -> list[Image]:
+    """The tokens of a document's pages as images of 256 cells; only the last one has blank cells.
 
-    Token i of the pages, one after the other, is therefore visual token i of the prompt.
+    Token i of the pages, counted through all of them, is therefore visual token i.
+
+    Raises:
+        ValueError: if a cell cannot show one of the tokens.
     """
+    ids = list(chain.from_iterable(pages))
+    parts = [ids[i : i + CELLS] for i in range(0, len(ids), CELLS)]
     return [
-        render([tokenizer.decode([i]) for i in ids], zlib.crc32(f"{case.group}/{number}".encode()))
-        for number, ids in enumerate(batched(chain.from_iterable(case.pages), CELLS))
+        render([tokenizer.decode([i]) for i in part], seed=zlib.crc32(repr(part).encode()))
+        for part in parts
     ]

@@ -116,6 +116,11 @@ class Targets:
         products = F.linear(features - self.mean, vectors).float()
         return SHARPNESS * (products - 0.5 * vectors.square().sum(-1))
 
+    def nearest(self, features: Tensor) -> Tensor:
+        """The token whose vector is the nearest to each of the features [patches, width]."""
+        everything = torch.arange(len(self.vectors))
+        return torch.cat([self.logits(f, everything).argmax(-1) for f in features.split(256)])
+
     def losses(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy, mean squared distance, and whether the token is the nearest candidate."""
         some = self._alphabet[torch.randint(len(self._alphabet), (NEGATIVES,))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint is the trained model: joined to a language model, transformers reads pages alike."""
+"""Joined to a language model, the exported tower reads in transformers as it did in training."""
 
 import json
 from pathlib import Path

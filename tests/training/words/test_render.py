@@ -7,8 +7,17 @@ from PIL import Image
 
 from training.words.render import CELL, GRID, STYLES, draw_cell, drawable, render, shown
 
-WORDS = ["The", " keeper", " of", " the", " light", "house", " is", " M", "aren", ".", "\n", " ", "4"]
-WORDS += [" transportation", " responsibilities", "\u201d", " caf\u00e9", "'s", " Page", "aren's"]
+WORDS = ["The", " keeper", " of", " the", " light", "house", " is", " M", "aren", ".", "\n", " "]
+WORDS += [
+    "4",
+    " transportation",
+    " responsibilities",
+    "\u201d",
+    " caf\u00e9",
+    "'s",
+    " Page",
+    "aren's",
+]
 
 
 def cells(image: Image.Image) -> np.ndarray:
