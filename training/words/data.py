@@ -28,7 +28,7 @@ from training.words.render import (
 MEAN, STD = 0.92, 0.2
 CHARACTERS = 128  # ASCII; the last stands for all other characters
 _ZIPF_OFFSET, _ZIPF_EXPONENT = 50, 0.8
-_RANKED, _UNIFORM, _SHORT = 0.5, 0.4, 0.1  # parts of the mixture of tokens
+_RANKED, _UNIFORM, _SHORT = 0.7, 0.2, 0.1  # parts of the mixture of tokens
 _PARTLY_FILLED = 0.15  # fraction of pages that end early
 
 
@@ -50,8 +50,8 @@ class Alphabet:
     """The tokens that cells can show, and how often each occurs in training.
 
     Frequencies need no corpus: a token's number is about its rank in the text that the tokenizer
-    was made from. To half of the tokens, drawn by rank, come tokens drawn uniformly and tokens of
-    one or two characters (digits, letters, punctuation).
+    was made from. Most tokens are drawn by rank; some are drawn uniformly, and some from the tokens
+    of one or two characters (digits, letters, punctuation).
 
     Attributes:
         ids: token ids, int64 [tokens].

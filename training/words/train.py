@@ -29,7 +29,9 @@ from training.words.render import CELL, GRID
 DECAY_SHARE = 0.4  # of the steps, at the end, in which the learning rate falls to zero
 NEGATIVES = 2048  # random tokens that each patch must be told apart from, beside its batch's
 SHARPNESS = 3.0  # of the softmax over squared distances; neighbours in the table are at 4 or more
-DISTANCE_WEIGHT = 0.3
+# Weight of the distance, before and after the decay of the learning rate. A high weight from the
+# beginning keeps all features at the mean embedding.
+DISTANCE_WEIGHTS = 0.1, 1.0
 HINT_WEIGHT = 2.0
 SPACE_WEIGHT = 0.2  # low, because most characters of a cell are spaces
 
@@ -155,14 +157,14 @@ class Trainer:
         self.weight[ord(" ")] = SPACE_WEIGHT
         self.optimizers = build_optimizers(self.model, "muon", lr, self.hint.parameters())
 
-    def step(self, batch: Batch, lr: float) -> dict[str, float]:
+    def step(self, batch: Batch, lr: float, distance_weight: float) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):
             features, states = self.model(normalised(batch.pages))
             tokens = batch.tokens.flatten()
             entropy, distance, right = self.targets.losses(features.flatten(0, 1), tokens)
             spelled = self.hint(states.flatten(0, 1)).float().view(-1, CHARACTERS)
         hint = F.cross_entropy(spelled, self.spelling[tokens].flatten(), self.weight)
-        loss = entropy + DISTANCE_WEIGHT * distance + HINT_WEIGHT * hint
+        loss = entropy + distance_weight * distance + HINT_WEIGHT * hint
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -193,9 +195,19 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
 
+def decay(step: int, steps: int) -> float:
+    """1 until the last part of the training, in which it falls to zero."""
+    return min(1.0, (steps - step) / (DECAY_SHARE * steps))
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """A warm-up, a constant part and a linear decay."""
-    return peak * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY_SHARE * steps))
+    return peak * min(1.0, (step + 1) / WARM_UP, decay(step, steps))
+
+
+def distance_weight(step: int, steps: int) -> float:
+    first, last = DISTANCE_WEIGHTS
+    return last + decay(step, steps) * (first - last)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -219,7 +231,8 @@ def train(options: argparse.Namespace) -> None:
     with (out / "log.jsonl").open("a", buffering=1) as log:
         while step < options.steps:
             lr = learning_rate(step, options.steps, options.lr)
-            for key, value in trainer.step(next(stream), lr).items():
+            weight = distance_weight(step, options.steps)
+            for key, value in trainer.step(next(stream), lr, weight).items():
                 recent[key].append(value)
             step += 1
             if step % options.log_every == 0 or step == options.steps:
@@ -244,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--pages", type=int, default=16, help="pages per batch")
+    parser.add_argument("--pages", type=int, default=12, help="pages per batch")
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=100)
     train(parser.parse_args(arguments))
