@@ -54,7 +54,7 @@ def read_pages(
     seen = features(model, images)[: len(tokens)]
     vectors = targets.vectors[tokens]
     errors = (seen - vectors).square().sum(-1) / (targets.mean - vectors).square().sum(-1)
-    return Reading(tokens, targets.nearest(seen), errors)
+    return Reading(tokens, targets.nearest(seen)[:, 0], errors)
 
 
 def main() -> None:

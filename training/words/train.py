@@ -27,11 +27,13 @@ from training.words.data import CHARACTERS, Alphabet, Batch, Batches, normalised
 from training.words.render import CELL, GRID
 
 DECAY_SHARE = 0.4  # of the steps, at the end, in which the learning rate falls to zero
-NEGATIVES = 2048  # random tokens that each patch must be told apart from, beside its batch's
+# Tokens that each patch must be told apart from, beside its batch's: random ones, and the nearest
+# ones to some patches.
+NEGATIVES, MINED, NEAREST = 1024, 256, 4
 SHARPNESS = 3.0  # of the softmax over squared distances; neighbours in the table are at 4 or more
 # Weight of the distance, before and after the decay of the learning rate. A high weight from the
 # beginning keeps all features at the mean embedding.
-DISTANCE_WEIGHTS = 0.1, 1.0
+DISTANCE_WEIGHTS = 0.25, 1.0
 HINT_WEIGHT = 2.0
 SPACE_WEIGHT = 0.2  # low, because most characters of a cell are spaces
 
@@ -107,26 +109,35 @@ class Targets:
     def __init__(self, table: Tensor, alphabet: Alphabet) -> None:
         self.vectors = torch.cat([table, blank_vector(table)[None]])
         self.mean = self.vectors[alphabet.ids].mean(0)
+        self._centred = (self.vectors - self.mean).bfloat16()
+        self._half_squares = 0.5 * (self.vectors - self.mean).square().sum(-1)
         self._alphabet = torch.from_numpy(alphabet.ids)
 
-    def logits(self, features: Tensor, candidates: Tensor) -> Tensor:
+    def logits(self, features: Tensor, candidates: Tensor | slice) -> Tensor:
         """Sharpness times minus half the squared distance, up to a constant of each row.
 
-        ``features`` are [patches, width] and ``candidates`` are token ids; both may be bfloat16.
+        ``features`` are [patches, width], and ``candidates`` are token ids.
         """
-        vectors = self.vectors[candidates] - self.mean
-        products = F.linear(features - self.mean, vectors).float()
-        return SHARPNESS * (products - 0.5 * vectors.square().sum(-1))
+        centred = (features - self.mean).bfloat16()
+        products = F.linear(centred, self._centred[candidates]).float()
+        return SHARPNESS * (products - self._half_squares[candidates])
 
-    def nearest(self, features: Tensor) -> Tensor:
-        """The token whose vector is the nearest to each of the features [patches, width]."""
-        everything = torch.arange(len(self.vectors))
-        return torch.cat([self.logits(f, everything).argmax(-1) for f in features.split(256)])
+    def nearest(self, features: Tensor, count: int = 1) -> Tensor:
+        """The tokens with the nearest vectors to features [patches, width]: [patches, count]."""
+        parts = [self.logits(f, slice(None)).topk(count).indices for f in features.split(256)]
+        return torch.cat(parts)
 
     def losses(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy, mean squared distance, and whether the token is the nearest candidate."""
+        """Cross-entropy, mean squared distance, and whether the token is the nearest candidate.
+
+        The candidates are the batch's tokens, random tokens, and those that some of the features
+        are nearest to: " the" must be told apart from " th", which is rarely among the others.
+        """
         some = self._alphabet[torch.randint(len(self._alphabet), (NEGATIVES,))]
-        candidates, labels = torch.cat([tokens, some]).unique(return_inverse=True)
+        with torch.no_grad():
+            mined = features[torch.randint(len(features), (MINED,))]
+            near = self.nearest(mined, NEAREST).flatten()
+        candidates, labels = torch.cat([tokens, some, near]).unique(return_inverse=True)
         labels = labels[: len(tokens)]
         logits = self.logits(features, candidates)
         distance = (features.float() - self.vectors[tokens]).square().sum(-1)

@@ -74,9 +74,9 @@ def test_the_nearest_vector_is_read(alphabet: Alphabet) -> None:
     targets = Targets(table, alphabet)
     ids = torch.from_numpy(alphabet.ids)
     noise = 0.05 * torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(targets.nearest(table[ids] + noise), ids)
+    assert torch.equal(targets.nearest(table[ids] + noise)[:, 0], ids)
     entropy, distance, right = targets.losses(table[ids], ids)
-    assert right.all() and distance == 0 and entropy < 0.1
+    assert right.all() and distance < 1e-6 and entropy < 0.1
 
 
 def test_losses_fall(alphabet: Alphabet) -> None:
