@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy train train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained train train-words clean
 
 env: $(STAMP)
 
@@ -67,6 +67,15 @@ soak: env
 
 accuracy: env
 	$(RUN) $(BIN)/python -m evaluation.accuracy --ablation --json benchmarks/results/accuracy.json
+
+# The model is built from the weights of a package. Where the question comes first, no questions share
+# a prefill, so fewer are asked. h2o observes whole prompts, so that its requests share none at all; it
+# would take longer than all other policies together.
+PRETRAINED := $(RUN) $(BIN)/python -m evaluation.accuracy --bench pretrained --policies vlcache vlcache-plus snapkv pyramidkv streamingllm random
+
+accuracy-pretrained: env
+	$(PRETRAINED) --forms completion chat --json benchmarks/results/accuracy-pretrained.json
+	$(PRETRAINED) --forms chat-first --samples 100 --json benchmarks/results/accuracy-pretrained-first.json
 
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.cases import Case
-from evaluation.pretrained.tasks import PretrainedCase, score
+from evaluation.pretrained.scores import score
+from evaluation.pretrained.tasks import PretrainedCase
 from training.data import Encoder, normalised, patches
 from training.model import CHUNK, LanguageModel, Reader, Shape, causal_mask, rotary
 from training.tokenizer import build_tokenizer
@@ -118,7 +119,7 @@ class OfflineModel:
             extended.append((keys, values))
             grouped = q[0].unflatten(0, (-1, group)).flatten(1, 2)  # [KV heads, group * n, size]
             logits = grouped @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
-            logits.unflatten(1, (group, n))[..., -n:] += mask
+            logits.unflatten(1, (group, n))[..., keys.shape[1] - n :] += mask
             attended = torch.softmax(logits, -1) @ values
             x = layer.finish(x, attended.unflatten(1, (group, n)).flatten(0, 1)[None])
         return self.language.norm(x[0]), extended, queries
@@ -236,7 +237,7 @@ class OfflinePretrained(OfflineModel):
         for token in self._greedy(cache, first, case.max_tokens):
             output.append(token)
             text = self.tokenizer.decode(output, skip_special_tokens=True)
-            is_right = score(case, text) == 1.0
+            is_right = score(case.task, case.form, text, case.answers) == 1.0
             if was_right and is_right:  # one token more does not change the answer
                 return output[:-1]
             was_right = is_right

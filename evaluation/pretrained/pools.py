@@ -19,6 +19,7 @@ class Pool:
     adjectives: tuple[str, ...]
     animals: tuple[str, ...]
     titles: tuple[str, ...]
+    colours: tuple[str, ...]
     first_digits: str
 
 
@@ -60,12 +61,13 @@ POOLS = {
             "apples candles nails ribbons walnuts spoons onions buttons soap pears rope honey "
             "plates needles salt gloves paper cheese matches beans"
         ),
-        adjectives=_words("amber silent crooked frozen golden hollow scarlet gentle purple rusty"),
+        adjectives=_words("amber silent crooked frozen golden hollow wooden gentle hidden rusty"),
         animals=_words("falcon otter badger salmon rabbit raven tiger lizard spider camel"),
         titles=_phrases(
             "The Market, The Garden, The Voyage, The Winter, The Bridge, The Kitchen, The Workshop,"
             "The Forest, The Letter, The Music, The Railway, The Island"
         ),
+        colours=_words("red green white pink brown"),
         first_digits="2468",
     ),
     "test": Pool(
@@ -98,14 +100,13 @@ POOLS = {
             "lemons brushes hammers shirts almonds knives carrots coins flour plums wire butter "
             "cups scissors pepper boots ink bread lamps peas"
         ),
-        adjectives=_words(
-            "silver hungry broken burning ancient narrow crimson patient green dusty"
-        ),
+        adjectives=_words("silver hungry broken burning ancient narrow clever patient noisy dusty"),
         animals=_words("eagle beaver wolf trout donkey parrot panther turtle beetle goose"),
         titles=_phrases(
             "The Fair, The Meadow, The Journey, The Summer, The Road, The Cellar, The Studio,"
             "The River, The Diary, The Dance, The Airport, The Mountain"
         ),
+        colours=_words("blue yellow black orange grey"),
         first_digits="3579",
     ),
 }

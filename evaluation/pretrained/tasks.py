@@ -33,7 +33,7 @@ MIN_TOKENS = {"copy40": 1400, "list": 900}
 # The document's prefill is not shared where the question comes first, so it has to be short.
 MAX_TOKENS_FIRST = 1500
 # Tokens that an output may have beyond the answer.
-EXTRA_TOKENS = {"completion": 3, "chat": 24, "chat-first": 24}
+EXTRA_TOKENS = {"completion": 4, "chat": 24, "chat-first": 24}
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 USER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -104,10 +104,10 @@ TEMPLATES = {
             "What is the access code of the {places}?",
         ),
         Template(
-            "The secret password for the {things} is ",
+            "The favourite animal of the {roles} is the ",
             "phrase",
             ".",
-            "What is the secret password for the {things}?",
+            "What is the favourite animal of the {roles}?",
         ),
         Template(
             "The code name of the spy in the {places} is ",
@@ -124,10 +124,10 @@ TEMPLATES = {
             "What exactly does the sign at the {places} read?",
         ),
         Template(
-            'The words carved into the {things} are: "',
+            'The label on the {things} says: "',
             "copy8",
             '."',
-            "What are the words carved into the {things}?",
+            "What exactly does the label on the {things} say?",
         ),
         Template(
             'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
@@ -147,10 +147,10 @@ TEMPLATES = {
             "What exactly does the diary of the {roles} say?",
         ),
         Template(
-            'The notice on the wall of the {places} says: "',
+            'The poster in the {places} announces: "',
             "copy40",
             '."',
-            "What exactly does the notice on the wall of the {places} say?",
+            "What exactly does the poster in the {places} announce?",
         ),
     ),
     "list": (
@@ -161,37 +161,42 @@ TEMPLATES = {
             "What does the {containers} of the {roles} contain?",
         ),
         Template(
-            "The goods sold at the {places} are: ",
+            "The delivery for the {places} contains: ",
             "list",
             ".",
-            "What are the goods sold at the {places}?",
+            "What does the delivery for the {places} contain?",
         ),
         Template(
-            "The things lying next to the {things} are: ",
+            "The parcel under the {things} contains: ",
             "list",
             ".",
-            "What are the things lying next to the {things}?",
+            "What does the parcel under the {things} contain?",
         ),
     ),
     "which": (
-        Template("{titles} fills page ", "number", ".\n", "Which page does {titles} fill?"),
         Template(
-            "You will find {titles} on page ",
-            "number",
+            "The colour of the page with {titles} is ",
+            "colours",
             ".\n",
-            "On which page will you find {titles}?",
+            "What is the colour of the page with {titles}?",
         ),
         Template(
-            "The subject of {titles} has page ",
-            "number",
+            "The mark on the sheet about {titles} is ",
+            "colours",
             ".\n",
-            "Which page has the subject of {titles}?",
+            "What colour is the mark on the sheet about {titles}?",
         ),
         Template(
-            "{titles} begins here, at the top of page ",
-            "number",
+            "The paper used for {titles} is ",
+            "colours",
             ".\n",
-            "At the top of which page does {titles} begin?",
+            "What colour is the paper used for {titles}?",
+        ),
+        Template(
+            "The ribbon around the chapter {titles} is ",
+            "colours",
+            ".\n",
+            "What colour is the ribbon around the chapter {titles}?",
         ),
     ),
 }
@@ -223,6 +228,11 @@ class PretrainedCase:
     answers: tuple[str, ...]
     max_tokens: int
     answer_tokens: tuple[Place, ...]
+
+    @property
+    def cell(self) -> str:
+        """Name of the case's cell in tables of results."""
+        return f"{self.task}/{self.form}"
 
 
 @dataclass(frozen=True)
@@ -318,6 +328,7 @@ def generate(encode: Encode, split: str, index: int) -> Document:
         )
         pages.append(tuple(ids))
         placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    rng.shuffle(placed)  # so that all pages are asked about
     return Document(f"{split}/{index}", tuple(pages), tuple(placed))
 
 
@@ -413,22 +424,20 @@ class _Writer:
     def _take(self, name: str) -> str:
         return self.unused[name].pop()
 
-    def _filled(self, task: str, answer: str | None = None) -> Statement:
+    def _filled(self, task: str) -> Statement:
         """A statement of the task's next template."""
         template = self.templates[task].pop()
         words = {name: self._take(name) for name in WORDS if f"{{{name}}}" in template.start}
         return Statement(
             task,
             template.start.format(**words),
-            self._answer(template.answer) if answer is None else answer,
+            self._answer(template.answer),
             template.end,
             template.question.format(**words),
         )
 
     def headings(self, count: int) -> list[Statement]:
-        """Headings with increasing page numbers of one digit, so that none begins another."""
-        numbers = sorted(self.rng.sample(range(2, 10), count))
-        return [self._filled("which", str(number)) for number in numbers]
+        return [self._filled("which") for _ in range(count)]
 
     def statements(self, task: str) -> list[Statement]:
         return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
