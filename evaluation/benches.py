@@ -180,15 +180,18 @@ class PixelBench(PretrainedBench):
         }
 
 
-def add_case_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+def add_case_arguments(
+    parser: argparse.ArgumentParser, split: str, benches: Sequence[str] = BENCHES
+) -> None:
     """Arguments that choose a bench and its cases.
 
     Args:
         parser: gets the arguments.
         split: default of ``--split``.
+        benches: choices of ``--bench``; the first is the default.
     """
     add = parser.add_argument
-    add("--bench", choices=BENCHES, default=BENCHES[0])
+    add("--bench", choices=benches, default=benches[0])
     add("--tasks", nargs="+", help=f"default: all; {_names(TASKS)}, or {_names(PRETRAINED_TASKS)}")
     add("--forms", nargs="+", default=list(FORMS), help="prompts of the pretrained bench")
     add("--samples", type=int, help="cases per cell; default: 500 per task, pretrained 300")

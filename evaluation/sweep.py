@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="use every combination of these values",
     )
     add("--budget", type=float, default=0.1)
-    add_case_arguments(parser, split="tune")
+    add_case_arguments(parser, split="tune", benches=("page-reader", "pretrained"))
     add("--block-size", type=int, default=32)
     options = parser.parse_args(arguments)
     try:

@@ -27,8 +27,8 @@ from training.words.render import (
 # Image normalisation of the checkpoint's image processor. It maps paper to about zero.
 MEAN, STD = 0.92, 0.2
 CHARACTERS = 128  # ASCII; the last stands for all other characters
-_ZIPF_OFFSET, _ZIPF_EXPONENT = 50, 0.8
-_RANKED, _UNIFORM, _SHORT = 0.7, 0.2, 0.1  # parts of the mixture of tokens
+_ZIPF_OFFSET = 20
+_RANKED, _UNIFORM, _SINGLE = 0.7, 0.15, 0.15  # parts of the mixture of tokens
 _PARTLY_FILLED = 0.15  # fraction of pages that end early
 
 
@@ -50,8 +50,8 @@ class Alphabet:
     """The tokens that cells can show, and how often each occurs in training.
 
     Frequencies need no corpus: a token's number is about its rank in the text that the tokenizer
-    was made from. Most tokens are drawn by rank; some are drawn uniformly, and some from the tokens
-    of one or two characters (digits, letters, punctuation).
+    was made from. Most tokens are drawn by rank (Zipf's law); some are drawn uniformly, and some
+    from the single characters, which have the lowest numbers.
 
     Attributes:
         ids: token ids, int64 [tokens].
@@ -67,12 +67,12 @@ class Alphabet:
         self._texts = {i: text for i, text in texts.items() if drawable(text)}
         self.ids = np.array(list(self._texts))
         self.blank = len(tokenizer)
-        ranked = (self.ids + float(_ZIPF_OFFSET)) ** -_ZIPF_EXPONENT
-        short = np.array([len(text.strip()) <= 2 for text in self._texts.values()])
+        single = np.array([len(text) == 1 for text in self._texts.values()])
+        ranked = ~single / (_ZIPF_OFFSET + np.cumsum(~single))
         self.probabilities = (
             _RANKED * ranked / ranked.sum()
             + _UNIFORM / len(self.ids)
-            + _SHORT * short / short.sum()
+            + _SINGLE * single / single.sum()
         )
         self.spelling = torch.full((self.blank + 1, LINES * WIDE), IGNORED)
         for i, text in [*self._texts.items(), (self.blank, "")]:

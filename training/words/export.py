@@ -92,7 +92,8 @@ def join(tower: Path, model: Path, out: Path) -> None:
         model: a LLaVA checkpoint around the language model that the tower was trained for.
         out: folder of the joint checkpoint.
     """
-    shutil.copytree(model, out, dirs_exist_ok=True)
+    unchanged = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(model, out, ignore=unchanged, dirs_exist_ok=True)
     weights = load_file(model / "model.safetensors")
     language = {k: v for k, v in weights.items() if k.startswith("language_model.")}
     dtype = next(iter(language.values())).dtype

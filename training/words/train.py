@@ -26,7 +26,7 @@ from training.train import WARM_UP, build_optimizers, save
 from training.words.data import CHARACTERS, Alphabet, Batch, Batches, normalised
 from training.words.render import CELL, GRID
 
-DECAY_SHARE = 0.4  # of the steps, at the end, in which the learning rate falls to zero
+DECAY_SHARE = 0.5  # of the steps, at the end, in which the learning rate falls to zero
 # Tokens that each patch must be told apart from, beside its batch's: random ones, and the nearest
 # ones to some patches.
 NEGATIVES, MINED, NEAREST = 1024, 256, 4

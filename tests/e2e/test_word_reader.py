@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped word reader reads pages, and vLLM answers from them as from perfect embeddings."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from evaluation import accuracy
+from evaluation.benches import PixelBench
+from evaluation.pretrained import build_model
+from evaluation.pretrained.pixels import TOWER, page_images
+from evaluation.pretrained.reading import read_pages
+from evaluation.pretrained.tasks import encoder, generate, pretrained_cases
+from testing.engine import greedy, running_llm
+from training.words.data import Alphabet
+from training.words.export import join, load
+from training.words.train import Targets, embedding_table
+
+MAX_BYTES = 16 << 20
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model.build(tmp_path_factory.mktemp("pretrained"))
+
+
+def test_the_checkpoint_is_small_and_without_language_model() -> None:
+    assert sum(file.stat().st_size for file in TOWER.iterdir()) < MAX_BYTES
+    names = load(TOWER).state_dict()
+    assert all(name.startswith(("vision_tower.", "multi_modal_projector.")) for name in names)
+
+
+def test_words_are_read(language_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    targets = Targets(embedding_table(language_model), Alphabet(tokenizer))
+    pages = generate(encoder(tokenizer), "test", 0).pages
+    reading = read_pages(load(TOWER), targets, pages, page_images(pages, tokenizer))
+    assert len(reading.tokens) == sum(map(len, pages)) >= 600
+    assert reading.accuracy >= 0.95
+    assert reading.errors.mean() < 0.3
+
+
+def test_vllm_answers_from_pixels(language_model: Path, tmp_path: Path) -> None:
+    """Most answers are right, and vLLM's features of blank and printed cells are the reader's."""
+    join(TOWER, language_model, tmp_path)
+    bench = PixelBench(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    cases = pretrained_cases(tokenizer, "tune", ["fact", "needle"], ["completion"], 4)
+    parser = accuracy._parser()
+    parser.set_defaults(**accuracy.PRETRAINED_DEFAULTS)
+    options = argparse.Namespace(**vars(parser.parse_args(["--quiet"])))
+    with running_llm(**accuracy._engine_arguments(bench, None, options)) as llm:
+        outputs = bench.outputs(llm, cases, [greedy(12, logprobs=None)] * len(cases))
+        for case, output in zip(cases, outputs, strict=True):
+            first = bench.answer(case, output, llm)[0]
+            assert output.prompt_token_ids[first] == bench._image_token
+        scores = [
+            bench.score(case, o.outputs[0].text) for case, o in zip(cases, outputs, strict=True)
+        ]
+    assert torch.tensor(scores).mean() >= 0.75, scores
