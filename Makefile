@@ -83,7 +83,8 @@ train: env
 
 train-words: env
 	$(BIN)/python -m evaluation.pretrained.build_model build/pretrained
-	$(KEEP) $(RUN) $(BIN)/python -m training.words.train --language-model build/pretrained --out build/word-reader
+	$(BIN)/python -m evaluation.pretrained.vocabulary build/pretrained build/vocabulary.json
+	$(KEEP) $(RUN) $(BIN)/python -m training.words.train --language-model build/pretrained --counts build/vocabulary.json --out build/word-reader
 	$(RUN) $(BIN)/python -m training.words.export build/word-reader models/word-reader
 
 clean:

@@ -21,7 +21,7 @@ from evaluation.benches import pretrained_model
 from evaluation.pretrained.pixels import TOWER, page_images
 from evaluation.pretrained.tasks import SPLITS, encoder, generate
 from testing.cli import make_parser
-from training.words.data import Alphabet, normalised, patches
+from training.words.data import drawable_tokens, normalised, patches
 from training.words.export import load
 from training.words.train import Targets, WordReader, embedding_table
 
@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     language_model = pretrained_model()
     tokenizer = AutoTokenizer.from_pretrained(language_model)
-    targets = Targets(embedding_table(language_model), Alphabet(tokenizer))
+    targets = Targets(embedding_table(language_model), drawable_tokens(tokenizer))
     model = load(options.tower)
     readings = []
     for index in range(options.documents):

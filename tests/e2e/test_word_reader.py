@@ -15,7 +15,7 @@ from evaluation.pretrained.pixels import TOWER, page_images
 from evaluation.pretrained.reading import read_pages
 from evaluation.pretrained.tasks import encoder, generate, pretrained_cases
 from testing.engine import greedy, running_llm
-from training.words.data import Alphabet
+from training.words.data import drawable_tokens
 from training.words.export import join, load
 from training.words.train import Targets, embedding_table
 
@@ -35,7 +35,7 @@ def test_the_checkpoint_is_small_and_without_language_model() -> None:
 
 def test_words_are_read(language_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(language_model)
-    targets = Targets(embedding_table(language_model), Alphabet(tokenizer))
+    targets = Targets(embedding_table(language_model), drawable_tokens(tokenizer))
     pages = generate(encoder(tokenizer), "test", 0).pages
     reading = read_pages(load(TOWER), targets, pages, page_images(pages, tokenizer))
     assert len(reading.tokens) == sum(map(len, pages)) >= 600

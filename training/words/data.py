@@ -2,7 +2,7 @@
 """Pages of random tokens for the training of the word reader."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,8 @@ from training.words.render import (
 MEAN, STD = 0.92, 0.2
 CHARACTERS = 128  # ASCII; the last stands for all other characters
 _ZIPF_OFFSET = 20
-_RANKED, _UNIFORM, _SINGLE = 0.7, 0.15, 0.15  # parts of the mixture of tokens
+_SHARES = 0.75, 0.13, 0.05, 0.07  # of tokens: by root of count, by rank, uniform, characters
+_LIKE_TEXT = 0.25  # fraction of pages
 _PARTLY_FILLED = 0.15  # fraction of pages that end early
 
 
@@ -46,34 +47,39 @@ class Batch:
     tokens: Tensor
 
 
+def drawable_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The texts of the tokens that a cell can show, by token id."""
+    special = set(tokenizer.all_special_ids)
+    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special}
+    return {i: text for i, text in texts.items() if drawable(text)}
+
+
 class Alphabet:
     """The tokens that cells can show, and how often each occurs in training.
 
-    Frequencies need no corpus: a token's number is about its rank in the text that the tokenizer
-    was made from. Most tokens are drawn by rank (Zipf's law); some are drawn uniformly, and some
-    from the single characters, which have the lowest numbers.
+    A quarter of the pages have the tokens of a text, as often as the text has them. In the others
+    they occur by the square roots of their counts, beside tokens that are drawn from all: by rank
+    (Zipf's law; a token's number is about its rank in the text that the tokenizer was made from),
+    uniformly, or from the single characters.
 
     Attributes:
         ids: token ids, int64 [tokens].
-        probabilities: float64 [tokens].
+        probabilities: of a text's pages and of the other pages, float64 [2, tokens].
         blank: what stands for the token of a blank cell: the first number that is not a token id.
         spelling: the characters of each cell, indexed by token, int64 [vocabulary + 1, 15]; -100
             for tokens that are drawn narrower, or cannot be drawn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        special = set(tokenizer.all_special_ids)
-        texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special}
-        self._texts = {i: text for i, text in texts.items() if drawable(text)}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int]) -> None:
+        self._texts = drawable_tokens(tokenizer)
         self.ids = np.array(list(self._texts))
         self.blank = len(tokenizer)
+        counted = np.array([counts.get(i, 0) for i in self._texts], float)
         single = np.array([len(text) == 1 for text in self._texts.values()])
         ranked = ~single / (_ZIPF_OFFSET + np.cumsum(~single))
-        self.probabilities = (
-            _RANKED * ranked / ranked.sum()
-            + _UNIFORM / len(self.ids)
-            + _SINGLE * single / single.sum()
-        )
+        parts = (counted**0.5, ranked, np.ones(len(self.ids)), single)
+        mixed = sum(share * part / part.sum() for share, part in zip(_SHARES, parts, strict=True))
+        self.probabilities = np.stack([counted / counted.sum(), mixed])
         self.spelling = torch.full((self.blank + 1, LINES * WIDE), IGNORED)
         for i, text in [*self._texts.items(), (self.blank, "")]:
             if len(shown(text)) <= LINES * WIDE:
@@ -88,7 +94,8 @@ class Alphabet:
 
     def page(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Grey levels, uint8 [512, 512], and tokens, [256], of a random page."""
-        chosen = rng.choice(len(self.ids), GRID**2, p=self.probabilities)
+        kind = int(rng.random() >= _LIKE_TEXT)
+        chosen = rng.choice(len(self.ids), GRID**2, p=self.probabilities[kind])
         if rng.random() < _PARTLY_FILLED:
             chosen[rng.integers(GRID**2) :] = -1
         cells = self._cells(int(rng.integers(len(STYLES))))[chosen]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the word reader: a vision tower whose features are a language model's input embeddings.
 
-    python -m training.words.train --language-model MODEL --out build/word-reader
+    python -m training.words.train --language-model MODEL --counts FILE --out build/word-reader
 
 MODEL is the language model's checkpoint. It is not trained, and only its embedding table and its
-tokenizer are used. After an interruption the same command continues from the last checkpoint.
-Every batch is new, so that the log is about unseen pages.
+tokenizer are used. FILE maps token ids to their counts in the text that the tower must read. After
+an interruption the same command continues from the last checkpoint. Every batch is new, so that the
+log is about unseen pages.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -104,14 +106,18 @@ class Targets:
     """The vectors that patches must become: the embedding table, and one for blank cells.
 
     A feature is compared with vectors by squared distance, because embeddings differ in length.
+
+    Args:
+        table: the input embeddings, [vocabulary, width].
+        ids: the tokens that occur in pages.
     """
 
-    def __init__(self, table: Tensor, alphabet: Alphabet) -> None:
+    def __init__(self, table: Tensor, ids: Collection[int]) -> None:
         self.vectors = torch.cat([table, blank_vector(table)[None]])
-        self.mean = self.vectors[alphabet.ids].mean(0)
+        self._ids = torch.tensor(list(ids))
+        self.mean = self.vectors[self._ids].mean(0)
         self._centred = (self.vectors - self.mean).bfloat16()
         self._half_squares = 0.5 * (self.vectors - self.mean).square().sum(-1)
-        self._alphabet = torch.from_numpy(alphabet.ids)
 
     def logits(self, features: Tensor, candidates: Tensor | slice) -> Tensor:
         """Sharpness times minus half the squared distance, up to a constant of each row.
@@ -133,7 +139,7 @@ class Targets:
         The candidates are the batch's tokens, random tokens, and those that some of the features
         are nearest to: " the" must be told apart from " th", which is rarely among the others.
         """
-        some = self._alphabet[torch.randint(len(self._alphabet), (NEGATIVES,))]
+        some = self._ids[torch.randint(len(self._ids), (NEGATIVES,))]
         with torch.no_grad():
             mined = features[torch.randint(len(features), (MINED,))]
             near = self.nearest(mined, NEAREST).flatten()
@@ -226,9 +232,10 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    alphabet = Alphabet(AutoTokenizer.from_pretrained(options.language_model))
+    counts = {int(i): count for i, count in json.loads(options.counts.read_text()).items()}
+    alphabet = Alphabet(AutoTokenizer.from_pretrained(options.language_model), counts)
     table = embedding_table(options.language_model)
-    trainer = Trainer(Targets(table, alphabet), alphabet, shape_for(table.shape[1]), options.lr)
+    trainer = Trainer(Targets(table, alphabet.ids), alphabet, shape_for(table.shape[1]), options.lr)
     step, seconds = 0, 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
@@ -261,6 +268,7 @@ def train(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, required=True, help="its checkpoint")
+    parser.add_argument("--counts", type=Path, required=True, help="of tokens in a text, JSON")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the checkpoint and the log"
     )

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from training.words.render import CELL, GRID
 from training.words.train import Targets, Trainer, embedding_table, learning_rate, shape_for, train
 
 WIDTH = 64
+TOKENIZER = build_tokenizer()
+COUNTS = Counter(TOKENIZER("What is the value of K7? K7 names a key.")["input_ids"])
 
 
 @pytest.fixture(scope="module")
 def alphabet() -> Alphabet:
-    return Alphabet(build_tokenizer())
+    return Alphabet(build_tokenizer(), COUNTS)
 
 
 def table_of(alphabet: Alphabet) -> torch.Tensor:
@@ -52,15 +55,22 @@ def test_ink_is_where_the_tokens_are(alphabet: Alphabet) -> None:
 
 
 def test_spelling_is_what_a_cell_shows(alphabet: Alphabet) -> None:
-    tokenizer = build_tokenizer()
-    token = tokenizer(" value")["input_ids"][0]
+    token = TOKENIZER(" value")["input_ids"][0]
     text = "".join(map(chr, alphabet.spelling[token]))
-    assert text.rstrip() == tokenizer.decode([token]).rstrip()
+    assert text.rstrip() == TOKENIZER.decode([token]).rstrip()
     assert set(alphabet.spelling[alphabet.blank].tolist()) == {ord(" ")}
     assert alphabet.spelling.max() < CHARACTERS
-    special = tokenizer.all_special_ids[0]
+    special = TOKENIZER.all_special_ids[0]
     assert special not in alphabet.ids
     assert (alphabet.spelling[special] == IGNORED).all()
+
+
+def test_tokens_of_the_text_are_frequent(alphabet: Alphabet) -> None:
+    text, mixed = alphabet.probabilities
+    assert text.sum() == pytest.approx(1) and mixed.sum() == pytest.approx(1)
+    in_text = np.isin(alphabet.ids, list(COUNTS))
+    assert (text > 0).tolist() == in_text.tolist()
+    assert mixed.min() > 0 and mixed[in_text].sum() >= 0.75
 
 
 def test_patches_are_cells() -> None:
@@ -71,7 +81,7 @@ def test_patches_are_cells() -> None:
 def test_the_nearest_vector_is_read(alphabet: Alphabet) -> None:
     table = table_of(alphabet)
     table[alphabet.ids[0]] *= 3  # has the largest product with many others
-    targets = Targets(table, alphabet)
+    targets = Targets(table, alphabet.ids)
     ids = torch.from_numpy(alphabet.ids)
     noise = 0.05 * torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(1))
     assert torch.equal(targets.nearest(table[ids] + noise)[:, 0], ids)
@@ -82,7 +92,7 @@ def test_the_nearest_vector_is_read(alphabet: Alphabet) -> None:
 def test_losses_fall(alphabet: Alphabet) -> None:
     torch.manual_seed(0)
     small = replace(shape_for(WIDTH), vision_width=64, vision_heads=2, vision_mlp=256)
-    trainer = Trainer(Targets(table_of(alphabet), alphabet), alphabet, small, 1e-2)
+    trainer = Trainer(Targets(table_of(alphabet), alphabet.ids), alphabet, small, 1e-2)
     batch = Batches(alphabet, seed=0, pages=1).batch(0)
     before, *_, after = (trainer.step(batch, 1e-2, 0.1) for _ in range(30))
     assert after["hint"] < 0.5 * before["hint"]
@@ -91,13 +101,15 @@ def test_losses_fall(alphabet: Alphabet) -> None:
 
 def test_an_interrupted_training_continues(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(model)
-    weights = {"language_model.model.embed_tokens.weight": torch.randn(len(tokenizer), WIDTH)}
+    TOKENIZER.save_pretrained(model)
+    weights = {"language_model.model.embed_tokens.weight": torch.randn(len(TOKENIZER), WIDTH)}
     save_file(weights, model / "model.safetensors")
-    assert embedding_table(model).shape == (len(tokenizer), WIDTH)
+    assert embedding_table(model).shape == (len(TOKENIZER), WIDTH)
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps(COUNTS))
     options = argparse.Namespace(
         language_model=model,
+        counts=counts,
         out=tmp_path / "out",
         seed=0,
         threads=1,
