@@ -85,6 +85,7 @@ train-words: env
 	$(BIN)/python -m evaluation.pretrained.build_model build/pretrained
 	$(BIN)/python -m evaluation.pretrained.vocabulary build/pretrained build/vocabulary.json
 	$(KEEP) $(RUN) $(BIN)/python -m training.words.train --language-model build/pretrained --counts build/vocabulary.json --out build/word-reader
+	$(KEEP) $(RUN) $(BIN)/python -m training.words.refine --language-model build/pretrained --counts build/vocabulary.json --out build/word-reader
 	$(RUN) $(BIN)/python -m training.words.export build/word-reader models/word-reader
 
 clean:

@@ -62,6 +62,11 @@ class Alphabet:
     (Zipf's law; a token's number is about its rank in the text that the tokenizer was made from),
     uniformly, or from the single characters.
 
+    Args:
+        tokenizer: of the language model.
+        counts: occurrences of tokens in the text.
+        only_text: leave out all other tokens.
+
     Attributes:
         ids: token ids, int64 [tokens].
         probabilities: of a text's pages and of the other pages, float64 [2, tokens].
@@ -70,8 +75,15 @@ class Alphabet:
             for tokens that are drawn narrower, or cannot be drawn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        counts: Mapping[int, int],
+        only_text: bool = False,
+    ) -> None:
         self._texts = drawable_tokens(tokenizer)
+        if only_text:
+            self._texts = {i: text for i, text in self._texts.items() if i in counts}
         self.ids = np.array(list(self._texts))
         self.blank = len(tokenizer)
         counted = np.array([counts.get(i, 0) for i in self._texts], float)

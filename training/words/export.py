@@ -116,10 +116,10 @@ def join(tower: Path, model: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("training", type=Path, help="output folder of training.words.train")
+    parser.add_argument("training", type=Path, help="output folder of training.words.refine")
     parser.add_argument("out", type=Path, help="folder for tower and projector")
     options = parser.parse_args(arguments)
-    saved = torch.load(options.training / "checkpoint.pt", weights_only=True)
+    saved = torch.load(options.training / "refined.pt", weights_only=True)
     state = saved["trainer"]["model"]
     export(state, shape_for(len(state["multi_modal_projector.linear_2.bias"])), options.out)
     shutil.copyfile(options.training / "log.jsonl", options.out / "training.jsonl")
