@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped word reader reads pages, and vLLM answers from them as from perfect embeddings."""
+"""The shipped word reader reads pages, and vLLM answers from their images."""
 
-import argparse
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from evaluation import accuracy
@@ -44,20 +42,18 @@ def test_words_are_read(language_model: Path) -> None:
 
 
 def test_vllm_answers_from_pixels(language_model: Path, tmp_path: Path) -> None:
-    """Most answers are right, and vLLM's features of blank and printed cells are the reader's."""
+    """The visual tokens are where the bench expects them, and most answers are right."""
     join(TOWER, language_model, tmp_path)
     bench = PixelBench(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    cases = pretrained_cases(tokenizer, "tune", ["fact", "needle"], ["completion"], 4)
+    cases = pretrained_cases(tokenizer, "tune", ["fact", "which"], ["completion"], 8)
     parser = accuracy._parser()
     parser.set_defaults(**accuracy.PRETRAINED_DEFAULTS)
-    options = argparse.Namespace(**vars(parser.parse_args(["--quiet"])))
+    options = parser.parse_args(["--quiet"])
     with running_llm(**accuracy._engine_arguments(bench, None, options)) as llm:
-        outputs = bench.outputs(llm, cases, [greedy(12, logprobs=None)] * len(cases))
-        for case, output in zip(cases, outputs, strict=True):
-            first = bench.answer(case, output, llm)[0]
-            assert output.prompt_token_ids[first] == bench._image_token
-        scores = [
-            bench.score(case, o.outputs[0].text) for case, o in zip(cases, outputs, strict=True)
-        ]
-    assert torch.tensor(scores).mean() >= 0.75, scores
+        outputs = bench.outputs(llm, cases, [greedy(8, logprobs=None)] * len(cases))
+        places = [bench.answer(case, o, llm) for case, o in zip(cases, outputs, strict=True)]
+    for positions, output in zip(places, outputs, strict=True):
+        assert {output.prompt_token_ids[i] for i in positions} == {bench._image_token}
+    scores = [bench.score(case, o.outputs[0].text) for case, o in zip(cases, outputs, strict=True)]
+    assert sum(scores) >= 0.5 * len(scores), scores
