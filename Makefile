@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained train clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained train train-words clean
 
 env: $(STAMP)
 
@@ -80,6 +80,13 @@ accuracy-pretrained: env
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader
 	$(RUN) $(BIN)/python -m training.export build/page-reader models/page-reader
+
+train-words: env
+	$(BIN)/python -m evaluation.pretrained.build_model build/pretrained
+	$(BIN)/python -m evaluation.pretrained.vocabulary build/pretrained build/vocabulary.json
+	$(KEEP) $(RUN) $(BIN)/python -m training.words.train --language-model build/pretrained --counts build/vocabulary.json --out build/word-reader
+	$(KEEP) $(RUN) $(BIN)/python -m training.words.refine --language-model build/pretrained --counts build/vocabulary.json --out build/word-reader
+	$(RUN) $(BIN)/python -m training.words.export build/word-reader models/word-reader
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -34,9 +34,11 @@ from evaluation.benches import (
     MODEL,
     Bench,
     ImageBench,
+    PixelBench,
     PretrainedBench,
     add_case_arguments,
     bench_cases,
+    pixel_model,
     pretrained_model,
 )
 from evaluation.cases import jsonl_cases
@@ -491,6 +493,8 @@ def _bench(
                 raise ValueError(f"--bench {options.bench} has its own model, data and scores")
             if 1.0 not in options.budgets:
                 raise ValueError(f"--bench {options.bench} needs budget 1.0: it chooses the cases")
+            if options.bench == "pretrained-pixels":
+                return PixelBench(pixel_model()), bench_cases(options)
             return PretrainedBench(pretrained_model()), bench_cases(options)
         bench = ImageBench(str(options.model), options.score)
         if options.data is not None:

@@ -2,8 +2,9 @@
 """The benches: cases, how vLLM is asked them, and how the outputs are scored.
 
 `page-reader` asks the embedded page reader about images of pages. `pretrained` asks a pretrained
-language model about pages of prose, which reach it as image embeddings. `agent` asks the same model
-in conversations that get one more page in each turn.
+language model about pages of prose, which reach it as image embeddings. `pretrained-pixels` shows
+it the same pages as images, which the word reader reads. `agent` asks the same model in
+conversations that get one more page in each turn.
 """
 
 import argparse
@@ -14,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from PIL.Image import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from evaluation.cases import SPLITS, Case, answer_positions, page_reader_cases
 from evaluation.pretrained.agent import agent_cases
+from evaluation.pretrained.pixels import TOWER, page_images
 from evaluation.pretrained.scores import score
 from evaluation.pretrained.tasks import FORMS, PretrainedCase, pretrained_cases
 from evaluation.pretrained.tasks import TASKS as PRETRAINED_TASKS
@@ -29,6 +32,8 @@ if TYPE_CHECKING:  # vLLM reads environment variables when it is imported
     from vllm import LLM, RequestOutput, SamplingParams
 
 MODEL = Path(__file__).parent.parent / "models" / "page-reader"
+BENCHES = ("page-reader", "pretrained", "pretrained-pixels", "agent")
+MAX_IMAGES = 12  # of the longest documents, of 3,000 tokens
 
 
 class Bench(Protocol):
@@ -163,15 +168,50 @@ class PretrainedBench:
         return [first[page] + index for page, index in case.answer_tokens]
 
 
-def add_case_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+class PixelBench(PretrainedBench):
+    """The same pages as images, which a vision tower reads: as many images as the tokens fill.
+
+    Args:
+        model: checkpoint that `training.words.export.join` wrote.
+    """
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer  # slow to import
+
+        super().__init__(model)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self.engine = {"limit_mm_per_prompt": {"image": MAX_IMAGES}}
+        self._images = functools.lru_cache(maxsize=16)(self._render)
+
+    def _render(self, pages: tuple[tuple[int, ...], ...]) -> list[Image]:
+        return page_images(pages, self._tokenizer)
+
+    def prompt(self, case: PretrainedCase) -> dict[str, Any]:
+        """Token ids with one placeholder for each image, and the images."""
+        images = self._images(case.pages)
+        placeholders = [self._image_token] * len(images)
+        return {
+            "prompt_token_ids": [*case.before, *placeholders, *case.after],
+            "multi_modal_data": {"image": images},
+        }
+
+    def answer(self, case: PretrainedCase, output: "RequestOutput", llm: "LLM") -> list[int]:
+        first = len(case.before)
+        return [first + page * page_tokens(case) + index for page, index in case.answer_tokens]
+
+
+def add_case_arguments(
+    parser: argparse.ArgumentParser, split: str, benches: Sequence[str] = BENCHES
+) -> None:
     """Arguments that choose a bench and its cases.
 
     Args:
         parser: gets the arguments.
         split: default of ``--split``.
+        benches: choices of ``--bench``; the first is the default.
     """
     add = parser.add_argument
-    add("--bench", choices=("page-reader", "pretrained", "agent"), default="page-reader")
+    add("--bench", choices=benches, default=benches[0])
     add("--tasks", nargs="+", help=f"default: all; {_names(TASKS)}, or {_names(PRETRAINED_TASKS)}")
     add("--forms", nargs="+", default=list(FORMS), help="prompts of the pretrained bench")
     add(
@@ -215,3 +255,18 @@ def pretrained_model() -> Path:
     from evaluation.pretrained.build_model import build  # slow to import
 
     return build()
+
+
+@functools.cache
+def pixel_model() -> Path:
+    """The checkpoint of the pretrained model with the word reader, which is built if necessary.
+
+    Raises:
+        FileNotFoundError: if the package with the language model is not installed.
+    """
+    from training.words.export import join  # slow to import
+
+    model = pretrained_model()
+    out = model.with_name("pretrained-pixels")
+    join(TOWER, model, out)
+    return out

@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="use every combination of these values",
     )
     add("--budget", type=float, default=0.1)
-    add_case_arguments(parser, split="tune")
+    add_case_arguments(parser, split="tune", benches=("page-reader", "pretrained"))
     add("--block-size", type=int, default=32)
     options = parser.parse_args(arguments)
     try:
@@ -153,8 +153,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     pretrained = options.bench == "pretrained"
-    if options.bench == "agent":
-        parser.error("--bench agent runs through vLLM only: use evaluation.accuracy")
     reader = OfflinePretrained(pretrained_model()) if pretrained else OfflineReader(MODEL)
     results = sweep(reader, tqdm(cases, disable=None), configs, options.block_size)
     full = results["full cache"]

@@ -32,7 +32,7 @@ def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
     end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_width,
-        intermediate_size=2 * shape.vision_width,
+        intermediate_size=shape.vision_mlp,
         num_attention_heads=shape.vision_heads,
         num_hidden_layers=shape.vision_layers,
         projection_dim=shape.vision_width,

@@ -29,6 +29,7 @@ class Shape:
     vision_width: int = 128
     vision_layers: int = 2
     vision_heads: int = 4
+    vision_mlp: int = 256
     width: int = 192
     layers: int = 6
     heads: int = 4
@@ -77,8 +78,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.fc1 = _linear(s.vision_width, 2 * s.vision_width, bias=True)
-        self.fc2 = _linear(2 * s.vision_width, s.vision_width, bias=True, gain=0.5)
+        self.fc1 = _linear(s.vision_width, s.vision_mlp, bias=True)
+        self.fc2 = _linear(s.vision_mlp, s.vision_width, bias=True, gain=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,6 +132,27 @@ def learning_rate(
     raise IndexError(step)
 
 
+def build_optimizers(
+    model: torch.nn.Module, name: str, lr: float, others: Iterable[torch.nn.Parameter] = ()
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a model and AdamW for the rest and ``others``, or AdamW for all."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and id(p) not in tables and "lm_head" not in n
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen] + list(others)
+    adam = dict(betas=(0.9, 0.95), weight_decay=0.1)
+    if name == "adamw":
+        return [torch.optim.AdamW([*matrices, *rest], lr=lr, **adam)]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, **adam),
+    ]
+
+
 class Trainer:
     """Model, losses and optimizers.
 
@@ -150,22 +171,7 @@ class Trainer:
         self.hints = torch.nn.ModuleList(
             torch.nn.Linear(shape.width, 2 * shape.vocab) for _ in ("number", "key", "via")
         )
-        matrices = [
-            p
-            for n, p in self.model.named_parameters()
-            if p.ndim == 2 and "embed" not in n and "lm_head" not in n
-        ]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in chosen]
-        others += self.hints.parameters()
-        adam = dict(betas=(0.9, 0.95), weight_decay=0.1)
-        if optimizer == "adamw":
-            self.optimizers = [torch.optim.AdamW([*matrices, *others], lr=lr, **adam)]
-        else:
-            self.optimizers = [
-                torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(others, lr=lr, **adam),
-            ]
+        self.optimizers = build_optimizers(self.model, optimizer, lr, self.hints.parameters())
         self.weight = torch.ones(shape.vocab)
         self.weight[encoder.blank] = BLANK_WEIGHT
 
