@@ -27,7 +27,7 @@ def rankings(
     attention[..., 0] = 0
     common = (attention**2).mean((0, 1)).sqrt()
     scores = (1 - shared) * attention + shared * common
-    return [(look_ahead(scores, 1.0), 0.3 * part), (look_ahead(scores, 60.0), 0.7 * part)]
+    return [(look_ahead(scores, 1.0), 0.25 * part), (look_ahead(scores, 80.0), 0.75 * part)]
 
 
 def test_preset() -> None:

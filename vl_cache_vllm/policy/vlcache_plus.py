@@ -43,8 +43,8 @@ class VLCachePlusPolicy(VLCachePolicy):
     max_observation_tokens: int | None = with_default(VLCachePolicy, "max_observation_tokens", 64)
     uniform_mix: float = with_default(VLCachePolicy, "uniform_mix", 1.0)
     shared_scores: float = with_default(VLCachePolicy, "shared_scores", 0.55)
-    lookahead: float = with_default(VLCachePolicy, "lookahead", 60.0)
-    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.7)
+    lookahead: float = with_default(VLCachePolicy, "lookahead", 80.0)
+    lookahead_share: float = with_default(VLCachePolicy, "lookahead_share", 0.75)
     short_lookahead: float = with_default(VLCachePolicy, "short_lookahead", 1.0)
     shared_maxima: float = setting(
         0.9,
