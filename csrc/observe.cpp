@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Accumulate the attention that each key receives over the observation window, and count dense
-// entries. The specification is vl_cache_vllm/ops/observe.py.
+// Accumulate the attention that each key receives over the observation window, take its maximum, and
+// count dense entries. The specification is vl_cache_vllm/ops/observe.py.
 //
 // A row is one query of one head: row r of a KV head is query r / group and head r % group of the
-// KV head's group. First, transpose the keys into tiles of 32 tokens. Then each task computes 16 rows of one KV head
-// over all tiles, so that its logits fit the second-level cache:
+// KV head's group. First, transpose the keys into tiles of 32 tokens. Then each task computes 16
+// rows of one KV head over all tiles, so that its logits fit the second-level cache:
 //
 //   keys of a KV head      tile 0 | tile 1 | tile 2 | ...    each [head_size][32]
 //   task 0: rows  0-15    [      logits: 16 x width       ]  -> column sums of its thread
 //   task 1: rows 16-31    [                               ]  -> column sums of its thread
 //
-// At the end the column sums of all threads are added up. Threads get tasks in a fixed order, so
+// At the end the column sums of all threads are added up; maxima go the same way. Threads get tasks in a fixed order, so
 // the result depends on the number of threads only, and only by rounding.
 
 #include <omp.h>

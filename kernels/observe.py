@@ -232,10 +232,10 @@ def columns_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     KEYS: tl.constexpr,  # keys of a tile
 ):
-    """Add the attention of all rows to the columns of one key tile, and count dense entries.
+    """Sums and maxima of all rows' attention for the columns of one key tile; count dense entries.
 
-    Grid ``(key tiles, num_kv_heads)``. A column has one owner, so the sums need no atomics and come
-    out identically in every run; the integer count is added atomically.
+    Grid ``(key tiles, num_kv_heads)``. A column has one owner, so it needs no atomics and comes out
+    identically in every run; the integer count is added atomically.
     """
     first_key, kv_head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     position = first_key + tl.arange(0, KEYS)

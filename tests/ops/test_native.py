@@ -109,3 +109,12 @@ def test_what_they_do_not_expect_is_an_error() -> None:
         torch.ops.vl_cache.observe(
             CPU.expand(1, 2, 4), wide, 2, 1.0, 0.01, 0.0, wide[..., 0], wide.sum(), None
         )
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take its arguments for others."""
+    assert native._load() is not None
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    with pytest.warns(UserWarning, match="built from other sources.*build it again"):
+        assert native._load() is None

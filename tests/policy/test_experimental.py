@@ -7,6 +7,7 @@ import pytest
 
 from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.policy.vlcache_plus import VLCachePlusPolicy
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,10 @@ def test_elite_queries_need_a_bounded_window_of_several() -> None:
         ExperimentalOptions().check(VLCachePolicy(max_observation_tokens=bad))
     for good in (2, 512):
         elite.check(VLCachePolicy(max_observation_tokens=good))
+
+
+def test_elite_queries_need_the_sum_over_all_observed_queries() -> None:
+    message = "elite_window does not work with vlcache-plus"
+    with pytest.raises(ValueError, match=message):
+        ExperimentalOptions(elite_window=0.9).check(VLCachePlusPolicy())
+    ExperimentalOptions(diversity=0.5).check(VLCachePlusPolicy())

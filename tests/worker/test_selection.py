@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from vl_cache_vllm.config import KVCompressConfig, _field_types
 from vl_cache_vllm.policy import POLICIES, PatchGrid, Prompt
 from vl_cache_vllm.policy.experimental import ExperimentalOptions
+from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import select_kept
 
@@ -90,3 +91,31 @@ def test_every_parameter_is_tried() -> None:
     for name in POLICIES:
         for annotation in types_of(name).values():
             assert not values(annotation).is_empty
+
+
+def test_layers_divide_what_a_minimum_of_tokens_keeps() -> None:
+    """Not the budget: a budget of 1 % would clip all layers to the minimum of a layer."""
+    seen = []
+
+    class Spy(VLCachePolicy):
+        def layer_weights(self, density, budget, prompt):
+            seen.append(budget)
+            return super().layer_weights(density, budget, prompt)
+
+    for minimum in (0, 4 * BLOCK):
+        config = KVCompressConfig(budget=0.01, policy=Spy(min_kept_tokens=minimum))
+        observed = AttentionStats(config, LAYERS, KV_HEADS, TOKENS, torch.device("cpu"))
+        kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK), BLOCK)
+        assert kept_blocks == max(1, minimum // BLOCK)
+        observed.attention.sums.uniform_()
+        select_kept(
+            config,
+            observed,
+            torch.arange(1, LAYERS + 1),
+            PROMPT,
+            HEADS,
+            TOKENS - 4,
+            kept_blocks,
+            BLOCK,
+        )
+    assert seen == [0.01, 4 * BLOCK / TOKENS]
