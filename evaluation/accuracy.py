@@ -303,7 +303,12 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write the results to ``--json``."""
     split = options.split if options.data is None else str(options.data.name)
     write_report(
-        options.json, "evaluation.accuracy", options.arguments, split=split, results=results
+        options.json,
+        "evaluation.accuracy",
+        options.arguments,
+        bench=options.bench,
+        split=split,
+        results=results,
     )
 
 
@@ -311,11 +316,13 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
     """The merged results of several result files; also written to ``--json``.
 
     Raises:
-        ValueError: if the files belong to different splits or data.
+        ValueError: if the files belong to different benches, splits or data.
     """
     reports = [json.loads(path.read_text()) for path in options.report]
-    if len({report.get("split") for report in reports}) > 1:
-        raise ValueError("--report: the files have different splits or data and cannot be merged")
+    if len({(report.get("bench"), report.get("split")) for report in reports}) > 1:
+        raise ValueError(
+            "--report: the files have different benches, splits or data and cannot be merged"
+        )
     results: dict[str, Any] = {}
     for report in reports:
         for policy, cells in report["results"].items():
@@ -400,7 +407,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
             low, high = ([c[side] for _, c in points] for side in ("low", "high"))
             axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
         if task in full:
-            axis.axhline(full[task]["score"], color="black", ls="--", lw=1, label="full cache")
+            # Policies that were asked fewer cases were asked those that the full cache answers.
+            samples = {
+                c[task]["samples"] for p in results.values() for c in p.values() if task in c
+            }
+            height = full[task]["score"] if len(samples) == 1 else 1.0
+            axis.axhline(height, color="black", ls="--", lw=1, label="full cache")
         axis.set(title=task, xscale="log", xlabel="budget", ylim=(-0.02, 1.02))
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_xticks(budgets)

@@ -75,15 +75,29 @@ def test_serving_numbers() -> None:
     assert f"**{throughput:.2f}x**" in TEXT
 
 
+def mean_of_answered(policy: str, form: str) -> float | None:
+    """Percent of the full cache's right answers that stay right, mean over tasks; None: unknown."""
+    results = load("accuracy-pretrained")["results"]
+    cells = results.get(policy, {}).get("0.1", {})
+    scores = [cell["score"] for name, cell in cells.items() if name.endswith(f"/{form}")]
+    assert len(scores) in (0, 6)
+    return 100 * sum(scores) / 6 if scores else None
+
+
 def test_accuracy_numbers() -> None:
     results = load("accuracy")
-    assert results["split"] == "test"
+    assert results["split"] == load("accuracy-pretrained")["split"] == "test"
     table = [line for line in section("What does it cost?").splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table] == [
-        "", "---", "full cache", "vlcache-plus", "vlcache", "random",
-    ]  # fmt: skip
-    committed = accuracy.markdown(results["results"], 0.1).splitlines()
-    assert [line for line in table if line not in committed] == []
+    expected = accuracy.markdown(results["results"], 0.1).splitlines()
+    committed = {line.split("|")[1].strip(): line for line in expected}
+    rows = [committed["full cache"] + " 100 | 100 |"]
+    for policy in ("vlcache-plus", "vlcache", "random"):
+        row = committed[policy]
+        for form in ("completion", "chat"):
+            mean = mean_of_answered(policy, form)
+            row += " - |" if mean is None else f" {mean:.1f} |"
+        rows.append(row)
+    assert table[2:] == rows
     full = results["results"]["full cache"]["1.0"]
     tenth = results["results"]["vlcache-plus"]["0.1"]
     loss = max(100 * (full[task]["score"] - tenth[task]["score"]) for task in full)

@@ -230,7 +230,7 @@ def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixtu
         (tmp_path / split).write_text(json.dumps({"split": split, "results": {}}))
     with pytest.raises(SystemExit):
         accuracy.main(["--report", str(tmp_path / "tune"), str(tmp_path / "test")])
-    assert "different splits" in capsys.readouterr().err
+    assert "different benches, splits or data" in capsys.readouterr().err
 
 
 def test_the_document_has_the_committed_numbers() -> None:
