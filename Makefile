@@ -76,6 +76,7 @@ PRETRAINED := $(RUN) $(BIN)/python -m evaluation.accuracy --bench pretrained --p
 accuracy-pretrained: env
 	$(PRETRAINED) --forms completion chat --json benchmarks/results/accuracy-pretrained.json
 	$(PRETRAINED) --forms chat-first --samples 100 --json benchmarks/results/accuracy-pretrained-first.json
+	$(RUN) $(BIN)/python -m evaluation.accuracy --bench agent --policies vlcache vlcache-plus --json benchmarks/results/accuracy-agent.json
 
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader
