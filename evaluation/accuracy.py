@@ -392,12 +392,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     tasks = list(next(iter(next(iter(results.values())).values())))
-    figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(3.2 * len(tasks), 3.4), sharey=True, squeeze=False
+    columns = min(6, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(3.2 * columns, 3.4 * rows), sharey=True, squeeze=False
     )
+    axes = panels.flatten()
+    for unused in axes[len(tasks) :]:
+        unused.set_axis_off()
     full = results.get("full cache", {}).get("1.0", {})
     budgets = sorted({float(b) for p, cells in results.items() if p != "full cache" for b in cells})
-    for axis, task in zip(axes[0], tasks, strict=True):
+    for axis, task in zip(axes[: len(tasks)], tasks, strict=True):
         for policy, cells in results.items():
             if policy == "full cache":
                 continue
@@ -418,8 +423,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(budgets)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("score")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0].set_ylabel("score")
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False)
     figure.tight_layout(rect=(0, 0.09 + 0.06 * ((len(labels) - 1) // 4), 1, 1))
     figure.savefig(path, dpi=120)

@@ -57,11 +57,11 @@ def is_sound(config: KVCompressConfig) -> None:
         elif value is not None and defaults[key] is not None:
             assert type(value) is type(defaults[key]), key
         else:
-            assert type(value) in (type(None), int, str), key
+            assert type(value) in (type(None), int, float, str), key
     assert KVCompressConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config and hash(copy) == hash(config)
-    assert all(1 <= config.kept_blocks(n) <= n for n in (1, 2, 7, 1000))
+    assert all(1 <= config.kept_blocks(n, 16) <= n for n in (1, 2, 7, 1000))
     for first, tokens in ((0, 9), (4, 9), (8, 9)):
         assert 0 <= config.policy.observation_start(first, tokens) < tokens
 

@@ -235,8 +235,19 @@ def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_document_has_the_committed_numbers() -> None:
     root = Path(__file__).parents[2]
-    report = json.loads((root / "benchmarks/results/accuracy.json").read_text())
-    assert accuracy.markdown(report["results"], 0.1) in (root / "docs/accuracy.md").read_text()
+    text = (root / "docs/accuracy.md").read_text()
+    for name in ("accuracy", "accuracy-pretrained", "accuracy-agent"):
+        report = json.loads((root / f"benchmarks/results/{name}.json").read_text())
+        assert accuracy.markdown(report["results"], 0.1) in text
+    results = json.loads((root / "benchmarks/results/accuracy-pretrained.json").read_text())[
+        "results"
+    ]
+    short = ("fact/chat", "needle/chat", "copy8/chat", "which/chat")
+    for budget, cells in results["vlcache-plus"].items():
+        columns = [[c for c in cells if c.endswith(form)] for form in ("/completion", "/chat")]
+        means = (sum(cells[c]["score"] for c in names) / len(names) for names in (*columns, short))
+        row = " | ".join(f"{100 * mean:.1f}" for mean in means)
+        assert f"| {100 * float(budget):.0f}% | {row} |" in text
 
 
 def test_kept_fraction() -> None:
