@@ -28,9 +28,8 @@ from training.tokenizer import CHAT_TEMPLATE, END, IMAGE, PAD, build_tokenizer
 MAX_POSITION = 2048
 
 
-def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
-    vision = CLIPVisionConfig(
+def vision_config(shape: Shape) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=shape.vision_width,
         intermediate_size=shape.vision_mlp,
         num_attention_heads=shape.vision_heads,
@@ -40,6 +39,42 @@ def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
         patch_size=shape.patch,
         layer_norm_eps=shape.norm_eps,
     )
+
+
+def image_processor(shape: Shape, mean: float, std: float) -> CLIPImageProcessor:
+    """A processor for images of the tower's size, with one mean and deviation for all channels."""
+    side = shape.grid * shape.patch
+    return CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[mean] * 3,
+        image_std=[std] * 3,
+    )
+
+
+def save_weights(
+    state: dict[str, Tensor], tower: str, shape: Shape, out: Path, dtype: torch.dtype
+) -> None:
+    """Write the weights of a model with a vision tower to ``out / "model.safetensors"``.
+
+    Args:
+        state: of the model.
+        tower: prefix of the names of the tower's weights, with a dot at the end.
+        shape: of the model.
+        out: folder.
+        dtype: of the weights in the file.
+    """
+    # LLaVA uses the output of the last layer without this norm, but loaders require its parameters.
+    norm = tower + "post_layernorm."
+    width = shape.vision_width
+    unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
+    weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # readable for other users
+
+
+def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
     text = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
@@ -57,7 +92,7 @@ def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=vision,
+        vision_config=vision_config(shape),
         text_config=text,
         image_token_index=image,
         image_seq_length=shape.grid**2,
@@ -69,14 +104,8 @@ def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
 
 
 def processor(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    side = shape.grid * shape.patch
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            image_mean=[MEAN] * 3,
-            image_std=[STD] * 3,
-        ),
+        image_processor=image_processor(shape, MEAN, STD),
         tokenizer=tokenizer,
         patch_size=shape.patch,
         vision_feature_select_strategy="default",
@@ -100,13 +129,7 @@ def export(
         pad_token_id=config.text_config.pad_token_id,
         do_sample=False,
     ).save_pretrained(out)
-    # LLaVA uses the output of the last layer without this norm, but loaders require its parameters.
-    norm = "model.vision_tower.vision_model.post_layernorm."
-    width = shape.vision_width
-    unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
-    weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # readable for other users
+    save_weights(state, "model.vision_tower.vision_model.", shape, out, dtype)
 
 
 def main(arguments: list[str] | None = None) -> None:

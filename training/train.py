@@ -13,9 +13,10 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,43 @@ def build_optimizers(
     ]
 
 
+def take_step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Apply the gradients with this learning rate, and clear them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Log:
+    """Lines of JSON in a file and on the screen: means since the last line, and seconds so far.
+
+    Args:
+        file: an open text file.
+        seconds: that the training took before it was interrupted.
+    """
+
+    def __init__(self, file: IO[str], seconds: float = 0.0) -> None:
+        self._file, self.seconds = file, seconds
+        self._clock = time.perf_counter()
+        self._recent: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._recent[key].append(value)
+
+    def write(self, **line: Any) -> None:
+        """Write a line that begins with these values."""
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        line["seconds"] = round(self.seconds)
+        line |= {k: round(sum(v) / len(v), 4) for k, v in self._recent.items()}
+        self._recent.clear()
+        self._file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
 class Trainer:
     """Model, losses and optimizers.
 
@@ -203,11 +241,7 @@ class Trainer:
         metrics |= accuracy
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(self.optimizers, lr)
         metrics["norm"] = norm.item()
         glyphs = batch.glyphs.flatten()
         right = (read.flatten(0, -2).argmax(-1) == glyphs)[glyphs != self.encoder.blank]
@@ -305,30 +339,21 @@ def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> No
         trainer.load(saved["trainer"])
         step, seconds = saved["step"], saved["seconds"]
         print(f"continuing from step {step}")
-    recent: dict[str, list[float]] = defaultdict(list)
     stream, current = None, -1
-    clock = time.perf_counter()
-    with (out / "log.jsonl").open("a", buffering=1) as log:
+    with (out / "log.jsonl").open("a", buffering=1) as file:
+        log = Log(file, seconds)
         while step < min(total, options.stop or total):
             index, within = stage_of(step, stages)
             if index != current:
                 stream, current = batches(stages[index], encoder, within), index
             assert stream is not None
             lr = learning_rate(step, stages, options.lr)
-            for key, value in trainer.step(next(stream), lr, stages[index]).items():
-                recent[key].append(value)
+            log.add(trainer.step(next(stream), lr, stages[index]))
             step += 1
             if step % options.log_every == 0 or step == total:
-                now = time.perf_counter()
-                seconds, clock = seconds + now - clock, now
-                line = {"step": step, "stage": stages[index].name, "lr": round(lr, 6)}
-                line |= {"seconds": round(seconds)}
-                line |= {k: round(sum(v) / len(v), 4) for k, v in recent.items()}
-                log.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
-                recent.clear()
+                log.write(step=step, stage=stages[index].name, lr=round(lr, 6))
             if step % options.save_every == 0 or step == total:
-                save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": seconds})
+                save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": log.seconds})
 
 
 def main(arguments: list[str] | None = None) -> None:

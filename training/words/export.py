@@ -12,36 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig
 
+from training.export import image_processor, save_weights, vision_config
 from training.model import Shape
 from training.words.data import MEAN, STD
 from training.words.train import WordReader, shape_for
 
-EMBEDDINGS = "vision_tower.vision_model.embeddings."
-
-
-def vision_config(shape: Shape) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=shape.vision_width,
-        intermediate_size=shape.vision_mlp,
-        num_attention_heads=shape.vision_heads,
-        num_hidden_layers=shape.vision_layers,
-        projection_dim=shape.vision_width,
-        image_size=shape.grid * shape.patch,
-        patch_size=shape.patch,
-        layer_norm_eps=shape.norm_eps,
-    )
-
-
-def image_processor(shape: Shape) -> CLIPImageProcessor:
-    side = shape.grid * shape.patch
-    return CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[MEAN] * 3,
-        image_std=[STD] * 3,
-    )
+TOWER = "vision_tower.vision_model."
+EMBEDDINGS = TOWER + "embeddings."
 
 
 def export(
@@ -59,18 +37,12 @@ def export(
     config = vision_config(shape)
     config.dtype = dtype
     config.save_pretrained(out)
-    image_processor(shape).save_pretrained(out)
+    image_processor(shape, MEAN, STD).save_pretrained(out)
     # A grey pixel has three equal channels.
     state = dict(state)
     grey = state.pop(EMBEDDINGS + "patches.weight").view(-1, 1, shape.patch, shape.patch) / 3
     state[EMBEDDINGS + "patch_embedding.weight"] = grey.expand(-1, 3, -1, -1)
-    # LLaVA uses the output of the last layer without this norm, but loaders require its parameters.
-    norm = "vision_tower.vision_model.post_layernorm."
-    width = shape.vision_width
-    unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
-    weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # readable for other users
+    save_weights(state, TOWER, shape, out, dtype)
 
 
 def load(tower: Path) -> WordReader:

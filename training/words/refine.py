@@ -10,7 +10,6 @@ fraction of the embedding's own to the mean embedding.
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -20,9 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from training.train import build_optimizers, save
+from training.train import Log, build_optimizers, save, take_step
 from training.words.data import Alphabet, normalised, patches
-from training.words.train import Targets, WordReader, embedding_table, shape_for
+from training.words.train import (
+    Targets,
+    WordReader,
+    embedding_table,
+    read_counts,
+    shape_for,
+)
 
 WARM_UP = 20
 RARITY = 0.8  # 0: cells as often as in the pages, 1: all tokens equally often
@@ -76,9 +81,8 @@ def refine(options: argparse.Namespace) -> None:
     table = embedding_table(options.language_model)
     model = WordReader(shape_for(table.shape[1]))
     model.load_state_dict(saved["trainer"]["model"])
-    counts = {int(i): count for i, count in json.loads(options.counts.read_text()).items()}
     tokenizer = AutoTokenizer.from_pretrained(options.language_model)
-    alphabet = Alphabet(tokenizer, counts, only_text=True)
+    alphabet = Alphabet(tokenizer, read_counts(options.counts), only_text=True)
     targets = Targets(table, alphabet.ids)
     clock = time.perf_counter()
     states, tokens = states_of(model, alphabet, options.pages, options.seed)
@@ -88,8 +92,8 @@ def refine(options: argparse.Namespace) -> None:
     weights = torch.bincount(tokens)[tokens].double() ** -RARITY
     upper = Upper(model)
     optimizers = build_optimizers(upper, "muon", options.lr)
-    errors = []
-    with (options.out / "log.jsonl").open("a", buffering=1) as log:
+    with (options.out / "log.jsonl").open("a", buffering=1) as file:
+        log = Log(file, time.perf_counter() - clock)
         for step in range(options.steps):
             chosen = torch.multinomial(weights, options.cells, replacement=True)
             with torch.autocast("cpu", torch.bfloat16):
@@ -98,18 +102,10 @@ def refine(options: argparse.Namespace) -> None:
             distance = (features.float() - targets.vectors[token]).square().sum(-1)
             error = (distance / scale[token]).mean()
             error.backward()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = options.lr * min((step + 1) / WARM_UP, 1 - step / options.steps)
-                optimizer.step()
-                optimizer.zero_grad()
-            errors.append(error.item())
+            take_step(optimizers, options.lr * min((step + 1) / WARM_UP, 1 - step / options.steps))
+            log.add({"error": error.item()})
             if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
-                line = {"refine": step + 1, "error": round(sum(errors) / len(errors), 4)}
-                line["seconds"] = round(time.perf_counter() - clock)
-                log.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
-                errors.clear()
+                log.write(refine=step + 1)
                 saved["trainer"]["model"] = model.state_dict()
                 save(options.out / "refined.pt", saved)
 

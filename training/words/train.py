@@ -12,8 +12,6 @@ log is about unseen pages.
 import argparse
 import json
 import os
-import time
-from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from training.model import Projector, Shape, VisionTransformer
-from training.train import WARM_UP, build_optimizers, save
+from training.train import WARM_UP, Log, build_optimizers, save, take_step
 from training.words.data import CHARACTERS, Alphabet, Batch, Batches, normalised
 from training.words.render import CELL, GRID
 
@@ -184,11 +182,7 @@ class Trainer:
         loss = entropy + distance_weight * distance + HINT_WEIGHT * hint
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(self.optimizers, lr)
         return {
             "loss": loss.item(),
             "entropy": entropy.item(),
@@ -227,13 +221,18 @@ def distance_weight(step: int, steps: int) -> float:
     return last + decay(step, steps) * (first - last)
 
 
+def read_counts(file: Path) -> dict[int, int]:
+    """Counts of tokens by token id, from the JSON object in a file."""
+    return {int(i): count for i, count in json.loads(file.read_text()).items()}
+
+
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    counts = {int(i): count for i, count in json.loads(options.counts.read_text()).items()}
-    alphabet = Alphabet(AutoTokenizer.from_pretrained(options.language_model), counts)
+    tokenizer = AutoTokenizer.from_pretrained(options.language_model)
+    alphabet = Alphabet(tokenizer, read_counts(options.counts))
     table = embedding_table(options.language_model)
     trainer = Trainer(Targets(table, alphabet.ids), alphabet, shape_for(table.shape[1]), options.lr)
     step, seconds = 0, 0.0
@@ -244,25 +243,17 @@ def train(options: argparse.Namespace) -> None:
         step, seconds = saved["step"], saved["seconds"]
         print(f"continuing from step {step}")
     stream = iter(Batches(alphabet, options.seed, options.pages, step))
-    recent: dict[str, list[float]] = defaultdict(list)
-    clock = time.perf_counter()
-    with (out / "log.jsonl").open("a", buffering=1) as log:
+    with (out / "log.jsonl").open("a", buffering=1) as file:
+        log = Log(file, seconds)
         while step < options.steps:
             lr = learning_rate(step, options.steps, options.lr)
             weight = distance_weight(step, options.steps)
-            for key, value in trainer.step(next(stream), lr, weight).items():
-                recent[key].append(value)
+            log.add(trainer.step(next(stream), lr, weight))
             step += 1
             if step % options.log_every == 0 or step == options.steps:
-                now = time.perf_counter()
-                seconds, clock = seconds + now - clock, now
-                line = {"step": step, "lr": round(lr, 6), "seconds": round(seconds)}
-                line |= {k: round(sum(v) / len(v), 4) for k, v in recent.items()}
-                log.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
-                recent.clear()
+                log.write(step=step, lr=round(lr, 6))
             if step % options.save_every == 0 or step == options.steps:
-                save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": seconds})
+                save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": log.seconds})
 
 
 def main(arguments: list[str] | None = None) -> None:
