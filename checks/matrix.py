@@ -128,11 +128,11 @@ def compare(
     Raises:
         AssertionError: if they differ, or if the request cannot show a difference.
     """
-    from testing.oracle import Settings, decide
+    from testing.oracle import Settings, decide_prompt, with_tail
 
     full = [layer for layer in layers if layer.window is None]
     attention = [layer.logits(first, prompt_tokens).softmax(dim=-1) for layer in full]
-    expected = decide(attention, first, full[0].num_kv_heads, Settings(BUDGET, BLOCK_SIZE))
+    expected = decide_prompt(attention, full[0].num_kv_heads, Settings(BUDGET, BLOCK_SIZE))
     if expected.score_gap < MIN_SCORE_GAP:
         return None
     density = max(abs(a - b) for a, b in zip(trace["density"], expected.density, strict=True))
@@ -141,7 +141,7 @@ def compare(
     assert trace["kept_positions"] == expected.kept_positions, "kept positions differ"
 
     distance = effect = 0.0
-    kept = iter(expected.kept_positions)
+    kept = iter(with_tail(expected.kept_positions, prompt_tokens, BLOCK_SIZE))
     for layer in layers:
         evicted = None if layer.window else next(kept)
         distance = max(distance, layer.distance(layer.expected(prompt_tokens, evicted)))
@@ -152,7 +152,7 @@ def compare(
     return {
         "prompt_tokens": prompt_tokens,
         "observed_tokens": prompt_tokens - first,
-        "prompt_blocks": trace["prompt_blocks"],
+        "prompt_blocks": -(-prompt_tokens // BLOCK_SIZE),
         "kept_blocks": trace["kept_blocks"],
         "windows": [layer.window for layer in layers],
         "density": [round(d, 4) for d in expected.density],

@@ -50,36 +50,36 @@ void keep(KeyOf key_of, int64_t candidates, int64_t end, int64_t count, Key* key
 
 }  // namespace
 
-// scores: [num_layers, num_kv_heads, num_tokens]
-// kept_tokens: [num_layers], budget of each layer in tokens, at most max_kept
-// precedence: [num_tokens], or null if all tokens are in one group
+// scores: [num_layers, num_kv_heads, width]
+// num_tokens: [num_layers], tokens of each layer that can be selected, at most width
+// kept_tokens: [num_layers], budget of each layer in tokens, at most max_kept and num_tokens
+// precedence: [width], or null if all tokens are in one group
 // positions: [num_layers, num_kv_heads, max_kept]; the first kept_tokens of a layer are written
 // recent_ratio: fraction of the budget for the most recent tokens
-extern "C" void vlc_select(const float* scores, const int64_t* kept_tokens,
-                           const int64_t* precedence, int64_t* positions, int64_t num_layers,
-                           int64_t num_kv_heads, int64_t num_tokens, int64_t max_kept,
-                           double recent_ratio) {
+extern "C" void vlc_select(const float* scores, const int64_t* num_tokens,
+                           const int64_t* kept_tokens, const int64_t* precedence,
+                           int64_t* positions, int64_t num_layers, int64_t num_kv_heads,
+                           int64_t width, int64_t max_kept, double recent_ratio) {
 #pragma omp parallel
   {
-    const std::unique_ptr<Wide[]> keys(new Wide[num_tokens]);
+    const std::unique_ptr<Wide[]> keys(new Wide[width]);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < num_layers * num_kv_heads; ++i) {
-      const int64_t kept = kept_tokens[i / num_kv_heads];
+      const int64_t kept = kept_tokens[i / num_kv_heads], end = num_tokens[i / num_kv_heads];
       const int64_t recent =
           std::ceil(std::nearbyint(kept * recent_ratio * 1e9) / 1e9);  // so that 0.1 * 30 is 3
-      const float* own = scores + i * num_tokens;
+      const float* own = scores + i * width;
       const auto plain = [&](int64_t token) { return order_key(own[token], token); };
       const auto preceding = [&](int64_t token) {
         const uint64_t group = static_cast<uint64_t>(precedence[token]) ^ (uint64_t{1} << 63);
         return Wide{group} << 64 | plain(token);
       };
-      const int64_t candidates = num_tokens - recent, count = kept - recent;
+      const int64_t candidates = end - recent, count = kept - recent;
       int64_t* to = positions + i * max_kept;
       if (precedence)
-        keep<Wide>(preceding, candidates, num_tokens, count, keys.get(), to);
+        keep<Wide>(preceding, candidates, end, count, keys.get(), to);
       else
-        keep<uint64_t>(plain, candidates, num_tokens, count,
-                       reinterpret_cast<uint64_t*>(keys.get()), to);
+        keep<uint64_t>(plain, candidates, end, count, reinterpret_cast<uint64_t*>(keys.get()), to);
     }
   }
 }

@@ -42,7 +42,7 @@ def _quota(
     weight,  # [n] float64, scaled weights
     exists,  # [n] bool; quotas of other entries are 0
     scale,  # float64, scalar or broadcast with weight
-    cap,  # scalar float64, pages
+    cap,  # [n] float64, pages
 ):
     """``clip(scale * weight, 1, cap)`` in pages, float64."""
     return tl.where(exists, tl.minimum(tl.maximum(scale * weight, 1.0), cap), 0.0)
@@ -51,7 +51,7 @@ def _quota(
 @triton.jit
 def _remainder(
     quota,  # [n] float64, pages
-    max_pages,  # scalar float64, pages
+    max_pages,  # [n] float64, pages
 ):
     """Fractional part of a quota in units of 1e-9, rounded; -1 for a layer at its cap."""
     floor = tl.floor(quota)
@@ -60,12 +60,14 @@ def _remainder(
 
 
 # Compiled once for all prompts.
-@triton.jit(do_not_specialize=["total", "max_pages"], do_not_specialize_on_alignment=["weights"])
+@triton.jit(
+    do_not_specialize=["total"], do_not_specialize_on_alignment=["weights", "max_pages", "pages"]
+)
 def apportion_kernel(
     weights,  # [num_layers] float64, positive
     pages,  # [num_layers] int64, output: pages of each layer
     total,  # int, pages of all layers
-    max_pages,  # int, cap of a layer in pages
+    max_pages,  # [num_layers] int64, cap of each layer in pages
     num_layers,  # int
     LAYERS: tl.constexpr,  # num_layers rounded up to a power of 2
     CHUNK: tl.constexpr,  # kinks or layers per iteration
@@ -74,7 +76,7 @@ def apportion_kernel(
     layer = tl.arange(0, LAYERS)
     exists = layer < num_layers
     total = tl.full((), total, tl.float64)
-    cap = tl.full((), max_pages, tl.float64)
+    cap = tl.load(max_pages + layer, mask=exists, other=1).to(tl.float64)
     largest = tl.max(_finite(weights, layer, exists), 0)
     weight = _weight(weights, layer, exists, largest)
 
@@ -88,8 +90,9 @@ def apportion_kernel(
         index = start + tl.arange(0, CHUNK)  # first the floor kinks of all layers, then the caps
         is_kink = index < 2 * num_layers
         of_layer = _weight(weights, index % num_layers, is_kink, largest)
-        kink = tl.where(index < num_layers, 1.0, cap) / of_layer
-        quotas = _quota(weight[None, :], exists[None, :], kink[:, None], cap)  # [CHUNK, LAYERS]
+        own_cap = tl.load(max_pages + index % num_layers, mask=is_kink, other=1).to(tl.float64)
+        kink = tl.where(index < num_layers, 1.0, own_cap) / of_layer
+        quotas = _quota(weight[None, :], exists[None, :], kink[:, None], cap[None, :])
         is_below = tl.sum(quotas, 1) < total
         left = tl.maximum(left, tl.max(tl.where(is_kink & is_below, kink, -1.0), 0))
         right = tl.minimum(right, tl.min(tl.where(is_kink & ~is_below, kink, float("inf")), 0))
@@ -111,7 +114,8 @@ def apportion_kernel(
         other = start + tl.arange(0, CHUNK)
         other_exists = other < num_layers
         other_weight = _weight(weights, other, other_exists, largest)
-        claim = _remainder(_quota(other_weight, other_exists, scale, cap), cap)
+        other_cap = tl.load(max_pages + other, mask=other_exists, other=1).to(tl.float64)
+        claim = _remainder(_quota(other_weight, other_exists, scale, other_cap), other_cap)
         is_higher = claim[:, None] > remainder[None, :]
         is_tie = (claim[:, None] == remainder[None, :]) & (other[:, None] < layer[None, :])
         counts = other_exists[:, None] & (is_higher | is_tie)
@@ -120,20 +124,22 @@ def apportion_kernel(
     tl.store(pages + layer, result.to(tl.int64), mask=exists)
 
 
-def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
+def apportion(
+    weights: torch.Tensor, total_pages: int, max_pages: torch.Tensor, capacity: int
+) -> torch.Tensor:
     """Divide a total of pages among the layers; arguments as for the operation.
 
     Grid ``(1,)``: a few dozen layers fit one program, and a single launch needs no synchronisation
     between the steps.
     """
     num_layers = weights.shape[0]
-    check_total_pages(num_layers, total_pages, max_pages)
+    check_total_pages(num_layers, total_pages, capacity)
     pages = torch.empty(num_layers, dtype=torch.int64, device=weights.device)
     apportion_kernel[1,](
         weights.double().contiguous(),
         pages,
         total_pages,
-        max_pages,
+        max_pages.contiguous(),
         num_layers,
         LAYERS=triton.next_power_of_2(num_layers),
         CHUNK=CHUNK,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vl_cache_vllm.ops.compact.compact` as one launch, a program per destination page and KV head.
 
-L layers, N prompt blocks, M kept blocks.
+L layers, C source pages of each, M kept blocks.
 """
 
 import torch
@@ -13,17 +13,18 @@ from vl_cache_vllm.ops.page_pool import PagePool
 
 # Compiled once for all prompts.
 @triton.jit(
-    do_not_specialize=["max_kept", "layer_stride", "block_stride"],
-    do_not_specialize_on_alignment=["prompt_row", "kept_row"],
+    do_not_specialize=["source_stride", "max_kept", "layer_stride", "block_stride"],
+    do_not_specialize_on_alignment=["source_pages", "kept_row"],
 )
 def compact_kernel(
     pages,  # [num_pages, num_kv_heads, cells of one head], the pool, any element type
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
-    prompt_row,  # [N] int64, block ids of the prompt
+    source_pages,  # [L, C] int32, page ids of each layer in the order of its tokens
+    source_stride,  # int, elements from layer to layer of source_pages
     kept_row,  # [M] int64, block ids of the destination
     kept_pages,  # [L] int64, pages of each layer
-    positions,  # [L, num_kv_heads, max_kept] int64, kept positions in the prompt
+    positions,  # [L, num_kv_heads, max_kept] int64, indices in the layer's source pages
     max_kept,  # int, tokens
     num_layers,  # int, L
     layer_stride,  # int, pages from layer to layer
@@ -63,8 +64,9 @@ def compact_kernel(
     used = token < block_size
     row = positions + (layer * tl.num_programs(1) + head) * max_kept
     position = tl.load(row + page * block_size + token, mask=used, other=0)  # [TOKENS]
-    block = tl.load(prompt_row + position // block_size, mask=used, other=0)
-    source = (layer * layer_stride + block * block_stride) * page_stride  # [TOKENS]
+    of_layer = source_pages + layer * source_stride
+    page_id = tl.load(of_layer + position // block_size, mask=used, other=0).to(tl.int64)
+    source = page_id * page_stride  # [TOKENS]
     block = tl.load(kept_row + page_index // num_layers)
     destination = (page_index % num_layers * layer_stride + block * block_stride) * page_stride
 
@@ -83,7 +85,7 @@ def compact_kernel(
 
 def compact(
     pool: PagePool,
-    prompt_row: torch.Tensor,
+    source_pages: torch.Tensor,
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
@@ -97,12 +99,14 @@ def compact(
         ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
     """
     num_kv_heads, head_size = pool.num_kv_heads, pool.packing.key_index.shape[1]
+    assert source_pages.stride(1) == 1
     page_stride, head_stride, _ = pool.pages.stride()
     compact_kernel[kept_row.shape[0] * pool.num_layers, num_kv_heads](
         pool.pages,
         page_stride,
         head_stride,
-        prompt_row.contiguous(),
+        source_pages,
+        source_pages.stride(0),
         kept_row.contiguous(),
         kept_pages.contiguous(),
         positions.contiguous(),

@@ -18,19 +18,20 @@ BLOCK = 128  # table entries, or tokens, per iteration
 # Compiled once for all batches.
 @triton.jit(
     do_not_specialize=[
-        *("row_stride", "num_columns", "width", "num_tokens", "layer_stride", "block_stride")
+        *("row_stride", "num_columns", "kept_stride", "width", "num_tokens"),
+        *("layer_stride", "block_stride"),
     ],
-    do_not_specialize_on_alignment=["evicted_tokens", "prompt_blocks", "kept_blocks"],
+    do_not_specialize_on_alignment=["evicted_tokens", "kept_blocks", "kept_pages"],
 )
 def layer_tables_kernel(
-    block_table,  # [R, C] int32, block ids; a row is [prompt][kept][decode]
+    block_table,  # [R, C] int32, block ids, without kept blocks
     row_stride,  # int, elements from row to row of block_table
     num_columns,  # int, C
     query_start_loc,  # [R + 1] int32, index of each request's first token in the step
     seq_lens,  # [R] int32, logical tokens including this step's
-    evicted_tokens,  # [R] int64, E: logical tokens that the kept pages replace; 0: not evicted
-    prompt_blocks,  # [R] int64, N; 0: not evicted
-    kept_blocks,  # [R] int64, M; 0: not evicted
+    evicted_tokens,  # [R] int64, E: tokens that the kept pages replace, whole blocks
+    kept_blocks,  # [R, >= M] int64, ids of the kept blocks
+    kept_stride,  # int, elements from row to row of kept_blocks
     kept_pages,  # [R, L] int64, pages of each layer; 0: not evicted
     out_table,  # [L, R, W] int32, output: page ids
     out_lens,  # [L, R] int32, output: stored tokens
@@ -61,8 +62,7 @@ def layer_tables_kernel(
             tl.store(slots + token, unused, mask=token < num_tokens)
     else:
         evicted = tl.load(evicted_tokens + row)
-        prompt = tl.load(prompt_blocks + row)
-        decode_start = prompt + tl.load(kept_blocks + row)  # column
+        kept_row = kept_blocks + row.to(tl.int64) * kept_stride
         layers = tl.arange(0, LAYERS)
         of_row = kept_pages + row.to(tl.int64) * num_layers
         # Index of this layer's first page among the request's kept pages.
@@ -80,11 +80,12 @@ def layer_tables_kernel(
             entry = (start + steps).to(tl.int64)
             is_kept = entry < kept
             page_index = first_page + entry  # among the request's kept pages
-            column = tl.where(
-                is_kept, prompt + page_index // num_layers, decode_start + entry - kept
-            )
+            column = evicted // block_size + entry - kept
             column = tl.minimum(tl.maximum(column, 0), num_columns - 1)
-            block = tl.load(blocks + column, mask=entry < num_pages, other=0).to(tl.int64)
+            in_row = (entry < num_pages) & ~is_kept
+            block = tl.load(blocks + column, mask=in_row, other=0).to(tl.int64)
+            of_kept = tl.load(kept_row + page_index // num_layers, mask=is_kept, other=0)
+            block = tl.where(is_kept, of_kept, block)
             page_layer = tl.where(is_kept, page_index % num_layers, layer)
             page_id = page_layer * layer_stride + block * block_stride
             tl.store(table + entry, page_id.to(tl.int32), mask=entry < num_pages)
@@ -95,11 +96,11 @@ def layer_tables_kernel(
         for start in range(first, tl.minimum(end, num_tokens), BLOCK):
             token = start + steps
             used = (token < end) & (token < num_tokens)
-            offset = first_position + (token - first) - evicted  # tokens since the eviction
-            column = tl.minimum(tl.maximum(decode_start + offset // block_size, 0), num_columns - 1)
+            position = first_position + (token - first)
+            column = tl.minimum(tl.maximum(position // block_size, 0), num_columns - 1)
             block = tl.load(blocks + column, mask=used, other=0).to(tl.int64)
             page_id = layer * layer_stride + block * block_stride
-            tl.store(slots + token, page_id * block_size + offset % block_size, mask=used)
+            tl.store(slots + token, page_id * block_size + position % block_size, mask=used)
 
 
 def layer_tables(
@@ -123,8 +124,8 @@ def layer_tables(
         query_start_loc,
         seq_lens,
         evicted.evicted_tokens.contiguous(),
-        evicted.prompt_blocks.contiguous(),
-        evicted.kept_blocks.contiguous(),
+        evicted.kept_blocks,
+        evicted.kept_blocks.stride(0),
         evicted.kept_pages.contiguous(),
         out.block_table,
         out.seq_lens,

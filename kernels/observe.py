@@ -59,13 +59,13 @@ def _load_queries(
 
 @triton.jit
 def _load_keys(
-    key_pages,  # any element type, begins with the first element of the first key of block 0
+    key_pages,  # any element type, begins with the first key of entry 0
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
     token_stride,  # int, elements from token to token of a page
     element_stride,  # int, elements from one element of a key to the next
-    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
-    block_stride,  # int, pages from block to block
+    table,  # [n] int32 or int64, entries in the order of the tokens
+    table_stride,  # int, pages from entry 0 to entry 1
     block_size,  # int, tokens of a page
     kv_head,  # scalar int64
     position,  # [KEYS] int32, positions in the sequence
@@ -76,8 +76,8 @@ def _load_keys(
     """Keys of a tile, transposed, ``[E, KEYS]``; 0 outside the sequence."""
     element = tl.arange(0, E)
     exists = position < num_keys
-    block = tl.load(block_row + position // block_size, mask=exists, other=0).to(tl.int64)
-    start = key_pages + block * block_stride * page_stride + kv_head * head_stride
+    entry = tl.load(table + position // block_size, mask=exists, other=0).to(tl.int64)
+    start = key_pages + entry * table_stride * page_stride + kv_head * head_stride
     start += position % block_size * token_stride
     exists = (element < head_size)[:, None] & exists[None, :]
     return tl.load(start[None, :] + element[:, None] * element_stride, mask=exists, other=0.0)
@@ -101,36 +101,38 @@ def _logits(
     return logits
 
 
-_VARYING = ["num_rows", "num_keys", "first_position", "block_stride"]
+_VARYING = ["num_rows", "num_keys", "first_position", "table_stride"]
 
 
 # Compiled once for all prompts.
 @triton.jit(
     do_not_specialize=[*_VARYING, "keys_per_split"],
-    do_not_specialize_on_alignment=["block_row"],
+    do_not_specialize_on_alignment=["table", "num_keys_given"],
 )
 def statistics_kernel(
     query,  # [num_queries, num_heads, head_size], any float type
     query_stride,  # int, elements from query to query
     query_head_stride,  # int, elements from query head to query head
-    key_pages,  # any element type, begins with the first element of the first key of block 0
+    key_pages,  # any element type, begins with the first key of entry 0
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
     token_stride,  # int, elements from token to token of a page
     element_stride,  # int, elements from one element of a key to the next
-    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
-    block_stride,  # int, pages from block to block
+    table,  # [n] int32 or int64, entries in the order of the tokens
+    table_stride,  # int, pages from entry 0 to entry 1
     block_size,  # int, tokens of a page
     maxima,  # [num_splits, num_kv_heads, num_rows] float32, output: largest logit; -inf: no key
     sums,  # [num_splits, num_kv_heads, num_rows] float32, output: sum of exp(logit - maximum)
     num_rows,  # int, num_queries * GROUP
-    num_keys,  # int, keys up to the last query
+    num_keys,  # int, keys up to the last query; an upper bound with HAS_NUM_KEYS
+    num_keys_given,  # [] int32 or int64, keys up to the last query; not read without HAS_NUM_KEYS
     keys_per_split,  # int, a multiple of KEYS
     first_position,  # int, position of the first query
     head_size,  # int, elements of a query or key
     scale,  # float, softmax scale
     softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
     GROUP: tl.constexpr,  # query heads per KV head
+    HAS_NUM_KEYS: tl.constexpr,  # bool
     HAS_SOFTCAP: tl.constexpr,  # bool
     WIDENS: tl.constexpr,  # bool, convert to float32 before the product
     E: tl.constexpr,  # head_size rounded up to a power of 2, at least 16
@@ -142,6 +144,9 @@ def statistics_kernel(
     Grid ``(row tiles, num_splits, num_kv_heads)``. Online softmax: when a later tile of keys has a
     larger logit, the sum so far is rescaled to the new maximum.
     """
+    if HAS_NUM_KEYS:
+        num_keys = tl.load(num_keys_given).to(tl.int32)
+        first_position = num_keys - num_rows // GROUP
     first_row = tl.program_id(0) * ROWS
     split, kv_head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = first_row + tl.arange(0, ROWS)
@@ -161,8 +166,8 @@ def statistics_kernel(
             head_stride,
             token_stride,
             element_stride,
-            block_row,
-            block_stride,
+            table,
+            table_stride,
             block_size,
             kv_head,
             position,
@@ -186,7 +191,8 @@ def statistics_kernel(
 @triton.jit(
     do_not_specialize=[*_VARYING, "num_splits", "weights_stride", "column_stride", "maxima_stride"],
     do_not_specialize_on_alignment=[
-        "block_row",
+        "table",
+        "num_keys_given",
         "weights",
         "column_sums",
         "column_maxima",
@@ -197,18 +203,19 @@ def columns_kernel(
     query,  # [num_queries, num_heads, head_size], any float type
     query_stride,  # int, elements from query to query
     query_head_stride,  # int, elements from query head to query head
-    key_pages,  # any element type, begins with the first element of the first key of block 0
+    key_pages,  # any element type, begins with the first key of entry 0
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
     token_stride,  # int, elements from token to token of a page
     element_stride,  # int, elements from one element of a key to the next
-    block_row,  # [num_blocks] int32 or int64, block ids in the order of the tokens
-    block_stride,  # int, pages from block to block
+    table,  # [n] int32 or int64, entries in the order of the tokens
+    table_stride,  # int, pages from entry 0 to entry 1
     block_size,  # int, tokens of a page
     maxima,  # [num_splits, num_kv_heads, num_rows] float32, of statistics_kernel
     sums,  # [num_splits, num_kv_heads, num_rows] float32, of statistics_kernel
     num_rows,  # int, num_queries * GROUP
-    num_keys,  # int, keys up to the last query
+    num_keys,  # int, keys up to the last query; an upper bound with HAS_NUM_KEYS
+    num_keys_given,  # [] int32 or int64, keys up to the last query; not read without HAS_NUM_KEYS
     num_splits,  # int
     first_position,  # int, position of the first query
     head_size,  # int, elements of a query or key
@@ -223,6 +230,7 @@ def columns_kernel(
     maxima_stride,  # int, elements from KV head to KV head of column_maxima
     dense_entries,  # [] int64, added to
     GROUP: tl.constexpr,  # query heads per KV head
+    HAS_NUM_KEYS: tl.constexpr,  # bool
     HAS_SOFTCAP: tl.constexpr,  # bool
     WIDENS: tl.constexpr,  # bool, convert to float32 before the product
     HAS_WEIGHTS: tl.constexpr,  # bool
@@ -237,6 +245,9 @@ def columns_kernel(
     Grid ``(key tiles, num_kv_heads)``. A column has one owner, so it needs no atomics and comes out
     identically in every run; the integer count is added atomically.
     """
+    if HAS_NUM_KEYS:
+        num_keys = tl.load(num_keys_given).to(tl.int32)
+        first_position = num_keys - num_rows // GROUP
     first_key, kv_head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     position = first_key + tl.arange(0, KEYS)
     keys = _load_keys(
@@ -245,8 +256,8 @@ def columns_kernel(
         head_stride,
         token_stride,
         element_stride,
-        block_row,
-        block_stride,
+        table,
+        table_stride,
         block_size,
         kv_head,
         position,
@@ -311,20 +322,20 @@ def _num_programs(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _KeyBlocks:
-    """Keys of a sequence in blocks, as the kernels address them."""
+class _KeyTable:
+    """Keys of a sequence in pages, as the kernels address them."""
 
-    key_pages: torch.Tensor  # begins with the first element of the first key of block 0
+    key_pages: torch.Tensor  # begins with the first key of entry 0
     page_stride: int  # elements from page to page
     head_stride: int  # elements from KV head to KV head
     token_stride: int  # elements from token to token of a page
     element_stride: int  # elements from one element of a key to the next
-    block_row: torch.Tensor  # [num_blocks] int32 or int64, block ids in the order of the tokens
-    block_stride: int  # pages from block to block
+    table: torch.Tensor  # [n] int32 or int64, entries in the order of the tokens
+    table_stride: int  # pages from entry 0 to entry 1
     block_size: int  # tokens of a page
 
     @classmethod
-    def of(cls, key: torch.Tensor | PagedKeys) -> "_KeyBlocks":
+    def of(cls, key: torch.Tensor | PagedKeys) -> "_KeyTable":
         """Keys in a pool, or a plain tensor ``[num_kv_heads, num_keys, head_size]`` as one block.
 
         Raises:
@@ -339,10 +350,10 @@ class _KeyBlocks:
         offset, token_stride, element_stride = pool.packing.key.regular_strides()
         page_stride, head_stride, _ = pool.pages.stride()
         # A view that begins with the first key, since a kernel gets the address of a tensor.
-        offset += int(pool.pages.storage_offset()) + key.layer * pool.layer_stride * page_stride
+        offset += int(pool.pages.storage_offset()) + key.first_page * page_stride
         key_pages = pool.pages.as_strided((1,), (1,), offset)
         strides = page_stride, head_stride, token_stride, element_stride
-        return cls(key_pages, *strides, key.block_row, pool.block_stride, pool.block_size)
+        return cls(key_pages, *strides, key.table, key.stride, pool.block_size)
 
 
 def observe(
@@ -354,6 +365,7 @@ def observe(
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
     column_maxima: torch.Tensor | None = None,
+    num_keys: torch.Tensor | None = None,
 ) -> None:
     """Accumulate attention and count dense entries; arguments as for the operation.
 
@@ -363,13 +375,13 @@ def observe(
     Raises:
         ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
     """
-    keys = _KeyBlocks.of(key)
+    keys = _KeyTable.of(key)
     num_queries, num_heads, head_size = query.shape
     num_kv_heads = column_sums.shape[0]
     group = num_heads // num_kv_heads
-    num_rows, num_keys = num_queries * group, first_position + num_queries
+    num_rows, most_keys = num_queries * group, first_position + num_queries
     row_tiles = triton.cdiv(num_rows, ROWS)
-    key_tiles = triton.cdiv(num_keys, KEYS)
+    key_tiles = triton.cdiv(most_keys, KEYS)
     num_splits = triton.cdiv(_num_programs(query.device), row_tiles * num_kv_heads)
     tiles_per_split = triton.cdiv(key_tiles, min(num_splits, key_tiles))
     num_splits = triton.cdiv(key_tiles, tiles_per_split)
@@ -385,16 +397,18 @@ def observe(
         keys.head_stride,
         keys.token_stride,
         keys.element_stride,
-        keys.block_row,
-        keys.block_stride,
+        keys.table,
+        keys.table_stride,
         keys.block_size,
         maxima,
         sums,
         num_rows,
-        num_keys,
+        most_keys,
+        keys.table if num_keys is None else num_keys,
     )
     constants = {
         "GROUP": group,
+        "HAS_NUM_KEYS": num_keys is not None,
         "HAS_SOFTCAP": params.softcap > 0,
         # The interpreter multiplies the bit patterns of bfloat16 as integers.
         "WIDENS": triton.knobs.runtime.interpret,

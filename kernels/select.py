@@ -33,7 +33,7 @@ def _keys(
     precedence,  # [num_tokens] int64, 32 bits used; not read without HAS_PRECEDENCE
     token,  # [BLOCK] int32, positions to load
     first_recent,  # scalar int64, position of the first recent token
-    num_tokens,  # int
+    num_tokens,  # scalar int64, tokens that can be selected
     HAS_PRECEDENCE: tl.constexpr,  # bool
 ):
     """Unsigned keys in the order of selection, uint64 ``[BLOCK]``: the largest is kept first.
@@ -58,13 +58,14 @@ def _keys(
 
 # Compiled once for all prompts and ratios. The ratio has a type because Triton passes floats in 32
 # bits by default, in which a tenth of 10 tokens is more than one token.
-@triton.jit(do_not_specialize=["num_tokens", "max_kept"])
+@triton.jit(do_not_specialize=["width", "max_kept"])
 def select_kernel(
-    scores,  # [num_layers, num_kv_heads, num_tokens] float32
+    scores,  # [num_layers, num_kv_heads, width] float32
+    num_tokens_of,  # [num_layers] int64, tokens of each layer that can be selected
     kept_tokens,  # [num_layers] int64, budget of each layer in tokens
-    precedence,  # [num_tokens] int64, 32 bits used; not read without HAS_PRECEDENCE
+    precedence,  # [width] int64, 32 bits used; not read without HAS_PRECEDENCE
     positions,  # [num_layers, num_kv_heads, max_kept] int64, output: kept positions
-    num_tokens,  # int
+    width,  # int, tokens
     max_kept,  # int, tokens
     recent_ratio: tl.float64,  # fraction of the budget for the most recent tokens
     HAS_PRECEDENCE: tl.constexpr,  # bool
@@ -73,7 +74,8 @@ def select_kernel(
     """Select the tokens of one KV head. Grid ``(num_layers, num_kv_heads)``."""
     layer = tl.program_id(0).to(tl.int64)
     row = layer * tl.num_programs(1) + tl.program_id(1)
-    scores += row * num_tokens
+    scores += row * width
+    num_tokens = tl.load(num_tokens_of + layer)
     positions += row * max_kept
     kept = tl.load(kept_tokens + layer)
     # As in the specification: round to nine decimals, then up.
@@ -115,6 +117,7 @@ def select_kernel(
 
 def select(
     scores: torch.Tensor,
+    num_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
     recent_ratio: float,
     max_kept: int,
@@ -126,16 +129,17 @@ def select(
 
     Scores must not be NaN, and precedences must fit 32 bits.
     """
-    num_layers, num_kv_heads, num_tokens = scores.shape
+    num_layers, num_kv_heads, width = scores.shape
     positions = torch.zeros(
         num_layers, num_kv_heads, max_kept, dtype=torch.int64, device=scores.device
     )
     select_kernel[num_layers, num_kv_heads](
         scores.float().contiguous(),
+        num_tokens.contiguous(),
         kept_tokens.contiguous(),
         scores if precedence is None else precedence.contiguous(),
         positions,
-        num_tokens,
+        width,
         max_kept,
         float(recent_ratio),
         HAS_PRECEDENCE=precedence is not None,

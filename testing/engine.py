@@ -169,7 +169,11 @@ def cheap_collections() -> Iterator[None]:
         yield
 
 
+def read_trace_lines(path: Path) -> list[dict[str, Any]]:
+    """Trace records in their order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_trace(path: Path) -> dict[str, dict[str, Any]]:
-    """Trace records by request id. The engine appends a random suffix to the ids of `LLM`."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["request_id"]: record for record in records}
+    """The last trace record of each request. vLLM appends a random suffix to the ids of `LLM`."""
+    return {record["request_id"]: record for record in read_trace_lines(path)}

@@ -4,13 +4,16 @@
 It follows the description of the method (docs/method.md) and shares no code with the product. For
 clarity it materialises attention and uses plain loops, so it is slow. Letters: E prompt tokens, P
 post-vision tokens, L layers, H query heads.
+
+An eviction concerns whole blocks. The tokens behind the last whole block, the tail, stay. Within a
+layer, tokens are counted by their place in its cache, which starts at the oldest kept token.
 """
 
 import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,17 +44,24 @@ class Settings:
     uniform_mix: float = 0.0
     max_observation_tokens: int | None = None
     """Use only this many of the last post-vision tokens as P; None: all."""
+    every: int | None = None
+    """Evict again when so many tokens have been generated, in whole blocks; None: never."""
+
+
+def _whole(tokens: int, block_size: int) -> int:
+    """Tokens in whole blocks."""
+    return tokens // block_size * block_size
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The layer budgets and the kept positions of a prompt."""
+    """The layer budgets and the kept tokens, without the tail."""
 
     density: list[float]  # [L]
     weights: list[float]  # [L]
     pages: list[int]  # [L]
     kept_tokens: list[int]  # [L]
-    kept_positions: list[list[list[int]]]  # [L][KV heads], sorted
+    kept_positions: list[list[list[int]]]  # [L][KV heads], sorted places in the layer's cache
     score_gap: float
     """Smallest relative distance between the lowest kept and the highest evicted score, over layers
     and KV heads. If it is below float32 rounding, either choice is correct."""
@@ -62,6 +72,7 @@ class Eviction(Decision):
     """A decision with the results of the prefill."""
 
     prompt_token_ids: list[int]
+    block_size: int
     logits: torch.Tensor  # [vocabulary], of the first generated token
     cache: DynamicCache  # of the whole prompt
 
@@ -73,6 +84,7 @@ class Continuation:
     token_ids: list[int]
     logprobs: list[float]
     gaps: list[float]
+    evictions: list[Decision] = field(default_factory=list)  # while it decoded
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,19 +124,22 @@ def kept_blocks(prompt_tokens: int, settings: Settings) -> int:
     return math.ceil(Fraction(str(settings.budget)) * num_blocks)
 
 
-def apportion_pages(weights: Sequence[float], total: int, max_pages: int) -> list[int]:
+def apportion_pages(weights: Sequence[float], total: int, max_pages: Sequence[int]) -> list[int]:
     """Distribute exactly ``total`` pages in proportion to the weights.
 
-    Every layer gets 1 to ``max_pages`` pages.
+    Layer l gets 1 to ``max_pages[l]`` pages.
     """
-    assert len(weights) <= total <= max_pages * len(weights)
+    assert len(weights) <= total <= sum(max_pages)
 
     def quotas(scale: float) -> list[float]:
-        return [min(max(scale * weight, 1.0), float(max_pages)) for weight in weights]
+        return [
+            min(max(scale * weight, 1.0), float(most))
+            for weight, most in zip(weights, max_pages, strict=True)
+        ]
 
     # Find the scale at which the quotas add up to the total, by bisection, because they grow with
     # it. If a bound applies to a layer, the other layers get the difference.
-    low, high = 0.0, max_pages / min(weights)
+    low, high = 0.0, max(max_pages) / min(weights)
     for _ in range(200):
         middle = (low + high) / 2
         if sum(quotas(middle)) < total:
@@ -179,33 +194,52 @@ def kept_of_head(scores: Floats, count: int) -> tuple[list[int], float]:
 
 
 def decide(
-    attention: Sequence[torch.Tensor], first: int, num_kv_heads: int, settings: Settings
+    attention: Sequence[torch.Tensor],
+    num_kv_heads: int,
+    settings: Settings,
+    blocks: int,
+    tail: int,
 ) -> Decision:
-    """Decide what to keep of a prompt.
+    """Decide what to keep.
 
     Args:
-        attention: for each layer, probabilities [H, P, E] of the queries from ``first`` on.
-        first: position of the first query in the observation window.
+        attention: for each layer, probabilities [H, queries, tokens]. The queries are the layer's
+            last tokens.
         num_kv_heads: see `token_scores`.
-        settings: budget and other settings.
+        settings: of the method.
+        blocks: to keep.
+        tail: last tokens, which stay.
     """
-    prompt_tokens = attention[0].shape[2]
-    density = [layer_density(a, first) for a in attention]
+    density = [layer_density(a, a.shape[2] - a.shape[1]) for a in attention]
     weights = layer_weights(density, settings.budget, settings.uniform_mix)
-    blocks = kept_blocks(prompt_tokens, settings)
-    full_blocks = prompt_tokens // settings.block_size
-    assert blocks < full_blocks, "this prompt would not be evicted"
-    pages = apportion_pages(weights, blocks * len(attention), full_blocks)
+    full_pages = [(a.shape[2] - tail) // settings.block_size for a in attention]
+    assert blocks * len(attention) < sum(full_pages), "nothing would be evicted"
+    pages = apportion_pages(weights, blocks * len(attention), full_pages)
     kept_tokens = [n * settings.block_size for n in pages]
 
     gaps: list[float] = []
     kept: list[list[list[int]]] = []
     for a, count in zip(attention, kept_tokens, strict=True):
         scores = token_scores(a, num_kv_heads, settings.pooling)
-        chosen = [kept_of_head(of_head, count) for of_head in scores]
+        chosen = [kept_of_head(of_head[: a.shape[2] - tail], count) for of_head in scores]
         kept.append([positions for positions, _ in chosen])
         gaps += [gap for _, gap in chosen]
     return Decision(density, weights, pages, kept_tokens, kept, min(gaps))
+
+
+def decide_prompt(
+    attention: Sequence[torch.Tensor], num_kv_heads: int, settings: Settings
+) -> Decision:
+    """Decide what to keep of a prompt; arguments as for `decide`."""
+    tokens = attention[0].shape[2]
+    blocks, tail = kept_blocks(tokens, settings), tokens % settings.block_size
+    return decide(attention, num_kv_heads, settings, blocks, tail)
+
+
+def with_tail(kept: list[list[list[int]]], tokens: int, block_size: int) -> list[list[list[int]]]:
+    """The kept positions of each layer and KV head, and those of the tail behind them."""
+    tail = range(_whole(tokens, block_size), tokens)
+    return [[[*head, *tail] for head in layer] for layer in kept]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,31 +280,119 @@ class Oracle:
         with self._recorded_attention(first) as attention:  # per layer [H, P, E]
             logits = self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
-        decision = decide(attention, first, self.num_kv_heads, settings)
-        return Eviction(**vars(decision), prompt_token_ids=ids, logits=logits, cache=cache)
+        decision = decide_prompt(attention, self.num_kv_heads, settings)
+        return Eviction(
+            **vars(decision),
+            prompt_token_ids=ids,
+            block_size=settings.block_size,
+            logits=logits,
+            cache=cache,
+        )
 
-    def decode(self, eviction: Eviction, num_tokens: int) -> Continuation:
-        """Generate greedily with the evicted cache."""
-        with self._hidden_evicted(eviction.kept_positions, len(eviction.prompt_token_ids)):
-            return self.decode_full(eviction, num_tokens)
+    def decode(
+        self, eviction: Eviction, num_tokens: int, settings: Settings | None = None
+    ) -> Continuation:
+        """Generate greedily with the evicted cache.
+
+        Args:
+            eviction: of the prompt.
+            num_tokens: to generate.
+            settings: with ``every``, to evict again; None: never.
+        """
+        prompt_tokens = len(eviction.prompt_token_ids)
+        visible = with_tail(eviction.kept_positions, prompt_tokens, eviction.block_size)
+        return self._generate(eviction, num_tokens, visible, settings)
+
+    def decode_full(
+        self, eviction: Eviction, num_tokens: int, settings: Settings | None = None
+    ) -> Continuation:
+        """Generate greedily with the full cache, which ``settings`` may evict later."""
+        everything = [*range(len(eviction.prompt_token_ids))]
+        visible = [[everything[:] for _ in range(self.num_kv_heads)] for _ in self.attentions]
+        return self._generate(eviction, num_tokens, visible, settings)
 
     @torch.inference_mode()
-    def decode_full(self, eviction: Eviction, num_tokens: int) -> Continuation:
-        """Generate greedily with the full cache."""
+    def _generate(
+        self,
+        eviction: Eviction,
+        num_tokens: int,
+        visible: list[list[list[int]]],
+        settings: Settings | None,
+    ) -> Continuation:
+        """Generate greedily.
+
+        Args:
+            eviction: of the prompt.
+            num_tokens: to generate.
+            visible: positions that each KV head of each layer still has; updated.
+            settings: see `decode`.
+        """
         cache = copy.deepcopy(eviction.cache)
         logits = eviction.logits
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        gaps: list[float] = []
+        result = Continuation([], [], [])
+        prompt_tokens = computed = len(eviction.prompt_token_ids)
+        # Where counting starts: at the end of what was evicted, or at that of the whole prompt.
+        size = eviction.block_size
+        start = _whole(prompt_tokens, size)
+        if len(visible[0][0]) == prompt_tokens:
+            start = math.ceil(prompt_tokens / size) * size
         while True:
             best, second = logits.log_softmax(dim=-1).topk(2).values.tolist()
-            token_ids.append(int(logits.argmax()))
-            logprobs.append(best)
-            gaps.append(best - second)
-            if len(token_ids) == num_tokens:
-                return Continuation(token_ids, logprobs, gaps)
-            last = torch.tensor([token_ids[-1:]])
-            logits = self.model(input_ids=last, past_key_values=cache).logits[0, -1]
+            result.token_ids.append(int(logits.argmax()))
+            result.logprobs.append(best)
+            result.gaps.append(best - second)
+            if len(result.token_ids) == num_tokens:
+                return result
+            whole = _whole(computed, size)
+            for layer in visible:
+                for head in layer:
+                    head.append(computed)
+            computed += 1
+            last = torch.tensor([result.token_ids[-1:]])
+            with (
+                self._hidden_evicted(visible, computed),
+                self._recorded_attention(0) as attention,  # [H, 1, positions]
+            ):
+                logits = self.model(input_ids=last, past_key_values=cache).logits[0, -1]
+            if settings is None or settings.every is None:
+                continue
+            growth = math.ceil(settings.every / size)
+            if whole - start < growth * size:
+                continue
+            of_prompt = math.ceil(prompt_tokens / size)
+            decision = self._evict_again(
+                attention,
+                visible,
+                settings,
+                math.ceil(Fraction(str(settings.budget)) * (of_prompt + growth)),
+                computed - whole,
+            )
+            result.evictions.append(decision)
+            start = whole
+
+    def _evict_again(
+        self,
+        attention: Sequence[torch.Tensor],
+        visible: list[list[list[int]]],
+        settings: Settings,
+        blocks: int,
+        tail: int,
+    ) -> Decision:
+        """Evict by the attention of one query, [H, 1, positions]; ``visible`` is updated."""
+        cached = [
+            torch.stack(
+                [
+                    of_query[head][:, layer[head // (len(of_query) // self.num_kv_heads)]]
+                    for head in range(len(of_query))
+                ]
+            )
+            for of_query, layer in zip(attention, visible, strict=True)
+        ]
+        decision = decide(cached, self.num_kv_heads, settings, blocks, tail)
+        for layer, kept in zip(visible, decision.kept_positions, strict=True):
+            for head, (positions, chosen) in enumerate(zip(layer, kept, strict=True)):
+                layer[head] = [positions[i] for i in chosen] + positions[len(positions) - tail :]
+        return decision
 
     @contextmanager
     def _recorded_attention(self, first: int) -> Iterator[list[torch.Tensor]]:
@@ -289,18 +411,18 @@ class Oracle:
                 handle.remove()
 
     @contextmanager
-    def _hidden_evicted(self, kept: list[list[list[int]]], prompt_tokens: int) -> Iterator[None]:
-        """Mask evicted prompt tokens in decode steps, for each layer and head.
+    def _hidden_evicted(self, visible: list[list[list[int]]], tokens: int) -> Iterator[None]:
+        """Mask evicted tokens in a decode step, for each layer and head.
 
         The cache still contains all tokens, so that lengths and positions are the same as without
         eviction.
         """
         handles = []
-        for attention, of_layer in zip(self.attentions, kept, strict=True):
-            hidden = torch.full((self.num_kv_heads, prompt_tokens), -math.inf)
+        for attention, of_layer in zip(self.attentions, visible, strict=True):
+            hidden = torch.full((self.num_kv_heads, tokens), -math.inf)
             for kv_head, positions in enumerate(of_layer):
                 hidden[kv_head, positions] = 0.0
-            hidden = hidden.repeat_interleave(attention.num_key_value_groups, dim=0)  # [H, E]
+            hidden = hidden.repeat_interleave(attention.num_key_value_groups, dim=0)  # [H, tokens]
 
             def mask(
                 module: Any,
@@ -308,11 +430,7 @@ class Oracle:
                 keywords: dict[str, Any],
                 hidden: torch.Tensor = hidden,
             ) -> tuple[Any, dict[str, Any]]:
-                cache: DynamicCache = keywords["past_key_values"]
-                # Generated tokens: those in the cache and the current one.
-                generated = cache.get_seq_length(module.layer_idx) - prompt_tokens + 1
-                visible = F.pad(hidden, (0, generated))[None, :, None]  # [1, H, 1, keys]
-                return arguments, keywords | {"attention_mask": visible}
+                return arguments, keywords | {"attention_mask": hidden[None, :, None]}
 
             handles.append(attention.register_forward_pre_hook(mask, with_kwargs=True))
         try:

@@ -51,6 +51,13 @@ def add_cli_args(parser: Any) -> Any:
         help=text_of("when"),
     )
     group.add_argument(
+        "--kv-compress-every",
+        type=_tokens,
+        default=argparse.SUPPRESS,
+        metavar="TOKENS",
+        help=text_of("every"),
+    )
+    group.add_argument(
         "--kv-compress-text",
         action="store_true",
         default=argparse.SUPPRESS,
@@ -82,8 +89,9 @@ def move_flags_to_additional_config(args: argparse.Namespace) -> None:
     given: dict[str, Any] = dict(flags.pop("kv_compress_config", None) or {})
     if given.keys() & set(WITH_FLAGS):
         raise ValueError(
-            "give policy, budget, when and text as --kv-compress, --kv-compress-budget, "
-            "--kv-compress-when and --kv-compress-text, not in --kv-compress-config"
+            "give policy, budget, when, every and text as --kv-compress, --kv-compress-budget, "
+            "--kv-compress-when, --kv-compress-every and --kv-compress-text, not in "
+            "--kv-compress-config"
         )
     for name in WITH_FLAGS[1:]:  # all but the policy
         if (value := flags.pop(f"kv_compress_{name}", None)) is not None:
@@ -114,6 +122,17 @@ def _budget(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a budget: it must be a number greater than 0 and at most 1, "
             "the fraction of a prompt's KV cache to keep (0.1 keeps a tenth)"
+        ) from error
+    return value
+
+
+def _tokens(text: str) -> int:
+    try:
+        value = int(text)
+        KVCompressConfig(every=value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens: it must be an integer of at least 1"
         ) from error
     return value
 

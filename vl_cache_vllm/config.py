@@ -31,9 +31,11 @@ ADDITIONAL_CONFIG_KEY = "kv_compress"
 OFF = "none"
 DEFAULT_BUDGET = 0.1
 WHEN = ("always", "pressure")
-WITH_FLAGS = ("policy", "budget", "when", "text")  # settings that have flags of their own
+WITH_FLAGS = ("policy", "budget", "when", "every", "text")  # settings that have flags of their own
 REQUEST_BUDGET = "kv_budget"
+REQUEST_EVERY = "kv_evict_every"
 REQUEST_OPTIONS = "kv_policy_options"
+REQUEST_SETTINGS = (REQUEST_BUDGET, REQUEST_EVERY, REQUEST_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class KVCompressConfig:
         "always: evict every eligible prompt. pressure: evict only prompts whose prefill ends "
         "while free blocks are scarce, so that a lightly loaded server keeps the full cache.",
     )
+    every: int | None = setting(
+        None,
+        "Evict a request again whenever it has generated this many tokens since its last eviction, "
+        "at least 1, rounded up to whole blocks. Bounds the cache of long outputs. null: never.",
+    )
     text: bool = setting(False, "Also evict text-only prompts.")
     min_prompt_tokens: int = setting(
         0,
@@ -134,6 +141,7 @@ class KVCompressConfig:
         if self.min_prompt_tokens < 0:
             raise ValueError(f"min_prompt_tokens must be at least 0, got {self.min_prompt_tokens}")
         self.experimental.check(self.policy)
+        _check_every(self)
 
     def kept_blocks(self, prompt_blocks: int, block_size: int) -> int:
         """``ceil(budget * prompt_blocks)``, but enough blocks for the policy's minimum of tokens.
@@ -155,24 +163,30 @@ class KVCompressConfig:
         """These settings with those of ``SamplingParams.extra_args``.
 
         Args:
-            extra_args: over HTTP ``vllm_xargs``. May hold ``kv_budget``, a number, and
-                ``kv_policy_options``, settings of the policy and ``experimental`` as an object or
-                as JSON text. Other keys are ignored.
+            extra_args: over HTTP ``vllm_xargs``. May hold ``kv_budget``, a number,
+                ``kv_evict_every``, a number of tokens or null, and ``kv_policy_options``, settings
+                of the policy and ``experimental`` as an object or as JSON text. Other keys are
+                ignored.
 
         Raises:
             ValueError: with what is wrong and what is accepted.
         """
-        if not extra_args or not (REQUEST_BUDGET in extra_args or REQUEST_OPTIONS in extra_args):
+        if not extra_args or not any(key in extra_args for key in REQUEST_SETTINGS):
             return self
-        budget, policy, experimental = self.budget, self.policy, self.experimental
+        budget, every = self.budget, self.every
+        policy, experimental = self.policy, self.experimental
         if REQUEST_BUDGET in extra_args:
             budget = _coerce(REQUEST_BUDGET, extra_args[REQUEST_BUDGET], float)
             _check_budget(REQUEST_BUDGET, budget)
+        if REQUEST_EVERY in extra_args:
+            every = _coerce(REQUEST_EVERY, extra_args[REQUEST_EVERY], int | None)
         if REQUEST_OPTIONS in extra_args:
             options = _policy_options(policy, extra_args[REQUEST_OPTIONS])
             experimental = dataclasses.replace(experimental, **options.pop("experimental", {}))
             policy = dataclasses.replace(policy, **options)
-        return dataclasses.replace(self, policy=policy, budget=budget, experimental=experimental)
+        return dataclasses.replace(
+            self, policy=policy, budget=budget, every=every, experimental=experimental
+        )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> KVCompressConfig | None:
@@ -250,6 +264,27 @@ def _check_budget(name: str, value: float) -> None:
         raise ValueError(
             f"{name} must be greater than 0 and at most 1, got {value} "
             "(it is the fraction of a prompt's KV cache to keep: 0.1 keeps a tenth)"
+        )
+
+
+def _check_every(config: KVCompressConfig) -> None:
+    """Raise ValueError if ``every`` is out of range or contradicts another setting."""
+    if config.every is None:
+        return
+    if config.every < 1:
+        raise ValueError(f"every must be at least 1 token or null, got {config.every}")
+    # After the first eviction every KV head has other tokens, so that nobody knows which are text
+    # or where they were in an image.
+    contradicting = [
+        name for name in ("keep_text", "pooling_2d") if getattr(config.policy, name, 0)
+    ]
+    contradicting += [
+        f"experimental.{name}" for name, value in vars(config.experimental).items() if value
+    ]
+    if contradicting:
+        raise ValueError(
+            "a request cannot be evicted again (--kv-compress-every, kv_evict_every) with "
+            f"{', '.join(contradicting)}, which need the tokens of a prompt"
         )
 
 

@@ -160,11 +160,11 @@ def _check_settings(vllm_config: VllmConfig, extra: Any) -> None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    from vl_cache_vllm.config import REQUEST_BUDGET, REQUEST_OPTIONS, get_kv_compress_config
+    from vl_cache_vllm.config import REQUEST_SETTINGS, get_kv_compress_config
 
     if not isinstance(extra, Mapping):  # /v1/chat/completions/batch checks the type later
         return
-    if given := [key for key in (REQUEST_BUDGET, REQUEST_OPTIONS) if key in extra]:
+    if given := [key for key in REQUEST_SETTINGS if key in extra]:
         config = get_kv_compress_config(vllm_config)
         try:
             if config is None:

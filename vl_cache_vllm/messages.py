@@ -4,6 +4,7 @@
 | message | carrier | from | to |
 | --- | --- | --- | --- |
 | admitted requests | ``SchedulerOutput.kv_compress_admitted`` | scheduler | workers |
+| eviction orders | ``SchedulerOutput.kv_compress_orders`` | scheduler | workers |
 | eviction reports | ``ModelRunnerOutput.kv_compress_reports`` | last pipeline stage | scheduler |
 | statistics | ``SchedulerStats.kv_connector_stats["kv_compress"]`` | scheduler | front end |
 | running step | ``kv_compress_step`` of attention metadata | worker | attention layers |
@@ -12,7 +13,7 @@
 Each message has a ``put_`` and a ``take_`` function. Objects that cross processes carry plain data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ SEND_STATS = "_VL_CACHE_VLLM_SEND_STATS"
 """Set by a front end that takes our statistics out before vLLM's own loggers read them."""
 
 _ADMITTED = "kv_compress_admitted"
+_ORDERS = "kv_compress_orders"
 _REPORTS = "kv_compress_reports"
 _STEP = "kv_compress_step"
 _STATS = "kv_compress"
@@ -43,17 +45,37 @@ def take_admitted(output: SchedulerOutput) -> list[str] | None:
     return getattr(output, _ADMITTED, None)
 
 
+@dataclass(frozen=True)
+class EvictionOrder:
+    """Replace a request's first tokens by kept blocks at the end of the step."""
+
+    evicted_tokens: int  # E: how many, whole blocks
+    kept_blocks: tuple[int, ...]  # ids of fresh blocks, M
+
+
+def put_orders(output: SchedulerOutput, orders: Mapping[str, EvictionOrder]) -> None:
+    """Name the requests to evict in this step, by id."""
+    if orders:
+        plain = {key: (order.evicted_tokens, order.kept_blocks) for key, order in orders.items()}
+        setattr(output, _ORDERS, plain)
+
+
+def take_orders(output: SchedulerOutput) -> dict[str, EvictionOrder]:
+    """The orders of `put_orders`; most steps have none."""
+    return {key: EvictionOrder(*order) for key, order in getattr(output, _ORDERS, {}).items()}
+
+
 # --------------------------------------------------------------------------------------------------
 # Workers to scheduler
 
 
 @dataclass(frozen=True)
 class EvictionReport:
-    """What a worker did for one prompt; times are in seconds of the device."""
+    """What a worker did for one eviction; times are in seconds of the device."""
 
     observation_seconds: float
     compaction_seconds: float | None = None  # None: the prompt was observed, but not evicted
-    layers_retained: dict[int, float] | None = None  # by layer: kept tokens / prompt tokens
+    layers_retained: dict[int, float] | None = None  # by layer: tokens after / before the eviction
 
 
 PendingReport = Callable[[], EvictionReport]

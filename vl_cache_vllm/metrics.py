@@ -13,6 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vl_cache_vllm import deprecated
+from vl_cache_vllm.core.later_evictions import Trigger
 from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.messages import take_stats
 
@@ -74,7 +75,13 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
 
         self._evicted = counter(
             "evicted_requests",
-            "Prompts that the scheduler decided to evict; again after a preemption.",
+            "Requests that the scheduler decided to evict; again after a preemption.",
+        )
+        self._evictions = counter(
+            "evictions",
+            "Evictions by trigger: the end of a prefill, blocks that are scarce while a request "
+            "runs (pressure), or the tokens that it has generated (every).",
+            "trigger",
         )
         self._skipped = counter(
             "skipped_requests",
@@ -82,13 +89,16 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             "reason",
         )
         self._freed_blocks = counter(
-            "freed_blocks", "Prompt blocks that evictions returned to the block pool."
+            "freed_blocks", "Blocks that evictions returned to the block pool."
         )
         self._freed_tokens = counter(
-            "freed_tokens", "Evicted prompt tokens, mean over layers and KV heads."
+            "freed_tokens", "Evicted tokens, mean over layers and KV heads."
         )
         self._retained = with_old_name(
-            histogram, "retained_ratio", "Kept blocks / prompt blocks of an evicted prompt.", RATIOS
+            histogram,
+            "retained_ratio",
+            "Kept blocks / blocks that a request held before its eviction.",
+            RATIOS,
         )
         self._observation = histogram(
             "observation_seconds",
@@ -107,7 +117,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         self._layer = with_old_name(
             gauge,
             "layer_retained_ratio",
-            "Kept tokens / prompt tokens of a layer, mean over the latest evictions.",
+            "Tokens of a layer after / before an eviction, mean over the latest evictions.",
             "layer",
         )
         for labels in self._labels.values():  # visible from the start, at zero
@@ -116,6 +126,8 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             for metric in (*self._retained, self._observation, self._compaction):
                 metric.labels(*labels)
             self._blocks_held.labels(*labels).set(0)
+            for trigger in Trigger:
+                self._evictions.labels(*labels, trigger.value)
 
     def record(
         self,
@@ -129,7 +141,9 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             return
         stats = EvictionStats.from_dict(values)
         labels = self._labels[engine_idx]
-        self._evicted.labels(*labels).inc(stats.evicted)
+        self._evicted.labels(*labels).inc(stats.evicted_requests)
+        for trigger, count in stats.evictions.items():
+            self._evictions.labels(*labels, trigger).inc(count)
         for reason, count in stats.skipped.items():
             self._skipped.labels(*labels, reason).inc(count)
         self._freed_blocks.labels(*labels).inc(stats.freed_blocks)
@@ -152,7 +166,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
     def log(self) -> None:
         """Write one line for each engine that decided about a request since the last call."""
         for index, interval in self._intervals.items():
-            if self._log_lines and (interval.evicted or interval.skipped):
+            if self._log_lines and (interval.evictions or interval.skipped):
                 logger.info("Engine %03d: %s", index, log_line(interval))
             self._intervals[index] = EvictionStats()
 
@@ -163,9 +177,12 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
 def log_line(stats: EvictionStats) -> str:
     """The counts of an interval as one line of text."""
     skipped = ", ".join(f"{count} {reason}" for reason, count in stats.skipped.most_common())
-    parts = [f"KV compression: evicted {stats.evicted} reqs"]
+    later = {name: count for name, count in stats.evictions.items() if name != "prefill"}
+    parts = [f"KV compression: evicted {stats.evicted_requests} reqs"]
+    if later:
+        parts[0] += " (" + ", ".join(f"{n} evictions by {name}" for name, n in later.items()) + ")"
     parts.append(f"skipped {stats.skipped.total()}" + (f" ({skipped})" if skipped else ""))
-    if stats.evicted:
+    if stats.evictions:
         parts.append(f"retained {100 * stats.retained.mean:.1f}%")
         parts.append(f"freed {stats.freed_blocks} blocks and {stats.freed_tokens} tokens")
     if stats.layers_retained:

@@ -14,7 +14,7 @@ from vllm.model_executor.models import ModelRegistry
 from checks import matrix
 from testing import model_zoo
 from testing.attention_recorder import Record
-from testing.oracle import Settings, decide
+from testing.oracle import Settings, decide_prompt, with_tail
 
 ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, FIRST = 330, 300
@@ -40,12 +40,12 @@ def served(layers: list[Record]) -> dict[str, Any]:
     full = [layer for layer in layers if layer.window is None]
     attention = [layer.logits(FIRST, PROMPT_TOKENS).softmax(dim=-1) for layer in full]
     settings = Settings(matrix.BUDGET, matrix.BLOCK_SIZE)
-    decision = decide(attention, FIRST, full[0].num_kv_heads, settings)
-    kept = iter(decision.kept_positions)
+    decision = decide_prompt(attention, full[0].num_kv_heads, settings)
+    kept = iter(with_tail(decision.kept_positions, PROMPT_TOKENS, settings.block_size))
     for layer in layers:
         evicted = None if layer.window else next(kept)
         layer.output = [layer.expected(PROMPT_TOKENS, evicted).float()]
-    return {**dataclasses.asdict(decision), "prompt_blocks": 11, "kept_blocks": 3}
+    return {**dataclasses.asdict(decision), "kept_blocks": 3}
 
 
 @pytest.mark.parametrize("window", [None, 20])

@@ -22,17 +22,27 @@ pytestmark = [
 ]
 
 NEAR_TIE = Fraction(1, 10**9)
+Caps = int | list[int]  # one for all layers, or one for each
 
 
-def exact_quotas(weights: list[float], total: int, cap: int) -> list[Fraction]:
+def as_list(caps: Caps, weights: list[float]) -> list[int]:
+    return caps if isinstance(caps, list) else [caps] * len(weights)
+
+
+def exact_quotas(weights: list[float], total: int, caps: list[int]) -> list[Fraction]:
     """``clip(scale * w, 1, cap)`` summing to ``total``, with the scale found exactly."""
     exact = [Fraction(weight) for weight in weights]
 
     def clipped(scale: Fraction) -> list[Fraction]:
-        return [min(max(scale * weight, Fraction(1)), Fraction(cap)) for weight in exact]
+        return [
+            min(max(scale * weight, Fraction(1)), Fraction(cap))
+            for weight, cap in zip(exact, caps, strict=True)
+        ]
 
     # The scales at which some layer leaves the floor or reaches the cap.
-    kinks = sorted({1 / weight for weight in exact} | {cap / weight for weight in exact})
+    kinks = sorted(
+        {1 / weight for weight in exact} | {c / w for c, w in zip(caps, exact, strict=True)}
+    )
     low = kinks[0]
     for high in kinks:
         if sum(clipped(high)) >= total:
@@ -53,8 +63,8 @@ class Reference:
     is_near_tie: bool
 
 
-def exact_apportion(weights: list[float], total: int, cap: int) -> Reference:
-    quotas = exact_quotas(weights, total, cap)
+def exact_apportion(weights: list[float], total: int, caps: Caps) -> Reference:
+    quotas = exact_quotas(weights, total, as_list(caps, weights))
     assert sum(quotas) == total
     pages = [floor(quota) for quota in quotas]
     missing = total - sum(pages)
@@ -73,17 +83,21 @@ def exact_apportion(weights: list[float], total: int, cap: int) -> Reference:
     return Reference(quotas, pages, is_near_tie)
 
 
-def distribute(weights: list[float], total: int, cap: int) -> list[int]:
-    result = apportion(torch.tensor(weights, dtype=torch.float64), total, cap)
+def distribute(weights: list[float], total: int, caps: Caps) -> list[int]:
+    caps = as_list(caps, weights)
+    result = apportion(
+        torch.tensor(weights, dtype=torch.float64), total, torch.tensor(caps), sum(caps)
+    )
     assert result.dtype == torch.int64
     return result.tolist()
 
 
-def check(weights: list[float], total: int, cap: int) -> list[int]:
-    pages = distribute(weights, total, cap)
+def check(weights: list[float], total: int, caps: Caps) -> list[int]:
+    pages = distribute(weights, total, caps)
     assert sum(pages) == total
-    assert all(1 <= count <= cap for count in pages)
-    reference = exact_apportion(weights, total, cap)
+    for count, cap in zip(pages, as_list(caps, weights), strict=True):
+        assert 1 <= count <= cap
+    reference = exact_apportion(weights, total, caps)
     for i, (count, quota) in enumerate(zip(pages, reference.quotas, strict=True)):
         assert abs(count - quota) < 1 + NEAR_TIE, (i, count, float(quota))
     if not reference.is_near_tie:
@@ -108,9 +122,12 @@ def check(weights: list[float], total: int, cap: int) -> list[int]:
         pytest.param([0.3], 5, 8, [5], id="one-layer"),
         pytest.param([0.7], 1, 1, [1], id="one-page"),
         pytest.param([0.01, 1.0], 2, 1, [1, 1], id="cap-is-one"),
+        pytest.param([1.0, 1.0, 1.0], 9, [2, 9, 9], [2, 4, 3], id="one-layer-has-less"),
+        pytest.param([8.0, 1.0, 1.0], 9, [2, 1, 9], [2, 1, 6], id="two-layers-have-less"),
+        pytest.param([1.0, 2.0, 4.0], 12, [3, 4, 5], [3, 4, 5], id="all-that-there-is"),
     ],
 )
-def test_examples(weights: list[float], total: int, cap: int, expected: list[int]) -> None:
+def test_examples(weights: list[float], total: int, cap: Caps, expected: list[int]) -> None:
     assert check(weights, total, cap) == expected
 
 
@@ -154,6 +171,17 @@ def test_random_weights_of_any_size(division: tuple[list[float], int, int]) -> N
 @given(divisions(ROUND_WEIGHTS))
 def test_random_round_weights(division: tuple[list[float], int, int]) -> None:
     check(*division)
+
+
+@examples(300)
+@given(divisions(ROUND_WEIGHTS), st.data())
+def test_random_caps(division: tuple[list[float], int, int], data: st.DataObject) -> None:
+    """Layers that were evicted before have different numbers of pages."""
+    weights, _, cap = division
+    caps = data.draw(
+        st.lists(st.integers(1, cap), min_size=len(weights), max_size=len(weights)), "caps"
+    )
+    check(weights, data.draw(st.integers(len(weights), sum(caps)), "total"), caps)
 
 
 @examples(200)
@@ -230,6 +258,7 @@ def test_exact_ties_go_to_the_lower_layer_whatever_its_weight(
 )
 def test_weights_beyond_reason_still_add_up(weights: list[float]) -> None:
     """Of a policy's, which may be anybody's: wrong, but not so that the cache is overrun."""
-    pages = apportion(torch.tensor(weights, dtype=torch.float64), 10, 6)
+    caps = torch.tensor([6, 6, 6])
+    pages = apportion(torch.tensor(weights, dtype=torch.float64), 10, caps, 18)
     assert int(pages.sum()) == 10
     assert int(pages.min()) >= 1 and int(pages.max()) <= 6

@@ -58,7 +58,7 @@ def test_equals_copying_token_by_token(
     prompt_row, kept_row = blocks[:7], blocks[7 : 7 + num_kept]
     positions = random_positions(kept_pages, num_kv_heads, block_size, prompt_tokens=20)
 
-    compact(pool, prompt_row, kept_row, torch.tensor(kept_pages), positions)
+    compact(pool, pool.block_pages(prompt_row), kept_row, torch.tensor(kept_pages), positions)
 
     page_index = 0  # page f of the kept pages is page f % L of block f // L
     written = set()
@@ -89,20 +89,21 @@ def test_layer_tables_find_the_survivors(
     page_order: str, packing: str, kept_pages: tuple[int, ...]
 ) -> None:
     """What compaction writes is what attention reads through the tables of the next step."""
-    num_layers, num_kv_heads, block_size, prompt_tokens = len(kept_pages), 2, 4, 26
+    num_layers, num_kv_heads, block_size, evicted_tokens = len(kept_pages), 2, 4, 28
     num_kept, prompt_blocks = sum(kept_pages) // num_layers, 7
     pool = make_pool(
         page_order, packing, num_layers=num_layers, num_blocks=20, block_size=block_size
     )
     blocks = torch.randperm(20, generator=torch.Generator().manual_seed(6))
-    row = blocks[: prompt_blocks + num_kept + 1]
-    positions = random_positions(kept_pages, num_kv_heads, block_size, prompt_tokens)
+    row, kept_row = blocks[: prompt_blocks + 1], blocks[prompt_blocks + 1 :][:num_kept]
+    positions = random_positions(kept_pages, num_kv_heads, block_size, evicted_tokens)
+    source = pool.block_pages(row[:prompt_blocks])
     keys, values = (
-        torch.stack([read(layer, row[:prompt_blocks]) for layer in range(num_layers)])
+        torch.stack([read(source[layer]) for layer in range(num_layers)])
         for read in (pool.read_keys, pool.read_values)
     )
 
-    compact(pool, row[:prompt_blocks], row[prompt_blocks:-1], torch.tensor(kept_pages), positions)
+    compact(pool, source, kept_row, torch.tensor(kept_pages), positions)
 
     width = max(kept_pages) + 1
     out = LayerTables(
@@ -112,15 +113,10 @@ def test_layer_tables_find_the_survivors(
     )
     layer_tables(
         pool,
-        EvictedRows(
-            torch.tensor([prompt_tokens]),
-            torch.tensor([prompt_blocks]),
-            torch.tensor([num_kept]),
-            torch.tensor([kept_pages]),
-        ),
+        EvictedRows(torch.tensor([evicted_tokens]), kept_row[None], torch.tensor([kept_pages])),
         row[None].int(),
         torch.tensor([0, 1], dtype=torch.int32),
-        torch.tensor([prompt_tokens + 1], dtype=torch.int32),
+        torch.tensor([evicted_tokens + 1], dtype=torch.int32),
         out,
     )
     for layer, pages in enumerate(kept_pages):
@@ -131,3 +127,36 @@ def test_layer_tables_find_the_survivors(
                 token = kept % block_size
                 assert torch.equal(key_of(pool, page, head, token), keys[layer, head, position])
                 assert torch.equal(value_of(pool, page, head, token), values[layer, head, position])
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+def test_layers_may_have_other_pages(page_order: str, packing: str) -> None:
+    """Where a request was evicted before, the pages of its layers belong to different blocks."""
+    pool, before = (
+        make_pool(page_order, packing, num_layers=3, num_blocks=12, block_size=4) for _ in range(2)
+    )
+    table = torch.randperm(27, generator=torch.Generator().manual_seed(4)).view(3, 9).int()
+    free = pool.block_pages(torch.arange(9, 11)).flatten()
+    if page_order == "block-outermost":  # pages 27 to 32 are those of the blocks 9 and 10
+        assert free.min() == 27
+    else:  # let no source be a destination
+        table = torch.where(torch.isin(table, free), torch.tensor(11, dtype=torch.int32), table)
+    wide = torch.zeros(3, 2, 9, dtype=torch.int32)
+    wide[:, 1] = table  # rows of a step's tables are not contiguous
+    kept_pages = (2, 1, 3)
+    positions = random_positions(kept_pages, 2, 4, prompt_tokens=36)
+
+    compact(pool, wide[:, 1], torch.tensor([9, 10]), torch.tensor(kept_pages), positions)
+
+    page_index = 0
+    for layer, pages in enumerate(kept_pages):
+        for token in range(pages * 4):
+            f = page_index + token // 4
+            page = page_number(pool, f % 3, 9 + f // 3)
+            for head in range(2):
+                position = int(positions[layer, head, token])
+                source = int(table[layer, position // 4])
+                for read in (key_of, value_of):
+                    expected = read(before, source, head, position % 4)
+                    assert torch.equal(read(pool, page, head, token % 4), expected)
+        page_index += pages

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-layer tables against a page-by-page, token-by-token construction."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,13 +23,15 @@ FILLER = -77
 
 @dataclass(frozen=True)
 class Row:
-    """One request of the step; ``kept_pages`` is empty where it is not evicted."""
+    """One request of the step; ``kept_pages`` is empty where it is not evicted.
+
+    `check` takes ``evicted_tokens`` in blocks and ``computed`` of an evicted row from there on.
+    """
 
     computed: int  # logical tokens before the step
     scheduled: int
-    evicted_tokens: int = 0  # E
+    evicted_tokens: int = 0  # E, whole blocks
     kept_pages: tuple[int, ...] = ()
-    reserved: int = 0  # M blocks of a row that ends its prefill in this step, not evicted yet
 
     @property
     def end(self) -> int:
@@ -48,41 +50,35 @@ def pool_of(page_order: str, num_layers: int, block_size: int) -> PagePool:
     )
 
 
-def prompt_and_kept_blocks(row: Row, block_size: int) -> tuple[int, int]:
-    """N and M of an evicted row, 0 and 0 of another."""
+def num_kept_blocks(row: Row) -> int:
+    """M of an evicted row, 0 of another."""
     if not row.kept_pages:
-        return 0, 0
+        return 0
     num_kept, rest = divmod(sum(row.kept_pages), len(row.kept_pages))
     assert rest == 0
-    return cdiv(row.evicted_tokens, block_size), num_kept
-
-
-def row_length(row: Row, block_size: int) -> int:
-    if not row.kept_pages:
-        return cdiv(row.end, block_size) + row.reserved
-    num_prompt, num_kept = prompt_and_kept_blocks(row, block_size)
-    return num_prompt + num_kept + cdiv(row.end - row.evicted_tokens, block_size)
+    return num_kept
 
 
 def naive_pages(
-    row: Row, blocks: list[int], layer: int, num_layers: int, block_size: int, page_order: str
+    row: Row,
+    blocks: list[int],
+    kept_blocks: list[int],
+    layer: int,
+    num_layers: int,
+    block_size: int,
+    page_order: str,
 ) -> list[int]:
     """The pages of one layer of one request, in the order of its tokens."""
     layer_stride, block_stride = strides(page_order, num_layers, NUM_BLOCKS)
-    if not row.kept_pages:
-        in_use = blocks[: cdiv(row.end, block_size)]
-        return [layer * layer_stride + block * block_stride for block in in_use]
-    num_prompt, num_kept = prompt_and_kept_blocks(row, block_size)
     kept = [  # all pages of the kept blocks, block after block
         of_layer * layer_stride + block * block_stride
-        for block in blocks[num_prompt : num_prompt + num_kept]
+        for block in kept_blocks
         for of_layer in range(num_layers)
     ]
     first = sum(row.kept_pages[:layer])
-    pages = kept[first : first + row.kept_pages[layer]]
-    for block in blocks[num_prompt + num_kept :]:
-        pages.append(layer * layer_stride + block * block_stride)
-    return pages
+    pages = kept[first : first + row.kept_pages[layer]] if row.kept_pages else []
+    in_use = blocks[row.evicted_tokens // block_size : cdiv(row.end, block_size)]
+    return pages + [layer * layer_stride + block * block_stride for block in in_use]
 
 
 def check(
@@ -98,19 +94,28 @@ def check(
 ) -> LayerTables:
     """Compare a batch with the naive construction; returns the tables for further checks."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = [row_length(row, block_size) for row in rows]
-    columns = max(lengths) + spare_columns
+    rows = [replace(row, evicted_tokens=row.evicted_tokens * block_size) for row in rows]
+    rows = [
+        replace(row, computed=row.evicted_tokens + row.computed) if row.kept_pages else row
+        for row in rows
+    ]
+    columns = max(cdiv(row.end, block_size) for row in rows) + spare_columns
     # Columns beyond a row hold whatever an earlier request left there.
     block_table = torch.randint(NUM_BLOCKS, (len(rows), columns), generator=generator)
+    most_kept = max(1, *map(num_kept_blocks, rows))
+    kept_blocks = torch.randint(NUM_BLOCKS, (len(rows), most_kept), generator=generator)
     starts, num_tokens = [0], 0
     for row in rows:
         num_tokens += row.scheduled
         starts.append(num_tokens)
-    numbers = [prompt_and_kept_blocks(row, block_size) for row in rows]
     pages = [
         [
-            naive_pages(row, blocks[:length], layer, num_layers, block_size, page_order)
-            for row, blocks, length in zip(rows, block_table.tolist(), lengths, strict=True)
+            naive_pages(
+                row, blocks, kept[: num_kept_blocks(row)], layer, num_layers, block_size, page_order
+            )
+            for row, blocks, kept in zip(
+                rows, block_table.tolist(), kept_blocks.tolist(), strict=True
+            )
         ]
         for layer in range(num_layers)
     ]
@@ -124,8 +129,7 @@ def check(
         pool_of(page_order, num_layers, block_size),
         EvictedRows(
             torch.tensor([row.evicted_tokens for row in rows]),
-            torch.tensor([num_prompt for num_prompt, _ in numbers]),
-            torch.tensor([num_kept for _, num_kept in numbers]),
+            kept_blocks,
             torch.tensor([row.kept_pages or (0,) * num_layers for row in rows]),
         ),
         block_table.int(),
@@ -153,11 +157,11 @@ def check(
 
 MIXED = [
     Row(computed=0, scheduled=63),  # prefills, never evicted
-    Row(computed=52, scheduled=1, evicted_tokens=50, kept_pages=(1, 4, 1)),
+    Row(computed=2, scheduled=1, evicted_tokens=6, kept_pages=(1, 4, 1)),
     Row(computed=13, scheduled=1),  # decodes, never evicted
-    Row(computed=63, scheduled=1, evicted_tokens=63, kept_pages=(2, 1, 6)),  # its first decode
-    Row(computed=17, scheduled=21, reserved=2),  # ends its prefill, evicted after this step
-    Row(computed=80, scheduled=9, evicted_tokens=72, kept_pages=(3, 3, 3)),
+    Row(computed=0, scheduled=1, evicted_tokens=7, kept_pages=(2, 1, 6)),  # without a tail
+    Row(computed=17, scheduled=21),  # ends its prefill, evicted after this step
+    Row(computed=8, scheduled=9, evicted_tokens=9, kept_pages=(3, 3, 3)),
 ]
 
 
@@ -180,16 +184,15 @@ def test_padded_batch(page_order: str, spare_columns: int, padding: int) -> None
     [
         pytest.param(Row(0, 63), id="prefill"),
         pytest.param(Row(40, 23), id="second-chunk"),
-        pytest.param(Row(40, 23, reserved=3), id="last-chunk-with-kept-blocks"),
         pytest.param(Row(63, 1), id="decode-not-evicted"),
-        pytest.param(Row(63, 1, 63, (1, 5, 3)), id="first-decode-after-eviction"),
-        pytest.param(Row(64, 1, 64, (1, 5, 3)), id="first-decode-after-a-whole-prompt"),
-        pytest.param(Row(70, 1, 63, (1, 5, 3)), id="last-token-of-a-decode-block"),
-        pytest.param(Row(71, 1, 63, (1, 5, 3)), id="first-token-of-a-decode-block"),
-        pytest.param(Row(66, 11, 63, (1, 5, 3)), id="several-tokens-across-blocks"),
-        pytest.param(Row(90, 1, 63, (1, 1, 1)), id="one-page-a-layer"),
-        pytest.param(Row(90, 1, 63, (1, 1, 7)), id="all-to-the-last-layer"),
-        pytest.param(Row(90, 1, 63, (7, 1, 1)), id="all-to-the-first-layer"),
+        pytest.param(Row(7, 1, 7, (1, 5, 3)), id="first-decode-after-eviction"),
+        pytest.param(Row(0, 1, 8, (1, 5, 3)), id="first-decode-after-a-whole-prompt"),
+        pytest.param(Row(15, 1, 7, (1, 5, 3)), id="last-token-of-a-block"),
+        pytest.param(Row(16, 1, 7, (1, 5, 3)), id="first-token-of-a-block"),
+        pytest.param(Row(3, 11, 7, (1, 5, 3)), id="several-tokens-across-blocks"),
+        pytest.param(Row(27, 1, 7, (1, 1, 1)), id="one-page-a-layer"),
+        pytest.param(Row(27, 1, 7, (1, 1, 7)), id="all-to-the-last-layer"),
+        pytest.param(Row(27, 1, 7, (7, 1, 1)), id="all-to-the-first-layer"),
     ],
 )
 def test_single_row(page_order: str, row: Row) -> None:
@@ -209,8 +212,8 @@ def test_single_layer_keeps_block_numbers(page_order: str) -> None:
 
 
 def test_documented_example() -> None:
-    """The example of `layer_tables`: 8 prompt blocks, 2 kept blocks, 4 + 1 + 1 pages."""
-    row = [*range(10, 20), 30]  # 8 prompt blocks, 2 kept, 1 decode block
+    """The example of `layer_tables`: 7 replaced blocks, 2 kept blocks, 4 + 1 + 1 pages."""
+    row = [*range(10, 18)]
     out = LayerTables(
         torch.zeros(3, 1, 5, dtype=torch.int32),
         torch.zeros(3, 1, dtype=torch.int32),
@@ -219,9 +222,8 @@ def test_documented_example() -> None:
     layer_tables(
         pool_of("block-outermost", num_layers=3, block_size=4),
         EvictedRows(
-            evicted_tokens=torch.tensor([31]),
-            prompt_blocks=torch.tensor([8]),
-            kept_blocks=torch.tensor([2]),
+            evicted_tokens=torch.tensor([28]),
+            kept_blocks=torch.tensor([[18, 19]]),
             kept_pages=torch.tensor([[4, 1, 1]]),
         ),
         torch.tensor([row], dtype=torch.int32),
@@ -230,11 +232,11 @@ def test_documented_example() -> None:
         out,
     )
     # Block b, layer l is page 3 * b + l.
-    assert out.block_table[0, 0].tolist() == [54, 55, 56, 57, 90]
-    assert out.block_table[1, 0, :2].tolist() == [58, 91]
-    assert out.block_table[2, 0, :2].tolist() == [59, 92]
-    assert out.seq_lens[:, 0].tolist() == [17, 5, 5]
-    assert out.slot_mapping[:, 0].tolist() == [360, 364, 368]
+    assert out.block_table[0, 0].tolist() == [54, 55, 56, 57, 51]
+    assert out.block_table[1, 0, :2].tolist() == [58, 52]
+    assert out.block_table[2, 0, :2].tolist() == [59, 53]
+    assert out.seq_lens[:, 0].tolist() == [20, 8, 8]
+    assert out.slot_mapping[:, 0].tolist() == [207, 211, 215]
 
 
 @st.composite
@@ -250,11 +252,11 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
             pages = [1] * num_layers
             for _ in range((num_kept - 1) * num_layers):
                 pages[draw(st.integers(0, num_layers - 1))] += 1
-            evicted_tokens = max(pages) * block_size + draw(st.integers(0, 20))
-            computed = evicted_tokens + draw(st.integers(0, 20))
-            rows.append(Row(computed, scheduled, evicted_tokens, tuple(pages)))
+            evicted_blocks = max(pages) + draw(st.integers(0, 20))
+            computed = draw(st.integers(0, 20))
+            rows.append(Row(computed, max(scheduled, not computed), evicted_blocks, tuple(pages)))
         else:
-            rows.append(Row(draw(st.integers(1, 40)), scheduled, reserved=draw(st.integers(0, 3))))
+            rows.append(Row(draw(st.integers(1, 40)), scheduled))
     return {
         "rows": rows,
         "num_layers": num_layers,

@@ -56,16 +56,18 @@ def arguments(name: str) -> tuple[Any, ...]:
         dense_entries = torch.zeros((), dtype=int64)
         return query, key, 6, 0.3, 0.01, 0.0, torch.zeros(2, 9), dense_entries, torch.rand(2, 3)
     if name == "select":
-        return torch.rand(2, 2, 9), torch.tensor([4, 8]), 0.1, 8, torch.arange(9)
+        ends, kept = torch.tensor([7, 9]), torch.tensor([4, 8])
+        return torch.rand(2, 2, 9), ends, kept, 0.1, 8, torch.arange(9)
     if name == "compact":
         index = torch.arange(32).view(4, 8)
         positions = torch.arange(9)[:8].expand(2, 2, 8).contiguous()
-        blocks = torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([1, 1])
-        return torch.rand(8, 2, 64), index, index + 32, *blocks, positions, 4, 1
+        source_pages = torch.tensor([[0, 1, 2], [4, 5, 6]], dtype=torch.int32)
+        kept = torch.tensor([3]), torch.tensor([1, 1])
+        return torch.rand(8, 2, 64), index, index + 32, source_pages, *kept, positions, 4, 1
     if name == "rank":
         return (torch.rand(2, 2, 9),)
     assert name == "layer_tables"
-    evicted = torch.tensor([9]), torch.tensor([3]), torch.tensor([1]), torch.tensor([[1, 1]])
+    evicted = torch.tensor([8]), torch.tensor([[3]]), torch.tensor([[1, 1]])
     return (
         torch.arange(5, dtype=torch.int32)[None],
         torch.tensor([0, 1], dtype=torch.int32),

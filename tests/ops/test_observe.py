@@ -108,7 +108,7 @@ def test_keys_in_pages(page_order: str, packing: str, block_size: int) -> None:
     num_queries, first = 6, 9 * block_size + 2
     query, _ = random_case(num_queries, 1, 2, 3, 12)
     sums, dense = torch.zeros(2, first + num_queries), torch.zeros((), dtype=torch.int64)
-    observe(query, PagedKeys(pool, 1, row), first, PARAMS, sums, dense)
+    observe(query, PagedKeys.of_blocks(pool, 1, row), first, PARAMS, sums, dense)
     key = torch.stack(
         [
             torch.stack(
@@ -346,11 +346,44 @@ def test_reads_keys_from_pages(page_order: str, packing: str, dtype: torch.dtype
     row = torch.randperm(13, generator=torch.Generator().manual_seed(2))[:8]
     query, _ = random_case(7, 63, 2, 3, 80, dtype)
     for layer in range(3):
-        key = pool.read_keys(layer, row)
+        key = pool.read_keys(pool.block_pages(row)[layer])
         sums, dense = run(query, key, 56, columns=63)
         expected, expected_dense = naive_observe(query, key, 56, 0.2, THRESHOLD, 0.0)
         torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-6)
         assert dense == expected_dense
+
+
+@pytest.mark.parametrize("num_keys", [1, 9, 40, 63])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_the_device_may_know_the_number_of_keys(num_keys: int, num_queries: int) -> None:
+    """Layers that were evicted differ in length; the host knows only a bound."""
+    if num_queries > num_keys:
+        return
+    pool = make_pool(block_size=8, head_size=80, num_blocks=13)
+    table = torch.randperm(len(pool.pages), generator=torch.Generator().manual_seed(2))[:8].int()
+    query, _ = random_case(num_queries, 63, 2, 3, 80)
+    sums, dense = torch.zeros(2, 70), torch.zeros((), dtype=torch.int64)
+    maxima = torch.zeros_like(sums)
+    observe(
+        query,
+        PagedKeys(pool, table),
+        64 - num_queries,
+        PARAMS,
+        sums,
+        dense,
+        column_maxima=maxima,
+        num_keys=torch.tensor([9, num_keys], dtype=torch.int32)[1],
+    )
+    key, first = pool.read_keys(table)[:, :num_keys], num_keys - num_queries
+    expected, expected_maxima = torch.zeros(2, num_keys), torch.zeros(2, num_keys)
+    expected_dense = torch.zeros_like(dense)
+    observe(query, key, first, PARAMS, expected, expected_dense, column_maxima=expected_maxima)
+    torch.testing.assert_close(sums[:, :num_keys], expected)
+    torch.testing.assert_close(maxima[:, :num_keys], expected_maxima)
+    assert not sums[:, num_keys:].any()
+    assert not maxima[:, num_keys:].any()
+    assert dense == expected_dense
+    assert torch.isclose(sums.sum(), torch.tensor(6.0 * num_queries))
 
 
 def naive_elite(

@@ -47,8 +47,8 @@ def test_read_equals_cell_by_cell(page_order: str, packing: str, dtype: torch.dt
     pool = make_pool(page_order, packing, num_kv_heads=3, dtype=dtype)
     row = [9, 0, 4, 4]  # any order; a shared block may even come twice
     for layer in range(pool.num_layers):
-        keys = pool.read_keys(layer, torch.tensor(row, dtype=torch.int32))
-        values = pool.read_values(layer, torch.tensor(row))
+        page_ids = pool.block_pages(torch.tensor(row))[layer]
+        keys, values = pool.read_keys(page_ids), pool.read_values(page_ids)
         assert keys.shape == values.shape == (3, len(row) * pool.block_size, 8)
         assert keys.dtype == values.dtype == dtype
         for head in range(3):
@@ -89,11 +89,11 @@ def test_copy_tokens_fills_destinations_and_nothing_else(packing: str, dtype: to
 def test_degenerate_sizes(packing: str, block_size: int, head_size: int) -> None:
     sizes = {"block_size": block_size, "head_size": head_size}
     pool, before = (make_pool(packing=packing, **sizes) for _ in range(2))
-    row = torch.tensor([3, 1])
+    page_ids = pool.block_pages(torch.tensor([3, 1]))[2]
     tokens = [
         (page_number(pool, 2, block), token) for block in (3, 1) for token in range(block_size)
     ]
-    keys, values = pool.read_keys(2, row), pool.read_values(2, row)
+    keys, values = pool.read_keys(page_ids), pool.read_values(page_ids)
     for head in range(2):
         for position, (page, token) in enumerate(tokens):
             assert torch.equal(keys[head, position], key_of(pool, page, head, token))
@@ -115,9 +115,9 @@ def test_pages_may_lie_inside_a_larger_buffer(packing: str) -> None:
     inside = buffer[13 : 13 + alone.pages.numel()].view(alone.pages.shape)
     inside.copy_(alone.pages)
     pool = replace(alone, pages=inside)
-    row = torch.tensor([9, 0, 4])
-    assert torch.equal(pool.read_keys(1, row), alone.read_keys(1, row))
-    assert torch.equal(pool.read_values(1, row), alone.read_values(1, row))
+    page_ids = pool.block_pages(torch.tensor([9, 0, 4]))[1]
+    assert torch.equal(pool.read_keys(page_ids), alone.read_keys(page_ids))
+    assert torch.equal(pool.read_values(page_ids), alone.read_values(page_ids))
     source_page = torch.tensor([[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]])
     source_offset = torch.tensor([[[4, 3, 2, 1, 0], [0, 0, 2, 2, 1]]])
     for each in (pool, alone):

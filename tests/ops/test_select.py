@@ -21,13 +21,27 @@ def naive_select(scores: list[float], kept: int, recent_ratio: str) -> list[int]
     return sorted([*rest[: kept - recent], *window])
 
 
-def check(scores: torch.Tensor, kept_tokens: list[int], recent_ratio: str, max_kept: int) -> None:
-    result = select(scores, torch.tensor(kept_tokens), float(recent_ratio), max_kept)
+def all_of(scores: torch.Tensor) -> torch.Tensor:
+    """The number of tokens of each layer, where all of them can be selected."""
+    return torch.full(scores.shape[:1], scores.shape[2])
+
+
+def check(
+    scores: torch.Tensor,
+    kept_tokens: list[int],
+    recent_ratio: str,
+    max_kept: int,
+    num_tokens: list[int] | None = None,
+) -> None:
+    ends = num_tokens or all_of(scores).tolist()
+    result = select(
+        scores, torch.tensor(ends), torch.tensor(kept_tokens), float(recent_ratio), max_kept
+    )
     assert result.dtype == torch.int64
     assert result.shape == (*scores.shape[:2], max_kept)
     for layer, kept in enumerate(kept_tokens):
         for head in range(scores.shape[1]):
-            expected = naive_select(scores[layer, head].tolist(), kept, recent_ratio)
+            expected = naive_select(scores[layer, head, : ends[layer]].tolist(), kept, recent_ratio)
             assert result[layer, head, :kept].tolist() == expected, (layer, head)
 
 
@@ -41,6 +55,16 @@ def check(scores: torch.Tensor, kept_tokens: list[int], recent_ratio: str, max_k
 def test_equals_sorting(recent_ratio: str, num_kv_heads: int, kept_tokens: list[int]) -> None:
     scores = torch.rand(3, num_kv_heads, 63, generator=torch.Generator().manual_seed(0))
     check(scores, kept_tokens, recent_ratio, max_kept=63)
+
+
+@pytest.mark.parametrize("recent_ratio", ["0", "0.1", "1"])
+def test_tokens_behind_a_layers_end_are_never_selected(recent_ratio: str) -> None:
+    scores = torch.rand(4, 2, 63, generator=torch.Generator().manual_seed(2))
+    ends = [63, 40, 7, 33]
+    for layer, end in enumerate(ends):
+        scores[layer, :, end:] = 9.0
+    check(scores, [30, 40, 1, 32], recent_ratio, 40, ends)
+    check(scores.fill_(0.0), [30, 40, 1, 32], recent_ratio, 40, ends)
 
 
 @pytest.mark.parametrize("recent_ratio", ["0", "0.1", "0.5"])
@@ -73,28 +97,31 @@ def test_a_whole_recent_window_is_not_rounded_up(
 ) -> None:
     """0.14 * 50 is 7.000000000000001 in binary, but the window has 7 tokens."""
     scores = torch.linspace(1, 0, 2 * kept)[None, None]
-    result = select(scores, torch.tensor([kept]), recent_ratio, kept)[0, 0].tolist()
+    result = select(scores, all_of(scores), torch.tensor([kept]), recent_ratio, kept)[0, 0].tolist()
     assert result == [*range(kept - recent), *range(2 * kept - recent, 2 * kept)]
 
 
 @pytest.mark.parametrize("kept", [1, 9, 11, 29, 31])
 def test_a_fractional_recent_window_is_rounded_up(kept: int) -> None:
     scores = torch.linspace(1, 0, 63)[None, None]
-    result = select(scores, torch.tensor([kept]), 0.1, kept)[0, 0].tolist()
+    result = select(scores, all_of(scores), torch.tensor([kept]), 0.1, kept)[0, 0].tolist()
     recent = -(-kept // 10)
     assert result == [*range(kept - recent), *range(63 - recent, 63)]
 
 
 def test_recent_tokens_are_part_of_the_budget() -> None:
     scores = torch.tensor([[[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])
-    result = select(scores, torch.tensor([4]), 0.5, 4)[0, 0].tolist()
+    result = select(scores, all_of(scores), torch.tensor([4]), 0.5, 4)[0, 0].tolist()
     assert result == [0, 1, 8, 9]
 
 
 def test_max_kept_below_the_number_of_tokens_only_shortens_the_result() -> None:
     scores = torch.rand(3, 2, 63, generator=torch.Generator().manual_seed(4))
     kept = torch.tensor([3, 20, 11])
-    wide, narrow = select(scores, kept, 0.1, 63), select(scores, kept, 0.1, 20)
+    wide, narrow = (
+        select(scores, all_of(scores), kept, 0.1, 63),
+        select(scores, all_of(scores), kept, 0.1, 20),
+    )
     for layer, count in enumerate(kept.tolist()):
         assert torch.equal(wide[layer, :, :count], narrow[layer, :, :count])
 
@@ -102,7 +129,7 @@ def test_max_kept_below_the_number_of_tokens_only_shortens_the_result() -> None:
 def test_every_entry_is_a_position_even_where_meaningless() -> None:
     """`compact` indexes with whole rows, so entries beyond a layer's budget must be in range."""
     scores = torch.rand(2, 2, 13, generator=torch.Generator().manual_seed(5))
-    result = select(scores, torch.tensor([1, 12]), 0.1, 12)
+    result = select(scores, all_of(scores), torch.tensor([1, 12]), 0.1, 12)
     assert result.min() >= 0
     assert result.max() < 13
 
@@ -114,7 +141,9 @@ def test_precedence_is_sorted_before_scores(recent_ratio: str, kept: int) -> Non
     scores = torch.randint(3, (2, 2, 50), generator=generator).float()
     scores[0, 0, 7], scores[1, 1, 9] = torch.inf, -torch.inf
     precedence = torch.randint(3, (50,), generator=generator)
-    result = select(scores, torch.tensor([kept, kept]), float(recent_ratio), kept, precedence)
+    result = select(
+        scores, all_of(scores), torch.tensor([kept, kept]), float(recent_ratio), kept, precedence
+    )
     recent = math.ceil(Fraction(recent_ratio) * kept)
     window = list(range(50 - recent, 50))
     for layer in range(2):
@@ -125,12 +154,23 @@ def test_precedence_is_sorted_before_scores(recent_ratio: str, kept: int) -> Non
             assert result[layer, head].tolist() == expected
 
 
+def test_precedence_does_not_reach_behind_a_layers_end() -> None:
+    scores = torch.rand(2, 2, 50, generator=torch.Generator().manual_seed(8))
+    precedence = (torch.arange(50) >= 20).long()
+    kept = torch.tensor([4, 4])
+    result = select(scores, torch.tensor([22, 50]), kept, 0.0, 4, precedence)
+    for head in range(2):
+        best = scores[0, head, :20].topk(2).indices.sort().values.tolist()
+        assert result[0, head].tolist() == [*best, 20, 21]
+        assert (result[1, head] >= 20).all()
+
+
 def test_equal_precedence_changes_nothing() -> None:
     scores = torch.rand(2, 3, 63)
     kept = torch.tensor([10, 30])
     for level in (0, 2):
-        alike = select(scores, kept, 0.1, 30, torch.full((63,), level))
-        plain = select(scores, kept, 0.1, 30)
+        alike = select(scores, all_of(scores), kept, 0.1, 30, torch.full((63,), level))
+        plain = select(scores, all_of(scores), kept, 0.1, 30)
         for layer, count in enumerate(kept.tolist()):
             assert torch.equal(alike[layer, :, :count], plain[layer, :, :count])
 

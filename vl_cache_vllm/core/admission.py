@@ -2,7 +2,7 @@
 """Whether a prompt can be evicted, and to how many blocks: pure functions of host-side integers.
 
 The scheduler decides with them. The worker uses the same functions only to know which prompts to
-observe, and reads the decision itself from the length of a block-table row.
+observe; the scheduler tells it which of them are evicted (`vl_cache_vllm.messages`).
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ def plan_eviction(
     elif own_tokens < config.min_prompt_tokens:
         skip = Skip.SHORT_PROMPT
     elif kept >= prompt_tokens // block_size:
-        # Decoding starts in a fresh block, whereas a full cache would first fill its last one.
+        # Whole blocks are replaced; the last one stays if it is not full.
         skip = Skip.NO_SAVING
     elif usable_blocks is not None and num_blocks + kept + 1 > usable_blocks:
         skip = Skip.POOL_TOO_SMALL

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block accounting of evicted requests.
 
-Blocks of a request, N = 3 prompt blocks evicted to M = 1 kept block:
+Blocks of a request, block size 32. A prompt of 70 tokens is evicted to M = 1 kept block. Later the
+request, then of 140 tokens, is evicted again::
 
-    prefill ends      [7, 8, 9] [4]            M blocks are allocated with the last chunk
-    step processed    [-, -, -] [4]            prompt blocks freed, hashes intact, null in place
-    decode            [-, -, -] [4] [5] ...    positions >= E start in a fresh block
+                            row of vLLM          kept blocks
+    prefill ends            [7, 8, 9]            [4]         the step orders: replace E = 64 tokens
+    step processed          [-, -, 9]            [4]         freed, hashes intact, null in place
+    decoding                [-, -, 9, 5, 6]      [4]
+    evicted again           [-, -, 9, 5, 6]      [4] [2]     the step orders: replace E = 128 tokens
+    step processed          [-, -, -, -, 6]      [2]
 
-Owns: the M kept blocks, when prompt blocks are freed, and what is hashed.
-Does not own: which requests are evicted (`decisions`), how many blocks admission reserves
-(`output_reserve`), which tokens survive and how the M x L pages are divided among the layers
-(worker).
+The row is vLLM's own: token t is in column t // 32. The tail, what stands behind the last whole
+block, stays where it is.
+
+Owns: the kept blocks, when replaced blocks are freed, and what is hashed.
+Does not own: which requests are evicted (`decisions`, `later_evictions`), how many blocks admission
+reserves (`output_reserve`), which tokens survive and how the M x L pages are divided among the
+layers (worker).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -28,19 +34,35 @@ from vllm.v1.request import Request
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import EvictionPlan
 from vl_cache_vllm.core.decisions import EvictionDecisions
+from vl_cache_vllm.core.later_evictions import AnswerBound, LaterEvictions, Trigger
 from vl_cache_vllm.core.observation_budget import ObservationBudget
-from vl_cache_vllm.core.output_reserve import OutputReserve
+from vl_cache_vllm.core.output_reserve import EvictedOutput, OutputReserve
 from vl_cache_vllm.core.pressure import PrefillDemand
 from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.messages import EvictionOrder
+
+
+@dataclass
+class EvictedBlocks:
+    """What the evictions of a request left of its blocks."""
+
+    hashed_tokens: int  # E of the first eviction: nothing behind it is hashed
+    evicted_tokens: int = 0  # E of the last one
+    kept: list[KVCacheBlock] = field(default_factory=list)  # that replace them
+    replaced: list[KVCacheBlock] = field(default_factory=list)  # kept blocks before, to be freed
+    freed_columns: int = 0  # of the row, from its start
+    safe_at: int | None = None
+    """Processed tokens from which on nothing reads the replaced blocks; None: they are freed."""
 
 
 class EvictionBlockManager(FullAttentionManager):
-    """`FullAttentionManager` that adds kept blocks and frees and stops hashing evicted prompts."""
+    """`FullAttentionManager` with kept blocks, which frees what they replace and hashes no more."""
 
     def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._config: KVCompressConfig = kv_cache_spec.kv_compress
-        self._prompt_freed: set[str] = set()
+        self._evicted: dict[str, EvictedBlocks] = {}
+        self._orders: dict[str, EvictionOrder] = {}  # of the step that is being scheduled
         self._output_reserve = OutputReserve(self.block_size)
         self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report without news would say
@@ -65,6 +87,8 @@ class EvictionBlockManager(FullAttentionManager):
             self._config, self, lookup, others, ObservationBudget(observation_tokens)
         )
         self._prefill_demand = PrefillDemand(self, others)
+        self._num_others = len(others)
+        self.later = LaterEvictions(self.block_size, self._last_eviction, self._freed_by)
 
     def missing_blocks(self, request: Request) -> int:
         """Blocks that a request's prefill still takes from the pool, without the kept ones."""
@@ -72,22 +96,57 @@ class EvictionBlockManager(FullAttentionManager):
             return 0
         return self._prefill_demand.blocks(request)
 
+    def plan_later_evictions(self, running: Sequence[Request], demands: Callable[[], int]) -> None:
+        """Start a step: decide which running requests are to be evicted in it.
+
+        Args:
+            running: in vLLM's order.
+            demands: blocks that unfinished prefills still ask for.
+        """
+        budget = self.decisions.observation_budget
+        self.later.plan_every(self._lookup, budget.has_room)
+        if self.decisions.by_pressure and self.decisions.pressure.is_on:
+            usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
+            used = usable - self.block_pool.get_num_free_blocks() - self._blocks_to_free()
+            excess = used + demands() - int(self._config.pressure.high * usable)
+            self.later.plan_pressure(
+                running,
+                self.decisions.decided,
+                lambda request: self._config.for_request(request.sampling_params),
+                excess,
+                budget.has_room,
+            )
+
+    def take_orders(self) -> dict[str, EvictionOrder]:
+        """The evictions of the step that has been scheduled, by request id."""
+        orders, self._orders = self._orders, {}
+        return orders
+
     # ----------------------------------------------------------------------------------------------
     # What vLLM's coordinator calls
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        """vLLM's, plus the M kept blocks, one free block for decoding, and the output reserve."""
+        """vLLM's, plus the M kept blocks, a free block for decoding, and the output reserve."""
         if self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
+        num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        if (later := self.later.due.get(request_id)) is not None:
+            with_kept = num_blocks + later.kept_blocks
+            room = self.block_pool.get_num_free_blocks() - self._num_others
+            if later.trigger is not Trigger.PRESSURE or with_kept <= room:
+                return with_kept
+            del self.later.due[request_id]  # nobody is preempted so that another is evicted
         plan = self.decisions.plan_of(request_id)
-        slots = self._token_slots(plan, num_tokens)
-        num_blocks = super().get_num_blocks_to_allocate(request_id, slots, *args, **kwargs)
-        # The step that ends an evicted prefill asks for one free block more than it takes. Decoding
-        # starts in a fresh block, and async scheduling schedules it while the prompt's blocks are
-        # still held: without the reserve a request that just fitted would preempt itself, over and
-        # over. (Slots exceed tokens from that step on, and never before.)
-        ends_prefill = slots > num_tokens and self.decisions.decided(request_id) is None
-        num_blocks += ends_prefill
+        if (
+            plan is not None
+            and plan.kept_blocks
+            and num_tokens >= plan.prompt_tokens
+            and self.decisions.decided(request_id) is None
+        ):
+            # The step that ends an evicted prefill asks for one free block more than it takes. With
+            # async scheduling the next step is scheduled while the prompt's blocks are still held:
+            # without the reserve a request that just fitted would preempt itself, over and over.
+            num_blocks += plan.kept_blocks + 1
         if kwargs.get("apply_admission_cap") and self._config.output_reserve:
             request = self._lookup(request_id)
             if request is not None and num_blocks <= self.block_pool.get_num_free_blocks():
@@ -97,18 +156,37 @@ class EvictionBlockManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """vLLM's, plus the M kept blocks in the step that ends an evicted prefill."""
+        """vLLM's, plus the M kept blocks in a step that evicts the request."""
         self.decisions.admit_to_observation(request_id, num_tokens_main_model)
         plan = self.decisions.plan_of(request_id)
-        if (
+        if later := self.later.due.pop(request_id, None):
+            request = self._lookup(request_id)
+            assert request is not None
+            self._order(
+                request_id,
+                later.trigger,
+                later.evicted_tokens,
+                later.kept_blocks,
+                safe_at=request.num_computed_tokens + 1,
+            )
+        elif (
             plan is not None
             and self.decisions.decided(request_id) is None
             and num_tokens_main_model >= plan.prompt_tokens
         ):
             self.decisions.decide(request_id, plan)
-            self._stats.decided(plan, self.block_size)
-        slots = self._token_slots(plan, num_tokens)
-        return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
+            self.later.set_bound(request_id, self._bound_of(request_id, plan))
+            if plan.skip is not None:
+                self._stats.skipped[plan.skip.value] += 1
+            else:
+                self._order(
+                    request_id,
+                    Trigger.PREFILL,
+                    self._whole_blocks(plan.prompt_tokens),
+                    plan.kept_blocks,
+                    safe_at=plan.prompt_tokens,
+                )
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(
         self,
@@ -118,10 +196,11 @@ class EvictionBlockManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """vLLM's, without the blocks after an evicted prompt: they are no prefix of anything."""
+        """vLLM's, without the blocks after an eviction: they are no prefix of anything."""
+        if (evicted := self._evicted.get(request.request_id)) is not None:
+            num_tokens = min(num_tokens, evicted.hashed_tokens)
         plan = self.decisions.plan_of(request.request_id)
         if plan is not None and plan.kept_blocks:
-            num_tokens = min(num_tokens, plan.prompt_tokens)
             # Cache the blocks before each such block, then step over it.
             for index in self._renew_cached_copies(request, num_tokens):
                 super().cache_blocks(
@@ -141,48 +220,95 @@ class EvictionBlockManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Frees the N prompt blocks once the step that compacted them has been processed.
+        """Frees what an eviction replaced once its step has been processed.
 
         Full attention itself skips nothing, so there is no call of the base.
         """
-        plan = self.decisions.decided(request_id)
-        if plan is None or processed_computed_tokens < plan.prompt_tokens:
+        plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
+        if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
+            self.decisions.observation_budget.release(request_id)
+        if (
+            evicted is None
+            or evicted.safe_at is None
+            or processed_computed_tokens < evicted.safe_at
+        ):
             return
-        self.decisions.observation_budget.release(request_id)
-        if plan.kept_blocks and request_id not in self._prompt_freed:
-            before = self.block_pool.get_num_free_blocks()
-            self._remove_blocks_in_range(request_id, 0, plan.prompt_blocks)
-            self._prompt_freed.add(request_id)
-            self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
+        before = self.block_pool.get_num_free_blocks()
+        columns = evicted.evicted_tokens // self.block_size
+        self._remove_blocks_in_range(request_id, evicted.freed_columns, columns)
+        self.block_pool.free_blocks(evicted.replaced)
+        evicted.freed_columns, evicted.replaced, evicted.safe_at = columns, [], None
+        self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """vLLM's, and forgets the request."""
-        plan, request = self.decisions.forget(request_id), self._lookup(request_id)
-        if plan and plan.kept_blocks and request and request.is_finished():
+        """vLLM's, with the kept blocks, and forgets the request."""
+        self.decisions.forget(request_id)
+        self.later.forget(request_id)
+        self._orders.pop(request_id, None)
+        evicted, request = self._evicted.pop(request_id, None), self._lookup(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        if evicted is None:
+            return blocks
+        if request and request.is_finished():
             self._output_reserve.lengths.add(request.num_output_tokens, request.max_tokens)
-        self._prompt_freed.discard(request_id)
-        return super().pop_blocks_for_free(request_id)
+        return [*evicted.replaced, *evicted.kept, *blocks]
 
     # ----------------------------------------------------------------------------------------------
     # Blocks
 
-    def _token_slots(self, plan: EvictionPlan | None, num_tokens: int) -> int:
-        """Tokens of a full cache that takes as many blocks as this request's ``num_tokens``.
+    def _whole_blocks(self, tokens: int) -> int:
+        """Tokens in whole blocks."""
+        return tokens // self.block_size * self.block_size
 
-        vLLM computes the length of a row from it. With block size 32, E = 70 and M = 1::
+    def _order(
+        self, request_id: str, trigger: Trigger, evicted_tokens: int, num_kept: int, safe_at: int
+    ) -> None:
+        """Evict a request in the step that is being scheduled: take its M kept blocks."""
+        evicted = self._evicted.setdefault(request_id, EvictedBlocks(evicted_tokens))
+        assert evicted.safe_at is None and evicted_tokens > evicted.evicted_tokens
+        columns = (evicted_tokens - evicted.evicted_tokens) // self.block_size
+        present = len(evicted.kept) + columns
+        blocks = present + (safe_at > evicted_tokens)  # the last block may stay where it is
+        freed_tokens = (present - num_kept) * self.block_size
+        self._stats.evicted(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
+        evicted.replaced, evicted.kept = evicted.kept, self.block_pool.get_new_blocks(num_kept)
+        evicted.evicted_tokens, evicted.safe_at = evicted_tokens, safe_at
+        ids = tuple(block.block_id for block in evicted.kept)
+        self._orders[request_id] = EvictionOrder(evicted_tokens, ids)
 
-            num_tokens = 70:   [prompt 3 blocks][kept 1]              -> 4 * 32 = 128 slots
-            num_tokens = 75:   [prompt 3 blocks][kept 1][decode 1]    -> 5 * 32 = 160 slots
-        """
-        if plan is None or not plan.kept_blocks or num_tokens < plan.prompt_tokens:
-            return num_tokens
-        decode_blocks = cdiv(num_tokens - plan.prompt_tokens, self.block_size)
-        return (plan.prompt_blocks + plan.kept_blocks + decode_blocks) * self.block_size
+    def _last_eviction(self, request_id: str) -> tuple[int, int] | None:
+        """E and M of a request's last eviction; None while its replaced blocks are held."""
+        evicted = self._evicted.get(request_id)
+        if evicted is None:
+            return 0, 0
+        return (evicted.evicted_tokens, len(evicted.kept)) if evicted.safe_at is None else None
 
-    def _num_held(self, request_id: str, plan: EvictionPlan) -> int:
-        """Blocks of a request's row without the null blocks in place of its prompt."""
-        freed = plan.prompt_blocks if request_id in self._prompt_freed else 0
-        return len(self.req_to_blocks.get(request_id, ())) - freed
+    def _freed_by(self, request_id: str, evicted_tokens: int) -> int:
+        """Blocks that would return to the pool with the first tokens of a full cache."""
+        blocks = self.req_to_blocks.get(request_id, ())[: evicted_tokens // self.block_size]
+        return sum(block.ref_cnt == 1 for block in blocks)
+
+    def _blocks_to_free(self) -> int:
+        """Blocks that evictions have replaced and that are not free yet."""
+        return sum(
+            self._freed_by(request_id, evicted.evicted_tokens) + len(evicted.replaced)
+            for request_id, evicted in self._evicted.items()
+            if evicted.safe_at is not None
+        )
+
+    def _bound_of(self, request_id: str, plan: EvictionPlan) -> AnswerBound | None:
+        request = self._lookup(request_id)
+        if request is None:
+            return None
+        config = self._config.for_request(request.sampling_params)
+        return AnswerBound.of(config, plan, request.num_prompt_tokens, self.block_size)
+
+    def _num_held(self, request_id: str) -> int:
+        """Blocks of a request, without the null blocks in its row."""
+        num_blocks = len(self.req_to_blocks.get(request_id, ()))
+        if (evicted := self._evicted.get(request_id)) is None:
+            return num_blocks
+        return num_blocks - evicted.freed_columns + len(evicted.kept) + len(evicted.replaced)
 
     def _renew_cached_copies(self, request: Request, num_tokens: int) -> list[int]:
         """Indices of a request's new full blocks whose contents the prefix cache already has.
@@ -211,7 +337,7 @@ class EvictionBlockManager(FullAttentionManager):
     @property
     def blocks_held(self) -> int:
         """Blocks of requests that are evicted, or will be when their step ends."""
-        return sum(self._num_held(*evicted) for evicted in self.decisions.evicted())
+        return sum(map(self._num_held, self._evicted))
 
     def _free_blocks_for(self, newcomer: Request) -> int:
         """Free blocks that the output reserve asks for if this request is admitted."""
@@ -229,12 +355,30 @@ class EvictionBlockManager(FullAttentionManager):
             total - self.block_pool.get_num_free_blocks(),
         )
 
-    def _holders(self, newcomer: Request) -> Iterator[tuple[Request, EvictionPlan, int]]:
+    def _holders(self, newcomer: Request) -> Iterator[tuple[Request, EvictedOutput | None, int]]:
         for request_id in {*self.req_to_blocks, newcomer.request_id}:
             request = self._lookup(request_id)
             if request is not None:
-                plan = self.decisions.plan(request)
-                yield request, plan, self._num_held(request_id, plan)
+                yield request, self._evicted_output(request), self._num_held(request_id)
+
+    def _evicted_output(self, request: Request) -> EvictedOutput | None:
+        """How a request grows that is evicted or will be; None for one that keeps its cache.
+
+        Under pressure, a request that runs with its full cache can be evicted when blocks run out.
+        """
+        request_id, plan = request.request_id, self.decisions.plan(request)
+        bound = self.later.bound(request_id)
+        if (evicted := self._evicted.get(request_id)) is not None:
+            return EvictedOutput(
+                evicted.evicted_tokens, len(evicted.kept), plan.prompt_blocks, bound
+            )
+        if self.decisions.by_pressure and self.decisions.pressure.is_on:
+            plan = self.decisions.possible_plan(request)
+        if not plan.kept_blocks:
+            return None
+        bound = bound or self._bound_of(request_id, plan)
+        evicted_tokens = self._whole_blocks(plan.prompt_tokens)
+        return EvictedOutput(evicted_tokens, plan.kept_blocks, plan.prompt_blocks, bound)
 
     # ----------------------------------------------------------------------------------------------
     # Statistics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests are evicted, and to how many blocks: decided once, when a prefill ends."""
+"""Which prompts are evicted, and to how many blocks: decided once, when a prefill ends."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,10 +54,6 @@ class EvictionDecisions:
         """The decision about a request; None while its prefill runs."""
         return self._decided.get(request_id)
 
-    def evicted(self) -> list[tuple[str, EvictionPlan]]:
-        """The ids and plans of requests that are evicted, or will be when their step ends."""
-        return [(i, plan) for i, plan in self._decided.items() if plan.kept_blocks]
-
     def plan(self, request: Request) -> EvictionPlan:
         """The decision about a request, or what it would be if its prefill ended now."""
         if decided := self._decided.get(request.request_id):
@@ -96,11 +92,11 @@ class EvictionDecisions:
         """Fix the decision about a request whose prefill ends in this step."""
         self._decided[request_id] = plan
 
-    def forget(self, request_id: str) -> EvictionPlan | None:
-        """A request has ended or was preempted; returns what was decided about it."""
+    def forget(self, request_id: str) -> None:
+        """A request has ended or was preempted; unknown ids are fine."""
         self._unobserved.discard(request_id)
         self.observation_budget.release(request_id)
-        return self._decided.pop(request_id, None)
+        self._decided.pop(request_id, None)
 
     def max_hit_tokens(self, request: Request) -> int | None:
         """Longest prefix-cache hit, in tokens, that leaves all observed queries to be computed.

@@ -10,13 +10,14 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy
 from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
-from vl_cache_vllm.core.admission import EvictionPlan
+from vl_cache_vllm.core.later_evictions import AnswerBound
 
 
 class OutputLengths:
@@ -53,6 +54,16 @@ class OutputLengths:
         return math.ceil(fraction * max_tokens - 1e-6)  # sums of fractions are not exact
 
 
+@dataclass(frozen=True)
+class EvictedOutput:
+    """What the growth of an evicted request depends on."""
+
+    evicted_tokens: int  # E, of its last or coming eviction
+    kept_blocks: int  # M
+    prompt_blocks: int  # N: no request is counted with more, whatever is expected
+    bound: AnswerBound | None = None
+
+
 class OutputReserve:
     """The free blocks that admission asks for.
 
@@ -67,7 +78,7 @@ class OutputReserve:
     def free_blocks_for(
         self,
         newcomer: Request,
-        holders: Iterable[tuple[Request, EvictionPlan, int]],
+        holders: Iterable[tuple[Request, EvictedOutput | None, int]],
         prefill_demand: Callable[[Request], int],
         used: int,
     ) -> int:
@@ -78,8 +89,8 @@ class OutputReserve:
 
         Args:
             newcomer: the request to admit.
-            holders: every request that holds blocks and the newcomer: the request, its plan, and
-                the blocks it holds without null blocks.
+            holders: every request that holds blocks and the newcomer: the request, how it grows
+                if it is or will be evicted, and the blocks that it holds without null blocks.
             prefill_demand: blocks that a request which is not evicted still needs.
             used: blocks of the pool in use.
 
@@ -88,27 +99,27 @@ class OutputReserve:
         """
         lasting = used
         outputs = []
-        for request, plan, held in holders:
+        for request, output, held in holders:
             if request.priority > newcomer.priority:
                 lasting -= held
-            elif plan.kept_blocks:
+            elif output is not None:
                 lasting -= held
-                outputs.append(self._expected_output(request, plan))
+                outputs.append(self._expected_output(request, output))
             else:
                 lasting += prefill_demand(request)
         return max(0, lasting) + peak_blocks(outputs) - used if outputs else 0
 
-    def _expected_output(self, request: Request, plan: EvictionPlan) -> tuple[int, int, int]:
-        """Blocks of an evicted request now, blocks still expected, and the most to count.
-
-        No request is counted with more blocks than its prompt had, whatever is expected.
-        """
+    def _expected_output(self, request: Request, output: EvictedOutput) -> tuple[int, int, int]:
+        """Blocks of an evicted request now, blocks still expected, and the most to count."""
         generated = request.num_output_tokens
         coming = self.lengths.expected(generated, request.max_tokens) - generated
-        decoded = max(0, request.num_tokens - plan.prompt_tokens)
-        now = cdiv(decoded, self._block_size)
-        end = cdiv(decoded + max(0, coming), self._block_size)
-        return plan.kept_blocks + now, end - now, plan.prompt_blocks
+        beyond = max(0, request.num_tokens - output.evicted_tokens)
+        now = cdiv(beyond, self._block_size)
+        end = cdiv(beyond + max(0, coming), self._block_size)
+        if output.bound is not None:
+            # While it is evicted again, a request also holds the blocks that will be its kept ones.
+            end = min(end, output.bound.growth + 1 + output.bound.kept_blocks)
+        return output.kept_blocks + now, max(0, end - now), output.prompt_blocks
 
 
 def peak_blocks(outputs: Sequence[tuple[int, int, int]]) -> int:

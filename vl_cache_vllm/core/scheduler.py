@@ -19,7 +19,7 @@ from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.core.stats import EvictionStats
-from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_stats, take_reports
+from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_orders, put_stats, take_reports
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -47,14 +47,16 @@ class EvictionSchedulerMixin(_Base):
         self._sends_stats = SEND_STATS in os.environ
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
-        """vLLM's, after the load was read and with the requests admitted to observation."""
+        """vLLM's, with the requests to evict in this step and those admitted to observation."""
         if self._decisions.by_pressure:
             pool = self.kv_cache_manager.block_pool
             total = pool.num_gpu_blocks - 1  # one is the null block
             self._decisions.pressure.update(
                 total - pool.get_num_free_blocks(), self._demands(), total
             )
+        self._eviction_manager.plan_later_evictions(self.running, lambda: sum(self._demands()))
         output = super().schedule(*args, **kwargs)
+        put_orders(output, self._eviction_manager.take_orders())
         budget = self._decisions.observation_budget
         if not budget.is_unbounded:
             put_admitted(output, budget.take_new())

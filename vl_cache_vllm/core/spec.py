@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-from vllm.config import VllmConfig
-from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
@@ -40,11 +38,3 @@ class EvictionAttentionSpec(FullAttentionSpec):
         settings = {spec.kv_compress for spec in specs}
         assert len(settings) == 1, "layers of one KV cache group must share their settings"
         return replace(super().merge(specs), kv_compress=settings.pop())
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """vLLM's, doubled: a row holds prompt, kept and decode blocks, whatever the budget is.
-
-        Splitting the length into prompt and decode adds one block, but fewer blocks are kept than
-        the prompt has.
-        """
-        return 2 * cdiv(max_len, self.block_size)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vl_cache_vllm.core.admission import EvictionPlan
+from vl_cache_vllm.core.later_evictions import Trigger
 
 
 @dataclass
@@ -40,29 +40,30 @@ class Samples:
 class EvictionStats:
     """Counts of decisions and evictions: of one step, of a log interval, or since start-up."""
 
-    evicted: int = 0  # requests
+    evicted_requests: int = 0
+    evictions: Counter[str] = field(default_factory=Counter)  # by trigger
     skipped: Counter[str] = field(default_factory=Counter)  # requests by reason
-    freed_blocks: int = 0  # prompt blocks that returned to the pool
+    freed_blocks: int = 0  # blocks that returned to the pool
     freed_tokens: int = 0  # mean over layers and KV heads
-    retained: Samples = field(default_factory=Samples)  # kept blocks / prompt blocks
+    retained: Samples = field(default_factory=Samples)  # kept blocks / blocks before
     observation_seconds: Samples = field(default_factory=Samples)  # of one prompt, all layers
     compaction_seconds: Samples = field(default_factory=Samples)
     layers_retained: dict[int, float] = field(default_factory=dict)
-    """Sum over the compactions of kept tokens / prompt tokens, by layer.
+    """Sum over the compactions of tokens after / tokens before the eviction, by layer.
 
     With pipeline parallelism the layers of the last stage.
     """
     blocks_held: int = 0  # by evicted requests at the end of the period
     pressure: bool | None = None  # at the end of the period; None without --kv-compress-when
 
-    def decided(self, plan: EvictionPlan, block_size: int) -> None:
-        """Count a decision."""
-        if plan.skip is not None:
-            self.skipped[plan.skip.value] += 1
-            return
-        self.evicted += 1
-        self.retained.record(plan.kept_blocks / plan.prompt_blocks)
-        self.freed_tokens += max(0, plan.prompt_tokens - plan.kept_blocks * block_size)
+    def evicted(
+        self, trigger: Trigger, is_first: bool, kept_blocks: int, blocks: int, freed_tokens: int
+    ) -> None:
+        """Count an eviction of a request that held ``blocks`` blocks, its first or a later one."""
+        self.evicted_requests += is_first
+        self.evictions[trigger.value] += 1
+        self.retained.record(kept_blocks / blocks)
+        self.freed_tokens += freed_tokens
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
         """Count evictions that a worker has done (`vl_cache_vllm.messages.EvictionReport`)."""
@@ -75,7 +76,8 @@ class EvictionStats:
     def __add__(self, later: EvictionStats) -> EvictionStats:
         """The counts of both periods; ``blocks_held`` and ``pressure`` are those of ``later``."""
         return EvictionStats(
-            self.evicted + later.evicted,
+            self.evicted_requests + later.evicted_requests,
+            self.evictions + later.evictions,
             self.skipped + later.skipped,
             self.freed_blocks + later.freed_blocks,
             self.freed_tokens + later.freed_tokens,
@@ -90,15 +92,18 @@ class EvictionStats:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as messages carry them."""
         samples = {name: vars(getattr(self, name)) for name in _SAMPLES}
-        return {**vars(self), "skipped": dict(self.skipped), **samples}
+        counters = {name: dict(getattr(self, name)) for name in _COUNTERS}
+        return {**vars(self), **counters, **samples}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvictionStats:
         """The counts of `to_dict`."""
         samples = {name: Samples(**values[name]) for name in _SAMPLES}
-        return cls(**{**values, "skipped": Counter(values["skipped"]), **samples})
+        counters = {name: Counter(values[name]) for name in _COUNTERS}
+        return cls(**{**values, **counters, **samples})
 
 
+_COUNTERS = ("evictions", "skipped")
 _SAMPLES = ("retained", "observation_seconds", "compaction_seconds")
 
 

@@ -8,13 +8,15 @@ from vl_cache_vllm.ops.select import torch_rank
 
 
 @operation
-def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.Tensor:
-    """Give each layer a whole number of pages, from 1 to ``max_pages``, that sum to the total.
+def apportion(
+    weights: torch.Tensor, total_pages: int, max_pages: torch.Tensor, capacity: int
+) -> torch.Tensor:
+    """Give layer l a whole number of pages, from 1 to ``max_pages[l]``, that sum to the total.
 
-    First compute fractional quotas: ``quota[l] = clip(scale * weights[l], 1, max_pages)``, with the
-    one ``scale`` for which they sum to ``total_pages``. Then round every quota down. The pages that
-    are still missing go one each to the layers with the largest remainders; of equal remainders the
-    lower layer comes first.
+    First compute fractional quotas: ``quota[l] = clip(scale * weights[l], 1, max_pages[l])``, with
+    the one ``scale`` for which they sum to ``total_pages``. Then round every quota down. The pages
+    that are still missing go one each to the layers with the largest remainders; of equal
+    remainders the lower layer comes first.
 
     Example: weights 0.5, 0.3, 0.2 and 8 pages give the quotas 4.0, 2.4, 1.6, so the layers get
     4, 2 and 2 pages.
@@ -23,8 +25,9 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
 
     Args:
         weights: positive, float64 ``[num_layers]``; only their proportions matter.
-        total_pages: ``num_layers <= total_pages <= num_layers * max_pages``.
-        max_pages: full pages of the prompt, which no layer's budget can exceed.
+        total_pages: ``num_layers <= total_pages <= capacity``.
+        max_pages: full pages that each layer has, at least 1, int64 ``[num_layers]``.
+        capacity: sum of ``max_pages``, which the host knows.
 
     Returns:
         Pages of each layer, int64 ``[num_layers]``.
@@ -39,8 +42,8 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     # underflows float64.
     weights = weights.nan_to_num(nan=0.0, posinf=1e300)
     weights = (weights / weights.max().clamp(min=1e-300)).clamp(min=1e-100)
-    check_total_pages(num_layers, total_pages, max_pages)
-    quota = _scale_to_sum(weights, float(total_pages), float(max_pages))
+    check_total_pages(num_layers, total_pages, capacity)
+    quota = _scale_to_sum(weights, float(total_pages), max_pages.double())
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
     # A layer at its cap must not get another page because of rounding noise. Nine decimals, so
@@ -49,16 +52,16 @@ def apportion(weights: torch.Tensor, total_pages: int, max_pages: int) -> torch.
     return pages + (torch_rank(remainder) < missing)
 
 
-def check_total_pages(num_layers: int, total_pages: int, max_pages: int) -> None:
-    """Raise ValueError if no distribution gives every layer 1 to ``max_pages`` pages."""
-    if not num_layers <= total_pages <= num_layers * max_pages:
+def check_total_pages(num_layers: int, total_pages: int, capacity: int) -> None:
+    """Raise ValueError if every layer cannot get at least one page, and all together the total."""
+    if not num_layers <= total_pages <= capacity:
         raise ValueError(
-            f"cannot distribute {total_pages} pages over {num_layers} layers "
-            f"with 1 to {max_pages} pages each"
+            f"cannot distribute {total_pages} pages over {num_layers} layers, which need a page "
+            f"each and have {capacity} in all"
         )
 
 
-def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tensor:
+def _scale_to_sum(weights: torch.Tensor, total: float, cap: torch.Tensor) -> torch.Tensor:
     """``clip(scale * weights, 1, cap)`` with the scale for which it sums to ``total``.
 
     The sum is piecewise linear in the scale and never decreases. It has a kink wherever a layer
@@ -66,10 +69,10 @@ def _scale_to_sum(weights: torch.Tensor, total: float, cap: float) -> torch.Tens
     Evaluate it at all 2L kinks, then interpolate between the two kinks around ``total``.
     """
     kinks = torch.cat((1.0 / weights, cap / weights)).sort().values  # [2L]
-    sums = (kinks[:, None] * weights).clamp(1.0, cap).sum(1)  # [2L]
+    sums = (kinks[:, None] * weights).clamp(min=1.0).minimum(cap).sum(1)  # [2L]
     right = torch.searchsorted(sums, torch.full_like(sums[:1], total)).clamp(1, len(kinks) - 1)
     left = right - 1
     slope = (kinks[right] - kinks[left]) / (sums[right] - sums[left]).clamp(min=1e-300)
     scale = kinks[left] + (total - sums[left]) * slope
     scale = torch.where(sums[right] > sums[left], scale, kinks[right])
-    return (scale * weights).clamp(1.0, cap)
+    return (scale * weights).clamp(min=1.0).minimum(cap)

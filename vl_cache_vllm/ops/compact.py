@@ -10,14 +10,14 @@ from vl_cache_vllm.ops.page_pool import PagePool
 @operation
 def compact(
     pool: PagePool,
-    prompt_row: torch.Tensor,
+    source_pages: torch.Tensor,
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
     """Gather the keys and values at ``positions`` into the pages of the kept blocks.
 
-    The copy is out of place: pages of the prompt, which other requests may share, are only read.
+    The copy is out of place: the source pages, which other requests may share, are only read.
 
     The M kept blocks have M * L pages. Page index f is page ``f % L`` of kept block ``f // L``, and
     the layers own consecutive ranges of f, in layer order (see `layer_tables`). Page j of a layer
@@ -38,11 +38,13 @@ def compact(
 
     Args:
         pool: the KV cache of all layers.
-        prompt_row: block ids of the prompt, int64 ``[N]``.
-        kept_row: block ids of the destination, int64 ``[M]``, none of them in ``prompt_row``.
+        source_pages: page ids of each layer in the order of its tokens, int32 ``[L, C]``: page l of
+            each block of a prompt, or a layer's table (`layer_tables`) if the request was evicted
+            before.
+        kept_row: block ids of the destination, int64 ``[M]``, none of whose pages is a source.
         kept_pages: pages of each layer, int64 ``[L]``, with the sum M * L.
-        positions: positions in the prompt, int64 ``[L, num_kv_heads, max_kept]``; layer l has
-            ``kept_pages[l] * block_size`` entries, the others have no meaning.
+        positions: indices in the layer's source pages, int64 ``[L, num_kv_heads, max_kept]``; layer
+            l has ``kept_pages[l] * block_size`` entries, the others have no meaning.
     """
     num_layers, block_size = pool.num_layers, pool.block_size
     total_pages = kept_row.shape[0] * num_layers  # F
@@ -55,6 +57,6 @@ def compact(
     heads = torch.arange(pool.num_kv_heads, device=device)
     # [F, num_kv_heads, block_size]
     source = positions[layer[:, None, None], heads[:, None], token[:, None]]
-    source_page = pool.page_ids(layer[:, None, None], prompt_row[source // block_size])
+    source_page = source_pages[layer[:, None, None], source // block_size].long()
     destination = pool.page_ids(page_index % num_layers, kept_row[page_index // num_layers])  # [F]
     pool.copy_tokens(source_page, source % block_size, destination)

@@ -18,9 +18,8 @@ from vl_cache_vllm.ops.page_pool import PagePool
 class EvictedRows:
     """What eviction left of each request of a batch; all zero for a request not evicted."""
 
-    evicted_tokens: torch.Tensor  # int64 [R], E: logical tokens that the kept pages replace
-    prompt_blocks: torch.Tensor  # int64 [R], N: blocks that the prompt had
-    kept_blocks: torch.Tensor  # int64 [R], M: blocks that hold the kept pages
+    evicted_tokens: torch.Tensor  # int64 [R], E: tokens that the kept pages replace, whole blocks
+    kept_blocks: torch.Tensor  # int64 [R, >= M], ids of the blocks that hold the kept pages
     kept_pages: torch.Tensor  # int64 [R, L], pages of each layer; a row sums to M * L
 
 
@@ -59,34 +58,35 @@ def layer_tables(
     For a request that is not evicted, layer l uses page l of each block: logical position t is at
     offset ``t % block_size`` of page l of the block in column ``t // block_size``.
 
-    An evicted request still has N columns of prompt blocks, whose blocks are freed. M kept blocks
-    follow, then decode blocks. The kept blocks have M * L pages. Count these pages block after
-    block: page index f is page ``f % L`` of kept block ``f // L``. The layers own consecutive
-    ranges of f, in layer order, each as long as the layer's ``kept_pages``.
+    An eviction replaces the first E tokens, E a multiple of the block size, by M kept blocks, which
+    are not in the row. The columns before ``E // block_size`` are freed; the others go on as they
+    are. The kept blocks have M * L pages. Count these pages block after block: page index f is page
+    ``f % L`` of kept block ``f // L``. The layers own consecutive ranges of f, in layer order, each
+    as long as the layer's ``kept_pages``.
 
-    Example: 3 layers and 4 tokens per block. A prompt of E = 31 tokens in N = 8 blocks keeps
-    M = 2 blocks, of which the layers get 4, 1 and 1 pages. It has one decode block::
+    Example: 3 layers and 4 tokens per block. A prompt of 31 tokens in 8 blocks keeps M = 2 blocks
+    of its first E = 28 tokens, of which the layers get 4, 1 and 1 pages. One more token follows::
 
-        row of block_table   10 11 12 13 14 15 16 17 | 18 19 | 30
-                             N prompt blocks (freed) | kept  | decode
+        row of block_table   10 11 12 13 14 15 16 | 17
+                             replaced (freed)     | tail
+        kept_blocks          18 19
 
         page index f         0     1     2     3     4     5
         block.page           18.0  18.1  18.2  19.0  19.1  19.2
         used by layer        0     0     0     0     1     2
 
-                             kept pages               decode    length with 1 decode token
-        table of layer 0     18.0  18.1  18.2  19.0 | 30.0      4 * 4 + 1 = 17
-        table of layer 1     19.1                   | 30.1      1 * 4 + 1 = 5
-        table of layer 2     19.2                   | 30.2      1 * 4 + 1 = 5
+                             kept pages               tail      length with 32 tokens in all
+        table of layer 0     18.0  18.1  18.2  19.0 | 17.0      4 * 4 + 4 = 20
+        table of layer 1     19.1                   | 17.1      1 * 4 + 4 = 8
+        table of layer 2     19.2                   | 17.2      1 * 4 + 4 = 8
 
-    A token at logical position ``t >= E`` is number ``t - E`` since the eviction. Layer l stores it
-    in page l of decode block ``(t - E) // block_size``, at offset ``(t - E) % block_size``. Above,
-    position 31 goes to offset 0 of the pages 30.0, 30.1 and 30.2.
+    So logical position ``t >= E`` has the same column and offset as without eviction. Above,
+    position 31 is at offset 3 of the pages 17.0, 17.1 and 17.2.
 
     Args:
         pool: block size, and the strides that turn (layer, block) into a page id.
         evicted: what eviction left of the requests.
-        block_table: block ids of the scheduler, int32 ``[R, C]``; a row is [prompt][kept][decode].
+        block_table: block ids of the scheduler, int32 ``[R, C]``, without kept blocks.
         query_start_loc: index of each request's first token in the step, int32 ``[R + 1]``.
         seq_lens: logical lengths including the tokens of this step, int32 ``[R]``.
         out: written in place. Slots after the last query are -1. Table entries beyond a row's
@@ -98,18 +98,22 @@ def layer_tables(
     last_column = block_table.shape[1] - 1
     kept = evicted.kept_pages.T  # [L, R]
     first = (evicted.kept_pages.cumsum(1) - evicted.kept_pages).T  # [L, R], a layer's first f
-    decode_start = evicted.prompt_blocks + evicted.kept_blocks  # [R], column
+
+    def block_at(table: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Entries of the rows of a table, ``[L, R, W]``; columns beyond its end have no meaning."""
+        column = column.clamp(0, table.shape[1] - 1)
+        return table.long().expand(num_layers, -1, -1).gather(2, column)
 
     entry = torch.arange(width, device=device)  # [W]
     page_index = first[..., None] + entry  # [L, R, W]
     is_kept = entry < kept[..., None]
-    column = torch.where(
+    column = (evicted.evicted_tokens // block_size)[:, None] + entry - kept[..., None]
+    blocks = torch.where(
         is_kept,
-        evicted.prompt_blocks[:, None] + page_index // num_layers,
-        decode_start[:, None] + entry - kept[..., None],
-    ).clamp_(0, last_column)
+        block_at(evicted.kept_blocks, page_index // num_layers),
+        block_at(block_table, column),
+    )
     page_layer = torch.where(is_kept, page_index % num_layers, layer[:, None, None])
-    blocks = block_table.long().expand(num_layers, -1, -1).gather(2, column)
     out.block_table.copy_(pool.page_ids(page_layer, blocks))
     out.seq_lens.copy_(kept * block_size + (seq_lens - evicted.evicted_tokens))
 
@@ -119,10 +123,9 @@ def layer_tables(
     row = torch.searchsorted(query_start_loc[1:].contiguous(), token, right=True)
     row = row.clamp_(max=num_reqs - 1)
     position = (seq_lens - query_lens - query_start_loc[:-1])[row] + token  # logical
-    offset = position - evicted.evicted_tokens[row]  # tokens since the eviction
-    column = (decode_start[row] + offset // block_size).clamp_(0, last_column)
+    column = (position // block_size).clamp_(0, last_column)
     blocks = block_table[row, column].long()
     slots = pool.page_ids(layer[:, None], blocks) * block_size
     out.slot_mapping.copy_(
-        torch.where(token < query_start_loc[num_reqs], slots + offset % block_size, -1)
+        torch.where(token < query_start_loc[num_reqs], slots + position % block_size, -1)
     )

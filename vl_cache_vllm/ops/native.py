@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vl_cache_vllm.ops.observe import AttentionParams
 
 
-INTERFACE = 2
+INTERFACE = 3
 """Number of the C functions' signatures, as in csrc/interface.cpp; change both together."""
 
 
@@ -99,6 +99,7 @@ def _observe(
 
 def _select(
     scores: torch.Tensor,
+    num_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
     recent_ratio: float,
     max_kept: int,
@@ -108,6 +109,7 @@ def _select(
     _call(
         "vlc_select",
         scores.float().contiguous(),
+        _int64(num_tokens),
         _int64(kept_tokens),
         None if precedence is None else _int64(precedence),
         positions,
@@ -131,7 +133,7 @@ def _compact(
     pages: torch.Tensor,
     key_index: torch.Tensor,
     value_index: torch.Tensor,
-    prompt_row: torch.Tensor,
+    source_pages: torch.Tensor,
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
@@ -139,12 +141,14 @@ def _compact(
     block_stride: int,
 ) -> None:
     assert pages.is_contiguous() and pages.element_size() in (1, 2, 4)
+    assert source_pages.dtype == torch.int32 and source_pages.stride(1) == 1
     _call(
         "vlc_compact",
         pages,
         _int64(key_index),
         _int64(value_index),
-        _int64(prompt_row),
+        source_pages,
+        source_pages.stride(0),
         _int64(kept_row),
         _int64(kept_pages),
         _int64(positions),
@@ -162,7 +166,6 @@ def _layer_tables(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     evicted_tokens: torch.Tensor,
-    prompt_blocks: torch.Tensor,
     kept_blocks: torch.Tensor,
     kept_pages: torch.Tensor,
     block_size: int,
@@ -187,7 +190,10 @@ def _layer_tables(
         block_table.shape[1],
         query_start_loc.int().contiguous(),
         seq_lens.int().contiguous(),
-        *map(_int64, (evicted_tokens, prompt_blocks, kept_blocks, kept_pages)),
+        _int64(evicted_tokens),
+        _int64(kept_blocks),
+        kept_blocks.shape[1],
+        _int64(kept_pages),
         out_block_table,
         out_seq_lens,
         out_slot_mapping,
@@ -223,6 +229,7 @@ def _call(
 
 def _fake_select(
     scores: torch.Tensor,
+    num_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
     recent_ratio: float,
     max_kept: int,
@@ -280,11 +287,12 @@ def observe(
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
     column_maxima: torch.Tensor | None = None,
+    num_keys: torch.Tensor | None = None,
 ) -> None:
     torch.ops.vl_cache.observe(
         query,
         key.read() if isinstance(key, PagedKeys) else key,
-        first_position,
+        first_position if num_keys is None else int(num_keys) - query.shape[0],
         params.scale,
         params.threshold,
         params.softcap,
@@ -305,7 +313,7 @@ def rank(scores: torch.Tensor) -> torch.Tensor:
 
 def compact(
     pool: PagePool,
-    prompt_row: torch.Tensor,
+    source_pages: torch.Tensor,
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
@@ -321,7 +329,7 @@ def compact(
         pool.pages,
         pool.packing.key_index,
         pool.packing.value_index,
-        prompt_row,
+        source_pages,
         kept_row,
         kept_pages,
         positions,
@@ -343,7 +351,6 @@ def layer_tables(
         query_start_loc,
         seq_lens,
         evicted.evicted_tokens,
-        evicted.prompt_blocks,
         evicted.kept_blocks,
         evicted.kept_pages,
         pool.block_size,

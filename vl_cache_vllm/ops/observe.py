@@ -35,6 +35,7 @@ def observe(
     dense_entries: torch.Tensor,
     query_weights: torch.Tensor | None = None,
     column_maxima: torch.Tensor | None = None,
+    num_keys: torch.Tensor | None = None,
 ) -> None:
     """Add the causal attention of consecutive queries to the sums and maxima of the keys.
 
@@ -66,33 +67,37 @@ def observe(
         column_maxima: float32 ``[num_kv_heads, >= num_keys]``, raised to the largest attention that
             any of the queries pays to the key with any head of the group; None: not computed. A
             maximum does not depend on how a prompt is divided into chunks.
+        num_keys: keys up to the last query, an integer ``[]`` on the device that overrides
+            ``first_position + num_queries``; that sum is then an upper bound which the host knows.
 
     Source: docs/method.md, Density of a layer and Token scores.
     """
     if isinstance(key, PagedKeys):
         key = key.read()
     num_queries, num_heads, _ = query.shape
-    num_keys = first_position + num_queries
-    keys = key[:, :num_keys].float().transpose(1, 2)  # [num_kv_heads, head_size, num_keys]
-    step = max(1, _MAX_LOGITS // (num_heads * num_keys))
+    if num_keys is not None:
+        first_position = int(num_keys) - num_queries
+    end = first_position + num_queries
+    keys = key[:, :end].float().transpose(1, 2)  # [num_kv_heads, head_size, end]
+    step = max(1, _MAX_LOGITS // (num_heads * end))
     for start in range(0, num_queries, step):
         part = query[start : start + step]
         rows = part.shape[0]
-        logits = _logits(part, keys, params)  # [num_kv_heads, group, rows, num_keys]
+        logits = _logits(part, keys, params)  # [num_kv_heads, group, rows, end]
         # Only keys at or after this slice's first query can be later than a query.
         recent = first_position + start
-        future = torch.ones(rows, num_keys - recent, dtype=torch.bool, device=query.device).triu(1)
+        future = torch.ones(rows, end - recent, dtype=torch.bool, device=query.device).triu(1)
         logits[..., recent:].masked_fill_(future, -torch.inf)
         row_max = logits.amax(-1, keepdim=True)
         dense_entries += (logits >= row_max + math.log(params.threshold)).sum()
         attention = logits.sub_(row_max).exp_()
         attention.div_(attention.sum(-1, keepdim=True))
         if column_maxima is not None:
-            seen = column_maxima[:, :num_keys]
+            seen = column_maxima[:, :end]
             torch.maximum(seen, attention.amax((1, 2)), out=seen)
         if query_weights is not None:
             attention.mul_(query_weights[:, None, start : start + step, None])
-        column_sums[:, :num_keys] += attention.sum((1, 2))
+        column_sums[:, :end] += attention.sum((1, 2))
 
 
 def elite_queries(

@@ -153,27 +153,31 @@ class PagePool:
         """Page ids of (layer, block), broadcast."""
         return layer * self.layer_stride + block * self.block_stride
 
-    def read_keys(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
-        """Copy the keys of a layer out of its pages.
+    def block_pages(self, block_row: torch.Tensor) -> torch.Tensor:
+        """Page ids of all layers of a row of blocks, int32 ``[num_layers, n]``."""
+        layer = torch.arange(self.num_layers, device=self.device)[:, None]
+        return self.page_ids(layer, block_row.long()).int()
+
+    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Copy keys out of pages.
 
         Keys of an fp8 cache are returned as stored, without the layer's scale.
 
         Args:
-            layer: index of the layer in the pool.
-            block_row: block ids in the order of the tokens, ``[n]``.
+            page_ids: in the order of the tokens, ``[n]``.
 
         Returns:
             ``[num_kv_heads, n * block_size, head_size]``.
         """
-        return self._read(layer, block_row, self.packing.key)
+        return self._read(page_ids, self.packing.key)
 
-    def read_values(self, layer: int, block_row: torch.Tensor) -> torch.Tensor:
+    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
         """As `read_keys`, for the values."""
-        return self._read(layer, block_row, self.packing.value)
+        return self._read(page_ids, self.packing.value)
 
-    def _read(self, layer: int, block_row: torch.Tensor, order: CellOrder) -> torch.Tensor:
+    def _read(self, page_ids: torch.Tensor, order: CellOrder) -> torch.Tensor:
         # [n, num_kv_heads, cells of one head]
-        pages = self.pages[self.page_ids(layer, block_row.long())]
+        pages = self.pages[page_ids.long()]
         tokens = order.unpack(pages).transpose(0, 1).flatten(1, 2)
         return tokens if self.number_type is None else tokens.view(self.number_type)
 
@@ -195,12 +199,21 @@ class PagePool:
 
 @dataclass(frozen=True)
 class PagedKeys:
-    """The keys of one layer of a sequence, in place in the pool."""
+    """The keys of one layer of a sequence, in place in the pool.
+
+    Entry i of the table stands for the page ``first_page + table[i] * stride``.
+    """
 
     pool: PagePool
-    layer: int
-    block_row: torch.Tensor  # block ids in the order of the tokens, [n]
+    table: torch.Tensor  # [n], int32 or int64, in the order of the tokens
+    first_page: int = 0
+    stride: int = 1
+
+    @classmethod
+    def of_blocks(cls, pool: PagePool, layer: int, block_row: torch.Tensor) -> "PagedKeys":
+        """The pages of a layer in blocks of the scheduler, ``[n]``."""
+        return cls(pool, block_row, layer * pool.layer_stride, pool.block_stride)
 
     def read(self) -> torch.Tensor:
         """A copy, as from `PagePool.read_keys`."""
-        return self.pool.read_keys(self.layer, self.block_row)
+        return self.pool.read_keys(self.first_page + self.table.long() * self.stride)

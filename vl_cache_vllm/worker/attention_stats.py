@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a prompt's observed queries attend, collected layer by layer and chunk by chunk."""
+"""How a request's observed queries attend, collected layer by layer and chunk by chunk."""
 
 import torch
 
@@ -12,12 +12,12 @@ from vl_cache_vllm.policy.diversity import key_similarity
 
 
 class AttentionStats:
-    """What a policy decides on, of every layer of one prompt.
+    """What a policy decides on, of every layer of one request.
 
     Args:
         config: the request's settings.
         num_layers, num_kv_heads: of the cache.
-        tokens: of the prompt.
+        tokens: up to the last observed query, in the longest layer.
         device: of the results.
 
     ``attention`` is what the policy scores by. ``dense_entries``, int64 ``[num_layers]``, is that
@@ -55,6 +55,7 @@ class AttentionStats:
         first_position: int,
         scale: float,
         softcap: float,
+        num_keys: torch.Tensor | None = None,
     ) -> None:
         """Take in the next queries of a layer; arguments as for `observe` and `AttentionParams`."""
         options = self._options
@@ -85,6 +86,7 @@ class AttentionStats:
             self.dense_entries[layer],
             weights,
             None if maxima is None else maxima[layer],
+            num_keys,
         )
         if self.similarity is not None and is_last:
             assert isinstance(key, torch.Tensor)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eviction on one worker: observes prompts while they are prefilled, then compacts their cache.
+"""Eviction on one worker: observes requests, then compacts their cache.
 
 Called by the runner adapters (`v1`, `v2`) once per step and by the attention layers once per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,15 +17,16 @@ from vllm.v1.core.sched.output import CachedRequestData
 
 from vl_cache_vllm.attention.per_layer import LayerInputs
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.messages import EvictionReport, PendingReport, put_step
+from vl_cache_vllm.messages import EvictionOrder, EvictionReport, PendingReport, put_step
 from vl_cache_vllm.ops.compact import compact
-from vl_cache_vllm.ops.device import Fetched, Stopwatch
+from vl_cache_vllm.ops.device import Fetched, Stopwatch, to_device
 from vl_cache_vllm.ops.layer_tables import LayerTables
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 from vl_cache_vllm.policy import Prompt, Shard
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.selection import select_kept
+from vl_cache_vllm.worker.source import EvictionSource
 from vl_cache_vllm.worker.step import BatchRow, ObservedQueries, PendingEviction, plan_step
 from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, evicted_rows
 from vl_cache_vllm.worker.tp_group import TPGroup
@@ -43,6 +44,8 @@ class EvictionStep:
     pending_evictions: list[PendingEviction]
     block_table: torch.Tensor  # int32 [R, C], the runner's
     tables: LayerTables | None  # None: no request of the batch is evicted, so all layers agree
+    num_keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of rows that are observed through the layers' tables: keys of each layer, int32 [L]."""
     layer_index: dict[str, int] = field(default_factory=dict)
     layer_inputs: LayerInputs | None = None
     layers_done: int = 0
@@ -69,7 +72,7 @@ class EvictionStep:
 
 
 class Evictor:
-    """Plans steps, observes layers as they run, and evicts prompts after the last layer.
+    """Plans steps, observes layers as they run, and evicts requests after the last layer.
 
     Args:
         config: the engine's settings.
@@ -105,6 +108,8 @@ class Evictor:
         """What the scheduler says about the step's requests that are not new."""
         self.admitted: set[str] | None = None
         """Ids of the requests that may be observed; None: all (`vl_cache_vllm.messages`)."""
+        self.orders: Mapping[str, EvictionOrder] = {}
+        """The requests to evict in this step, by id."""
         self._trace = (
             Trace(config, tp_group.rank, self._layer_numbers, pool.block_size)
             if config.trace.path is not None
@@ -112,13 +117,20 @@ class Evictor:
         )
         self._reports: list[PendingReport] = []
 
-    def begin_output(self, ended: Iterable[str], admitted: Iterable[str] | None) -> None:
+    def begin_output(
+        self,
+        ended: Iterable[str],
+        admitted: Iterable[str] | None,
+        orders: Mapping[str, EvictionOrder],
+    ) -> None:
         """Take in a scheduler's output before the model runner does.
 
         Args:
             ended: requests that ended or were preempted, whose scores are no longer needed.
             admitted: requests that may be observed from now on; None: observation is not bounded.
+            orders: requests to evict in this step, by id.
         """
+        self.orders = orders
         for request_id in ended:
             self.requests.drop(request_id)
         if admitted is not None:
@@ -146,7 +158,9 @@ class Evictor:
             The step, or None when vLLM's own path serves it unchanged.
         """
         evicted = evicted_rows([row.state for row in rows])  # before the plan evicts more
-        plan = plan_step(rows, self.pool.block_size, self.pool.num_layers, self.admitted)
+        plan = plan_step(
+            rows, self.pool.block_size, self.pool.num_layers, self.admitted, self.orders
+        )
         for state in plan.kept_whole:
             assert state.attention_stats is not None
             self._reports.append(partial(_report, state.attention_stats.stopwatch))
@@ -156,7 +170,7 @@ class Evictor:
         num_reqs = graph.num_reqs if graph else len(rows)
         block_table = block_table[:num_reqs]
         tables = None
-        if graph is not None or plan.any_evicted:
+        if graph is not None or plan.needs_tables:
             assert graph is None or not (plan.observations or plan.pending_evictions), (
                 "a step in a full CUDA graph cannot be observed"
             )
@@ -169,7 +183,13 @@ class Evictor:
                 seq_lens[:num_reqs],
                 graph,
             )
-        return EvictionStep(self, plan.observations, plan.pending_evictions, block_table, tables)
+        step = EvictionStep(self, plan.observations, plan.pending_evictions, block_table, tables)
+        for observation in plan.observations:
+            if not observation.num_blocks:
+                assert tables is not None
+                drafts = rows[observation.row].num_scheduled - 1
+                step.num_keys[observation.row] = tables.seq_lens[:, observation.row] - drafts
+        return step
 
     def layer_done(
         self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
@@ -190,18 +210,26 @@ class Evictor:
                     state.config,
                     self.pool.num_layers,
                     self.pool.num_kv_heads,
-                    state.prefill_tokens,
+                    observation.tokens,
                     query.device,
                 )
-            row = step.block_table[observation.row, : observation.num_blocks]
+            num_keys = None
+            if observation.num_blocks:
+                row = step.block_table[observation.row, : observation.num_blocks]
+                keys = PagedKeys.of_blocks(self.pool, layer, row)
+            else:
+                assert step.tables is not None
+                keys = PagedKeys(self.pool, step.tables.block_table[layer, observation.row])
+                num_keys = step.num_keys[observation.row][layer]
             with state.attention_stats.stopwatch:
                 state.attention_stats.add(
                     layer,
                     query[observation.query_start : observation.query_end],
-                    PagedKeys(self.pool, layer, row),
+                    keys,
                     observation.first_position,
                     scale,
                     softcap,
+                    num_keys,
                 )
         step.layers_done += 1
         if step.layers_done == self.pool.num_layers and step.pending_evictions:
@@ -216,12 +244,11 @@ class Evictor:
         stats = []
         for eviction in step.pending_evictions:
             state = eviction.state
-            assert eviction.prompt_tokens == state.prefill_tokens
             assert state.attention_stats is not None, (
-                f"request {state.request_id} was given kept blocks but never observed"
+                f"request {state.request_id} is to be evicted but was never observed"
             )
             stats.append(state.attention_stats)
-        # One sum over the ranks for all prompts of the step.
+        # One sum over the ranks for all requests of the step.
         dense_entries = self.tp_group.sum(torch.stack([one.dense_entries for one in stats]))
         for arguments in zip(step.pending_evictions, stats, dense_entries, strict=True):
             self._evict(step, *arguments)
@@ -234,45 +261,44 @@ class Evictor:
         dense_entries: torch.Tensor,
     ) -> None:
         state, pool = eviction.state, self.pool
-        assert state.vision_end is not None
-        policy = state.config.policy
-        prompt = self._prompt(eviction)
         stopwatch = Stopwatch(pool.device)
         with stopwatch:
+            if step.tables is None:
+                page_ids = pool.block_pages(step.block_table[eviction.row, : eviction.max_pages])
+            else:
+                page_ids = step.tables.block_table[:, eviction.row]
+            kept_before = self.tables.kept_pages(state.slot if eviction.evicted_before else 0)
+            source = EvictionSource.of(eviction, pool, page_ids, kept_before)
+            prompt = self._prompt(eviction, source)
             selection = select_kept(
                 state.config,
                 stats,
                 dense_entries,
                 prompt,
                 self.num_heads,
-                policy.observation_start(state.vision_end, eviction.prompt_tokens),
-                eviction.kept_blocks,
-                pool.block_size,
+                eviction.num_queries,
+                len(eviction.order.kept_blocks),
+                source,
             )
-            row = step.block_table[eviction.row].long()
-            end = eviction.prompt_blocks + eviction.kept_blocks
-            prompt_row, kept_row = row[: eviction.prompt_blocks], row[eviction.prompt_blocks : end]
-            compact(pool, prompt_row, kept_row, selection.kept_pages, selection.positions)
-            self.tables.set_kept_pages(state.slot, selection.kept_pages)
+            kept_row = to_device(eviction.order.kept_blocks, pool.device)
+            compact(pool, page_ids, kept_row, selection.kept_pages, selection.positions)
+            self.tables.set_kept(state.slot, selection.kept_pages, kept_row)
         state.attention_stats = None
-        kept_tokens = Fetched(selection.kept_pages * pool.block_size)
+        kept_tokens = selection.kept_pages * pool.block_size
+        tokens = Fetched(torch.stack((kept_tokens + source.tail, source.cached_tokens)))
         self._reports.append(
-            partial(
-                _report,
-                stats.stopwatch,
-                stopwatch,
-                kept_tokens,
-                self._layer_numbers,
-                eviction.prompt_tokens,
-            )
+            partial(_report, stats.stopwatch, stopwatch, tokens, self._layer_numbers)
         )
         if self._trace is not None:
-            self._trace.write(eviction, prompt, selection, stats, kept_tokens.wait().tolist())
+            self._trace.write(eviction, prompt, selection, stats, source)
 
-    def _prompt(self, eviction: PendingEviction) -> Prompt:
-        """The prompt as policies see it; patch grids only where somebody reads them."""
+    def _prompt(self, eviction: PendingEviction, source: EvictionSource) -> Prompt:
+        """The tokens as policies see them; patch grids only where somebody reads them."""
         state = eviction.state
         policy = state.config.policy
+        rank_mean = self.tp_group.mean
+        if not source.is_first:  # every KV head has other tokens
+            return Prompt(source.max_tokens, shard=self.shard, mean_over_ranks=rank_mean)
         grids = state.grids() if policy.wants_grids or self._trace is not None else ()
         if policy.wants_grids and not all(
             any(first <= grid.first < end for grid in grids) for first, end in state.visual
@@ -282,19 +308,21 @@ class Evictor:
                 "are treated as a sequence",
                 policy.name,
             )
-        return Prompt(eviction.prompt_tokens, state.visual, grids, self.shard, self.tp_group.mean)
+        return Prompt(source.max_tokens, state.visual, grids, self.shard, rank_mean)
 
 
 def _report(
     observation: Stopwatch,
     compaction: Stopwatch | None = None,
-    kept_tokens: Fetched | None = None,
+    tokens: Fetched | None = None,
     layer_numbers: Sequence[int] = (),
-    prompt_tokens: int = 0,
 ) -> EvictionReport:
     """Build a report; blocks until the device has finished the eviction."""
-    if compaction is None or kept_tokens is None:
+    if compaction is None or tokens is None:
         return EvictionReport(observation.seconds())
-    kept = zip(layer_numbers, kept_tokens.wait().tolist(), strict=True)
-    ratios = {layer: tokens / prompt_tokens for layer, tokens in kept}
+    after, before = tokens.wait().tolist()
+    ratios = {
+        layer: kept / cached
+        for layer, kept, cached in zip(layer_numbers, after, before, strict=True)
+    }
     return EvictionReport(observation.seconds(), compaction.seconds(), ratios)

@@ -30,10 +30,10 @@ class RequestState:
 
     attention_stats: AttentionStats | None = None  # from the first observed query to the eviction
 
-    # After the eviction, in tokens or blocks of the logical sequence; 0 before.
-    evicted_tokens: int = 0  # E
-    prompt_blocks: int = 0  # N
+    # Of the last eviction; 0 before the first.
+    evicted_tokens: int = 0  # E: tokens that the kept blocks replace, whole blocks
     kept_blocks: int = 0  # M
+    num_evictions: int = 0
 
 
 class RequestTable:

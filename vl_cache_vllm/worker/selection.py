@@ -11,6 +11,7 @@ from vl_cache_vllm.ops.select import select
 from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.policy.diversity import mix_diversity
 from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.source import EvictionSource
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Selection:
 
     ``scores``: what the tokens of each KV head rank by, ``[num_layers, num_kv_heads, tokens]``.
 
-    ``positions``: as `select` gives them, the first ``kept_pages[l] * block_size`` of layer l.
+    ``positions``: cache indices as `select` gives them, the first ``kept_pages[l] * block_size`` of
+    layer l.
     """
 
     density: torch.Tensor
@@ -34,42 +36,42 @@ def select_kept(
     dense_entries: torch.Tensor,
     prompt: Prompt,
     num_heads: int,
-    first_query: int,
+    num_queries: int,
     kept_blocks: int,
-    block_size: int,
+    source: EvictionSource,
 ) -> Selection:
     """The layers' pages and each KV head's tokens.
 
     Args:
         config: the request's settings.
-        observed: the queries from ``first_query`` to the prompt's last.
+        observed: attention of the observed queries.
         dense_entries: the observed ones, of all ranks.
-        prompt: what its tokens are.
+        prompt: what the tokens are.
         num_heads: query heads of a layer, of all ranks.
-        first_query: position of the first observed query.
-        kept_blocks: of the prompt.
-        block_size: tokens of a page.
+        num_queries: number of observed queries, the last of `EvictionSource.cached_tokens`.
+        kept_blocks: of the request.
+        source: what is chosen from.
     """
     policy, options = config.policy, config.experimental
-    num_layers = len(dense_entries)
-    full_pages = prompt.tokens // block_size
-    total_pages = kept_blocks * num_layers
-    # Query at position t has t + 1 causal entries.
-    entries = (prompt.tokens - first_query) * (first_query + 1 + prompt.tokens) // 2
+    total_pages = kept_blocks * len(dense_entries)
+    # The last query has as many causal entries as tokens are cached, the one before it one less.
+    entries = num_queries * (2 * source.cached_tokens - num_queries + 1) // 2
     density = dense_entries.double() / (entries * num_heads)
     budget = config.budget
     if policy.min_kept_tokens:  # which may keep more than the budget
-        budget = max(budget, min(1.0, kept_blocks * block_size / prompt.tokens))
+        budget = max(budget, min(1.0, kept_blocks * source.block_size / prompt.tokens))
     weights = policy.layer_weights(density, budget, prompt)
-    kept_pages = apportion(weights, total_pages, full_pages)
+    kept_pages = apportion(weights, total_pages, source.pages, source.total_pages)
     scores = policy.token_scores(observed.attention, prompt)
     if observed.similarity is not None:
         scores = mix_diversity(scores, observed.similarity, options.diversity)
+    most_pages = min(source.max_pages, total_pages - len(dense_entries) + 1)
     positions = select(
         scores,
-        kept_pages * block_size,
+        source.num_tokens,
+        kept_pages * source.block_size,
         policy.recent_ratio,
-        min(full_pages, total_pages - num_layers + 1) * block_size,
+        most_pages * source.block_size,
         policy.precedence(prompt, scores.device),
     )
     return Selection(density, scores, kept_pages, positions)

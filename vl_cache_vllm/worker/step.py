@@ -4,12 +4,13 @@
 Runner-neutral: the V1 and V2 adapters translate their batches into `BatchRow`s.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.core.admission import plan_eviction
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.worker.requests import RequestState
 
 
@@ -20,7 +21,6 @@ class BatchRow:
     state: RequestState
     num_computed: int  # before this step
     num_scheduled: int
-    num_blocks: int  # length of its block-table row, kept blocks included
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,32 @@ class ObservedQueries:
     state: RequestState
     query_start: int  # index into the step's tokens
     query_end: int
-    first_position: int  # position of the first of them
-    num_blocks: int  # prompt blocks that hold their keys
+    first_position: int  # index of the first query in the layers' caches; at most, if they differ
+    num_blocks: int  # blocks that hold the keys; 0: the keys are found through the layers' tables
+    tokens: int  # that are scored when the observation is complete
 
 
 @dataclass(frozen=True)
 class PendingEviction:
-    """A row whose prefill ends in this step and that the scheduler gave kept blocks."""
+    """A row that the scheduler ordered to evict at the end of this step.
+
+    A layer's cache consists of whole pages that the eviction replaces, and of a tail that stays
+    where it is: the last tokens of the prompt, or of what was generated.
+    """
 
     row: int
     state: RequestState
-    prompt_tokens: int
-    prompt_blocks: int
-    kept_blocks: int
+    order: EvictionOrder
+    tokens: int  # logical tokens up to the last observed query
+    num_queries: int  # observed
+    evicted_before: int  # E of the eviction before; 0: this is the first
+    kept_before: int  # M of the eviction before
+    max_pages: int  # bound of the pages of any layer that this eviction replaces
+
+    @property
+    def tail(self) -> int:
+        """Tokens up to the last observed query that stay where they are."""
+        return self.tokens - self.order.evicted_tokens
 
 
 @dataclass(frozen=True)
@@ -52,14 +65,14 @@ class StepPlan:
 
     observations: list[ObservedQueries]
     pending_evictions: list[PendingEviction]
-    kept_whole: list[RequestState]  # observed, but the scheduler reserved no kept blocks
-    any_evicted: bool
+    kept_whole: list[RequestState]  # observed, but not evicted at the end of the prefill
+    needs_tables: bool  # whether the layers need tables of their own
     table_width: int  # bound of any layer's pages of any row
 
     @property
     def is_plain(self) -> bool:
         """Whether vLLM's own path serves this step unchanged."""
-        return not (self.observations or self.pending_evictions or self.any_evicted)
+        return not (self.observations or self.pending_evictions or self.needs_tables)
 
 
 def plan_step(
@@ -67,74 +80,116 @@ def plan_step(
     block_size: int,
     num_layers: int,
     admitted: Container[str] | None = None,
+    orders: Mapping[str, EvictionOrder] | None = None,
 ) -> StepPlan:
     """Find the rows to observe, the rows to evict, and whether layers need tables of their own.
+
+    A prefill is observed from its first observed query on. A request that is evicted later, while
+    it decodes, is observed in that step alone, by its first query of the step.
+
+    The states of the rows to evict are updated, so that the next step sees them evicted.
 
     Args:
         rows: the batch.
         block_size: tokens of a block.
         num_layers: layers of the pool.
         admitted: ids of the requests that may be observed; None: all.
-
-    The scheduler reserves M kept blocks in the step that ends a prefill. A row that is longer than
-    its computed tokens need is therefore evicted in this step, and the surplus blocks are the M::
-
-        E = 70 tokens, block size 32:   [prompt 3 blocks][kept 1 block]   N = 3, M = 1
-
-    The states of these rows are updated, so that the next step sees them evicted.
+        orders: by id, the requests to evict in this step.
     """
+    orders = orders or {}
     observations, pending_evictions, kept_whole = [], [], []
-    any_evicted, width, query_start = False, 1, 0
+    needs_tables, width, query_start = False, 1, 0
     for index, row in enumerate(rows):
         state, end = row.state, row.num_computed + row.num_scheduled
-        if state.evicted_tokens:
-            any_evicted = True
-            kept_bound = min(
-                state.evicted_tokens // block_size,
-                state.kept_blocks * num_layers - (num_layers - 1),
-            )
-            width = max(width, kept_bound + cdiv(end - state.evicted_tokens, block_size))
-        else:
-            num_blocks = cdiv(end, block_size)
-            width = max(width, num_blocks)
-            # Rows may also be longer because draft tokens were rejected: not evicted then.
-            kept_blocks = row.num_blocks - num_blocks if end == state.prefill_tokens else 0
-            is_kept_whole = end >= state.prefill_tokens and kept_blocks <= 0
-            if kept_blocks > 0:
-                pending_evictions.append(
-                    PendingEviction(index, state, end, num_blocks, kept_blocks)
-                )
-            if is_kept_whole and state.attention_stats is not None:
+        order = orders.get(state.request_id)
+        width = max(width, _most_pages(state, end, block_size, num_layers))
+        needs_tables |= state.evicted_tokens > 0
+        if row.num_computed < state.prefill_tokens:
+            ends_whole = end >= state.prefill_tokens and order is None
+            if ends_whole and state.attention_stats is not None:
                 kept_whole.append(state)
-            if not is_kept_whole and (admitted is None or state.request_id in admitted):
-                observation = _observe_row(index, row, query_start, block_size)
+            if not ends_whole and (admitted is None or state.request_id in admitted):
+                observation = _observe_prefill(index, row, query_start, block_size)
                 if observation is not None:
                     observations.append(observation)
+            if order is not None:
+                first = _observation_start(state)
+                tokens, num_queries = state.prefill_tokens, state.prefill_tokens - first
+        elif order is not None:
+            needs_tables = True
+            tokens, num_queries = row.num_computed + 1, 1
+            observations.append(
+                _observe_decode(index, state, query_start, order, tokens, block_size, num_layers)
+            )
+        if order is not None:
+            pending_evictions.append(
+                PendingEviction(
+                    index,
+                    state,
+                    order,
+                    tokens,
+                    num_queries,
+                    state.evicted_tokens,
+                    state.kept_blocks,
+                    _most_pages(state, order.evicted_tokens, block_size, num_layers),
+                )
+            )
         query_start += row.num_scheduled
     for eviction in pending_evictions:
         state = eviction.state
-        state.evicted_tokens = eviction.prompt_tokens
-        state.prompt_blocks, state.kept_blocks = eviction.prompt_blocks, eviction.kept_blocks
-    return StepPlan(observations, pending_evictions, kept_whole, any_evicted, width)
+        state.evicted_tokens = eviction.order.evicted_tokens
+        state.kept_blocks = len(eviction.order.kept_blocks)
+        state.num_evictions += 1
+    return StepPlan(observations, pending_evictions, kept_whole, needs_tables, width)
 
 
-def _observe_row(
-    index: int,
-    row: BatchRow,
-    query_start: int,
-    block_size: int,
+def _most_pages(state: RequestState, tokens: int, block_size: int, num_layers: int) -> int:
+    """Bound of the pages in which any layer stores the first ``tokens`` logical tokens."""
+    evicted_blocks = state.evicted_tokens // block_size
+    # Every layer has at least one of the kept pages.
+    most_kept = state.kept_blocks * num_layers - (num_layers - 1)
+    return cdiv(tokens, block_size) - evicted_blocks + max(0, min(evicted_blocks, most_kept))
+
+
+def _observation_start(state: RequestState) -> int:
+    """Position of the first observed query of a prefill."""
+    assert state.vision_end is not None
+    return state.config.policy.observation_start(state.vision_end, state.prefill_tokens)
+
+
+def _observe_prefill(
+    index: int, row: BatchRow, query_start: int, block_size: int
 ) -> ObservedQueries | None:
     state = row.state
     # A last chunk of one token may be scheduled together with draft tokens after the prefill.
     end = min(row.num_computed + row.num_scheduled, state.prefill_tokens)
     vision_end = state.vision_end
-    if vision_end is None or row.num_computed >= state.prefill_tokens:
+    if vision_end is None:
         return None
-    config = state.config
-    if not plan_eviction(config, block_size, state.prefill_tokens, vision_end).kept_blocks:
+    if not plan_eviction(state.config, block_size, state.prefill_tokens, vision_end).kept_blocks:
         return None  # the scheduler's rule is at least as strict
-    first = max(row.num_computed, config.policy.observation_start(vision_end, state.prefill_tokens))
+    first = max(row.num_computed, _observation_start(state))
     if first >= end:
         return None
     before = query_start - row.num_computed  # index in the step that position 0 would have
-    return ObservedQueries(index, state, before + first, before + end, first, cdiv(end, block_size))
+    num_blocks = cdiv(end, block_size)
+    return ObservedQueries(
+        index, state, before + first, before + end, first, num_blocks, state.prefill_tokens
+    )
+
+
+def _observe_decode(
+    index: int,
+    state: RequestState,
+    query_start: int,
+    order: EvictionOrder,
+    tokens: int,
+    block_size: int,
+    num_layers: int,
+) -> ObservedQueries:
+    """The first query of the step; draft tokens behind it may be rejected."""
+    pages = _most_pages(state, order.evicted_tokens, block_size, num_layers)
+    most_tokens = pages * block_size + tokens - order.evicted_tokens
+    return ObservedQueries(
+        index, state, query_start, query_start + 1, most_tokens - 1, 0, most_tokens
+    )

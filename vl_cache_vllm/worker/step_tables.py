@@ -14,7 +14,7 @@ from vl_cache_vllm.worker.requests import RequestState
 
 _ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
 
-_NOT_EVICTED = (0, 0, 0, 0)
+_NOT_EVICTED = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GraphShape:
 
 
 class StepTables:
-    """Block table, lengths and slots of every layer, and the kept pages of every request.
+    """Block table, lengths and slots of every layer, and what is kept of every request.
 
     Args:
         pool: the cache of this worker's layers.
@@ -46,6 +46,10 @@ class StepTables:
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
+        # int64 [max_num_reqs + 1, max_table_width], ids of the kept blocks
+        self._kept_blocks = torch.zeros(
+            max_num_reqs + 1, self._max_table_width, dtype=torch.int64, device=device
+        )
         # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
         self._block_table = torch.zeros(
             num_layers * max_num_reqs * self._max_table_width, dtype=torch.int32, device=device
@@ -53,23 +57,31 @@ class StepTables:
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_rows: tuple[list[tuple[int, ...]], EvictedRows] | None = None
+        self._last_rows: tuple[list[tuple[int, int, int]], EvictedRows] | None = None
 
     def kept_pages(self, slot: int) -> torch.Tensor:
         """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
         return self._kept_pages[slot]
 
-    def set_kept_pages(self, slot: int, kept_pages: torch.Tensor) -> None:
-        """Store the result of an eviction, int64 ``[num_layers]``."""
+    def set_kept(self, slot: int, kept_pages: torch.Tensor, kept_row: torch.Tensor) -> None:
+        """Store the result of an eviction.
+
+        Args:
+            slot: of the request.
+            kept_pages: pages of each layer, int64 ``[num_layers]``.
+            kept_row: ids of the kept blocks, int64 ``[M]``.
+        """
         while slot >= len(self._kept_pages):  # preempted requests keep their slots
-            more = torch.zeros_like(self._kept_pages)
-            self._kept_pages = torch.cat((self._kept_pages, more))
+            for name in ("_kept_pages", "_kept_blocks"):
+                held = getattr(self, name)
+                setattr(self, name, torch.cat((held, torch.zeros_like(held))))
         self._kept_pages[slot] = kept_pages
+        self._kept_blocks[slot, : len(kept_row)] = kept_row
         self._last_rows = None
 
     def fill(
         self,
-        evicted: list[tuple[int, ...]],
+        evicted: list[tuple[int, int, int]],
         num_tokens: int,
         table_width: int,
         block_table: torch.Tensor,
@@ -80,7 +92,7 @@ class StepTables:
         """Compute the tables of a step.
 
         Args:
-            evicted: `evicted_row` of each of the R requests, before padding.
+            evicted: `evicted_rows` of each of the R requests, before padding.
             num_tokens: tokens of the step, before padding.
             table_width: bound of any layer's pages of any request.
             block_table: int32 ``[R, C]``, padded to the graph.
@@ -101,9 +113,10 @@ class StepTables:
         # Consecutive decode steps share these rows until a request joins, ends or is evicted.
         if self._last_rows is None or self._last_rows[0] != evicted:
             columns = to_device([*zip(*evicted, strict=True)], block_table.device)
-            evicted_tokens, prompt_blocks, kept_blocks, slot = columns
-            kept_pages = self._kept_pages[slot]
-            rows = EvictedRows(evicted_tokens, prompt_blocks, kept_blocks, kept_pages)
+            evicted_tokens, _, slot = columns
+            most_kept = max(1, *(kept_blocks for _, kept_blocks, _ in evicted))
+            kept_blocks = self._kept_blocks[slot, :most_kept]
+            rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
             self._last_rows = evicted, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
@@ -122,10 +135,10 @@ class StepTables:
         return self._last_views[1]
 
 
-def evicted_rows(states: Sequence[RequestState]) -> list[tuple[int, ...]]:
-    """E, N, M and the slot of each request; zeros where it is not evicted."""
+def evicted_rows(states: Sequence[RequestState]) -> list[tuple[int, int, int]]:
+    """E, M and the slot of each request; zeros where it is not evicted."""
     return [
-        (s.evicted_tokens, s.prompt_blocks, s.kept_blocks, s.slot if s.evicted_tokens else 0)
+        (s.evicted_tokens, s.kept_blocks, s.slot) if s.evicted_tokens else _NOT_EVICTED
         for s in states
     ]
 

@@ -13,6 +13,7 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import Selection
+from vl_cache_vllm.worker.source import EvictionSource
 from vl_cache_vllm.worker.step import PendingEviction
 
 
@@ -47,7 +48,7 @@ class Trace:
         prompt: Prompt,
         selection: Selection,
         stats: AttentionStats,
-        kept_tokens: list[int],
+        source: EvictionSource,
     ) -> None:
         """Append one eviction; reads the device back.
 
@@ -56,45 +57,52 @@ class Trace:
             prompt: its visual tokens and patch grids.
             selection: what was kept.
             stats: the observed attention.
-            kept_tokens: of each layer on this worker.
+            source: what was chosen from.
         """
-        config = eviction.state.config
+        state = eviction.state
+        config = state.config
+        kept_tokens = (selection.kept_pages * self._block_size).tolist()
+        cached_tokens = source.cached_tokens.tolist()
         record: dict[str, Any] = {
-            "request_id": eviction.state.request_id,
+            "request_id": state.request_id,
+            "eviction": state.num_evictions,
             "rank": self._rank,
             "layers": self._layer_numbers,
             "budget": config.budget,
             "policy": config.policy.name,
             "policy_options": dataclasses.asdict(config.policy),
             "experimental": dataclasses.asdict(config.experimental),
-            "prompt_tokens": eviction.prompt_tokens,
-            "vision_end": eviction.state.vision_end,
+            "tokens": eviction.tokens,
+            "evicted_tokens": eviction.order.evicted_tokens,
+            "cached_tokens": cached_tokens,
+            "vision_end": state.vision_end,
             "block_size": self._block_size,
-            "prompt_blocks": eviction.prompt_blocks,
-            "kept_blocks": eviction.kept_blocks,
+            "kept_blocks": len(eviction.order.kept_blocks),
             "density": selection.density.tolist(),
             "kept_tokens": kept_tokens,
             "visual": prompt.visual,
             "grids": [dataclasses.astuple(grid) for grid in prompt.grids],
         }
         if self._positions:
-            record["kept_positions"] = [
-                layer[:, :kept].tolist()
-                for layer, kept in zip(selection.positions, kept_tokens, strict=True)
-            ]
+            record["kept_positions"] = _trimmed(selection.positions, kept_tokens)
         if self._scores:
-            record["attention"] = _rounded(stats.attention.sums)
+            record["attention"] = _rounded(stats.attention.sums, cached_tokens)
             if stats.attention.maxima is not None:
-                record["maxima"] = _rounded(stats.attention.maxima)
-            record["scores"] = _rounded(selection.scores)
+                record["maxima"] = _rounded(stats.attention.maxima, cached_tokens)
+            record["scores"] = _rounded(selection.scores, cached_tokens)
         # One write call per line: workers of several engines may share the file.
         os.write(self._file, (json.dumps(record) + "\n").encode())
 
 
-def _rounded(values: torch.Tensor) -> Any:
-    """Nested lists of numbers with four significant digits."""
+def _trimmed(values: torch.Tensor, tokens: Sequence[int]) -> list[Any]:
+    """The first ``tokens[l]`` entries of each KV head of layer l, as nested lists."""
+    return [layer[:, :end].tolist() for layer, end in zip(values, tokens, strict=True)]
+
+
+def _rounded(values: torch.Tensor, tokens: Sequence[int]) -> Any:
+    """`_trimmed` with four significant digits."""
 
     def shorten(value: Any) -> Any:
         return [*map(shorten, value)] if isinstance(value, list) else float(f"{value:.3e}")
 
-    return shorten(values.tolist())
+    return shorten(_trimmed(values, tokens))

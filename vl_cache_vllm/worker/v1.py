@@ -54,7 +54,6 @@ class V1Adapter:
                 state=self._state(req_id),
                 num_computed=int(num_computed),
                 num_scheduled=num_scheduled_tokens[req_id],
-                num_blocks=len(runner.requests[req_id].block_ids[group]),
             )
             for req_id, num_computed in zip(
                 batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], strict=True

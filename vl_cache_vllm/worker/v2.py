@@ -65,12 +65,14 @@ class V2Adapter:
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
     ) -> tuple[Any, int | None]:
-        """vLLM's, but keeps prefills out of full CUDA graphs, where they cannot be observed.
+        """vLLM's, but keeps observed steps out of full CUDA graphs, which observe nothing.
 
-        vLLM runs a prefill's last chunk as a decode if it is a single token.
+        These are the steps that evict, and prefills: vLLM runs the last chunk of one as a decode if
+        it is a single token.
         """
         batch, uniform_token_count = self._gather(scheduler_output, dummy_run)
-        if batch is not None and batch.has_prefill:
+        evicts = bool(self._evictor.orders) and not dummy_run
+        if batch is not None and (batch.has_prefill or evicts):
             return batch, None
         return batch, uniform_token_count
 
@@ -111,15 +113,12 @@ class V2Adapter:
         states = [self._evictor.requests.get(req_id) for req_id in input_batch.req_ids]
         if None in states:
             return None
-        slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
-        num_blocks = self._runner.block_tables.num_blocks.np[self._group.index, slots]
         return [
-            BatchRow(state, int(computed), int(scheduled), int(blocks))  # type: ignore[arg-type]
-            for state, computed, scheduled, blocks in zip(
+            BatchRow(state, int(computed), int(scheduled))  # type: ignore[arg-type]
+            for state, computed, scheduled in zip(
                 states,
                 input_batch.num_computed_tokens_np,
                 input_batch.num_scheduled_tokens,
-                num_blocks,
                 strict=True,
             )
         ]

@@ -18,6 +18,7 @@ import torch
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig, TraceConfig
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
@@ -99,24 +100,27 @@ class WarmupEviction:
         self._kept_blocks = min(
             max(1, config.kept_blocks(self._num_blocks, pool.block_size)), tokens // pool.block_size
         )
+        self._evicted_tokens = tokens // pool.block_size * pool.block_size
         self._others = AttentionStats(
             config, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
         )
 
     def observe(self) -> None:
         """Run the prefill without its last step."""
-        self._run(*self._starts, self._num_blocks)
+        self._run(*self._starts)
 
     def evict(self) -> None:
-        """Run the last step of the prefill, which evicts, and one decode step."""
-        num_blocks = self._num_blocks + self._kept_blocks
-        self._run(self._starts[1], self._tokens, num_blocks)
-        self._run(self._tokens, self._tokens + 1, num_blocks + 1)
+        """Run the last step of the prefill, which evicts, and a decode step that evicts again."""
+        self._run(self._starts[1], self._tokens, self._evicted_tokens)
+        again = self._evicted_tokens + self._worker.pool.block_size
+        self._run(again, again + 1, again)
         for report in self._worker.take_reports():
             report()  # waits for the device, so that its errors surface here
 
-    def _run(self, start: int, end: int, num_blocks: int) -> None:
+    def _run(self, start: int, end: int, evicted_tokens: int = 0) -> None:
         pool = self._worker.pool
+        order = EvictionOrder(evicted_tokens, (0,) * self._kept_blocks)
+        self._worker.orders = {self._state.request_id: order} if evicted_tokens else {}
         head_size = pool.packing.key_index.shape[1]
 
         def numbers(*values: int) -> torch.Tensor:
@@ -126,14 +130,15 @@ class WarmupEviction:
             end - start, self._num_heads, head_size, dtype=pool.pages.dtype, device=pool.device
         )
         step = self._worker.begin_step(
-            [BatchRow(self._state, start, end - start, num_blocks)],
-            numbers(0).expand(1, num_blocks).contiguous(),
+            [BatchRow(self._state, start, end - start)],
+            numbers(0).expand(1, cdiv(end, pool.block_size)).contiguous(),
             numbers(0, end - start),
             numbers(end),
         )
         if step is not None:
             for layer in range(pool.num_layers):
                 self._worker.layer_done(step, layer, query, 1.0, self._softcap)
+        self._worker.orders = {}
 
 
 def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float = 0.0) -> None:

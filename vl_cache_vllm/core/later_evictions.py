@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which running requests are evicted while they decode, and to how many blocks.
+
+Two triggers: a request has generated as many tokens since its last eviction as ``every`` allows, or
+blocks are scarce and it still holds its full cache (``--kv-compress-when pressure``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.request import Request
+
+from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.core.admission import EvictionPlan, Skip
+
+MOST_UNDER_PRESSURE = 4
+"""Evictions of running requests in one step under pressure: each delays the whole batch."""
+
+# A prompt that was not evicted for one of these reasons may be once its request has grown.
+_GROWS = {
+    None,
+    Skip.SHORT_PROMPT,
+    Skip.NO_SAVING,
+    Skip.NO_POST_VISION_TOKENS,
+    Skip.NO_PRESSURE,
+    Skip.NO_OBSERVATION_ROOM,
+}
+_FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
+
+
+class Trigger(Enum):
+    """What made the scheduler evict a request."""
+
+    PREFILL = "prefill"
+    EVERY = "every"
+    PRESSURE = "pressure"
+
+
+@dataclass(frozen=True)
+class LaterEviction:
+    """An eviction of a request that decodes."""
+
+    trigger: Trigger
+    evicted_tokens: int  # E, whole blocks
+    kept_blocks: int  # M
+
+
+@dataclass(frozen=True)
+class AnswerBound:
+    """How far a request's cache may grow between two evictions (setting ``every``)."""
+
+    start: int  # E at which counting starts if the prompt is not evicted
+    growth: int  # blocks
+    kept_blocks: int  # M of every later eviction
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that a request holds at most between two evictions; the last need not be full.
+
+        While one is carried out, its kept blocks are held, too.
+        """
+        return self.kept_blocks + self.growth + 1
+
+    @classmethod
+    def of(
+        cls, config: KVCompressConfig, plan: EvictionPlan, prompt_tokens: int, block_size: int
+    ) -> AnswerBound | None:
+        """The bound of a request; None if it has none.
+
+        Args:
+            config: the request's settings.
+            plan: what was decided at the end of its prefill.
+            prompt_tokens: of the prompt, without generated tokens.
+            block_size: tokens per block.
+        """
+        if config.every is None or config.budget >= 1.0 or plan.skip not in _GROWS:
+            return None
+        growth = cdiv(config.every, block_size)
+        blocks = cdiv(prompt_tokens, block_size)
+        return cls(blocks * block_size, growth, config.kept_blocks(blocks + growth, block_size))
+
+
+class LaterEvictions:
+    """Decides before each step; the block manager carries out what fits.
+
+    Args:
+        block_size: tokens per block.
+        replaced: E and M of a request's last eviction, zeros if it has not been evicted; None while
+            the step of that eviction is not processed.
+        freed_by: blocks that return to the pool if a request's first E tokens are replaced: those
+            that no other request holds.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        replaced: Callable[[str], tuple[int, int] | None],
+        freed_by: Callable[[str, int], int],
+    ) -> None:
+        self._block_size, self._replaced, self._freed_by = block_size, replaced, freed_by
+        self._bounds: dict[str, AnswerBound] = {}
+        self.due: dict[str, LaterEviction] = {}
+        """Requests to evict if they are scheduled in the coming step, by id."""
+
+    def bound(self, request_id: str) -> AnswerBound | None:
+        """The bound of a decoding request; None if it has none."""
+        return self._bounds.get(request_id)
+
+    def set_bound(self, request_id: str, bound: AnswerBound | None) -> None:
+        """The request's prefill ends."""
+        if bound is not None:
+            self._bounds[request_id] = bound
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended or was preempted; unknown ids are fine."""
+        self._bounds.pop(request_id, None)
+        self.due.pop(request_id, None)
+
+    def plan_every(
+        self, lookup: Callable[[str], Request | None], has_room: Callable[[int], bool]
+    ) -> None:
+        """Start a step: find the requests that have reached their bound.
+
+        Args:
+            lookup: finds the scheduler's requests by id.
+            has_room: whether so many more tokens may be under observation.
+        """
+        self.due = {}
+        observed = 0
+        for request_id, bound in self._bounds.items():
+            request, replaced = lookup(request_id), self._replaced(request_id)
+            if request is None or replaced is None:
+                continue
+            evicted_before, kept_before = replaced
+            evicted = self._certain_tokens(request)
+            grown = (evicted - (evicted_before or bound.start)) // self._block_size
+            present = kept_before + (evicted - evicted_before) // self._block_size
+            if grown < bound.growth or bound.kept_blocks >= present:
+                continue
+            later = LaterEviction(Trigger.EVERY, evicted, bound.kept_blocks)
+            observed += self._observed(later)
+            if has_room(observed):
+                self.due[request_id] = later
+
+    def plan_pressure(
+        self,
+        running: Sequence[Request],
+        decided: Callable[[str], EvictionPlan | None],
+        config_of: Callable[[Request], KVCompressConfig],
+        excess: int,
+        has_room: Callable[[int], bool],
+    ) -> None:
+        """Blocks are scarce: add running requests that still hold their full cache.
+
+        Those that free most blocks come first; among equals, the ones that vLLM would preempt
+        first.
+
+        Args:
+            running: in vLLM's order.
+            decided: the decision at the end of a request's prefill; None while it runs.
+            config_of: a request's settings.
+            excess: blocks to free, more or less.
+            has_room: whether so many more tokens may be under observation.
+        """
+        candidates: list[tuple[int, str, LaterEviction]] = []
+        for request in reversed(running):
+            request_id = request.request_id
+            plan = decided(request_id)
+            if plan is None or plan.skip not in _FULL_CACHE or request_id in self.due:
+                continue
+            if self._replaced(request_id) != (0, 0):
+                continue
+            evicted = self._certain_tokens(request)
+            blocks = cdiv(request.num_computed_tokens, self._block_size)
+            kept = config_of(request).kept_blocks(blocks, self._block_size)
+            gain = self._freed_by(request_id, evicted) - kept
+            if gain > 0:
+                later = LaterEviction(Trigger.PRESSURE, evicted, kept)
+                candidates.append((gain, request_id, later))
+        candidates.sort(key=lambda candidate: -candidate[0])
+        observed = sum(self._observed(later) for later in self.due.values())
+        for gain, request_id, later in candidates[:MOST_UNDER_PRESSURE]:
+            observed += self._observed(later)
+            if excess <= 0 or not has_room(observed):
+                break
+            self.due[request_id] = later
+            excess -= gain
+
+    def _observed(self, later: LaterEviction) -> int:
+        """Bound of the tokens of each layer that an eviction observes."""
+        return later.evicted_tokens + 2 * self._block_size
+
+    def _certain_tokens(self, request: Request) -> int:
+        """Whole blocks of tokens that no rejected draft can take back, in tokens."""
+        certain = request.num_computed_tokens - request.num_in_flight_tokens
+        return max(0, certain) // self._block_size * self._block_size
