@@ -74,8 +74,8 @@ def measure(
     if kv_compress is not None:
         record = json.loads(trace.read_text().splitlines()[-1])
         result |= {
-            "prompt_tokens": record["prompt_tokens"],
-            "blocks_before": record["prompt_blocks"],
+            "prompt_tokens": record["tokens"],
+            "blocks_before": record["blocks"],
             "blocks_after": record["kept_blocks"],
             "kept_tokens_per_layer": record["kept_tokens"],
         }

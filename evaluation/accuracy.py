@@ -207,20 +207,23 @@ def _read_kept(
     with trace.open() as lines:
         for line in lines:
             record = json.loads(line)
+            if record["eviction"] > 1:  # of a request that is evicted again while it decodes
+                continue
             request_id = record["request_id"].split("-")[0]
             positions = answers[request_id]
             kept = _kept_fraction(record, positions) if positions else None
-            yield request_id, (record["kept_blocks"] / record["prompt_blocks"], kept)
+            yield request_id, (record["kept_blocks"] / record["blocks"], kept)
 
 
 def _kept_fraction(record: dict[str, Any], positions: Sequence[int]) -> tuple[float, float]:
     """Kept fraction of positions: the mean over layers and heads, and that kept by any head."""
     wanted = set(positions)
-    found: set[int] = set()
+    tail = {position for position in wanted if position >= record["evicted_tokens"]}
+    found = set(tail)
     fractions = []
     for layer in record["kept_positions"]:
         for head in layer:
-            here = wanted.intersection(head)
+            here = wanted.intersection(head) | tail
             found |= here
             fractions.append(len(here) / len(wanted))
     return sum(fractions) / len(fractions), len(found) / len(wanted)

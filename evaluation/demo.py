@@ -71,17 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
         for name, output in (("full cache", with_full), (f"{BUDGET:.0%} cache", with_tenth)):
             mark = "correct" if output.text == question.answer else "WRONG"
             print(f"  {name:<10} {output.text}  [{mark}{output.held}]")
-    print(f"\n{POLICY} at {BUDGET:.0%}: {record['prompt_tokens']} prompt tokens,", end=" ")
-    print(f"{record['prompt_blocks']} blocks after prefill -> {record['kept_blocks']} kept")
+    print(f"\n{POLICY} at {BUDGET:.0%}: {record['tokens']} prompt tokens,", end=" ")
+    print(f"{record['blocks']} blocks after prefill -> {record['kept_blocks']} kept")
     print("layer        density   kept tokens per KV head")
     most = max(record["kept_tokens"])
     for layer, (density, count) in enumerate(
         zip(record["density"], record["kept_tokens"], strict=True)
     ):
         bar = "#" * max(1, round(40 * count / most))
-        print(
-            f"  {layer:2d}         {density:7.3f}   {count:5d} of {record['prompt_tokens']}  {bar}"
-        )
+        print(f"  {layer:2d}         {density:7.3f}   {count:5d} of {record['tokens']}  {bar}")
 
 
 def ask(document: Document) -> list[Question]:

@@ -32,12 +32,13 @@ from vl_cache_vllm.core.admission import plan_eviction
 from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import select_kept
+from vl_cache_vllm.worker.source import EvictionSource
 
 
 def evict(
     prompt: PrefilledPrompt, config: KVCompressConfig, block_size: int
 ) -> list[Tensor] | None:
-    """Kept positions of each layer, [KV heads, kept]; None if no block would be freed.
+    """Positions that each layer keeps, [KV heads, kept]; None if no block would be freed.
 
     Raises:
         ValueError: for a policy whose observation window includes the pages, because their queries
@@ -62,12 +63,16 @@ def evict(
         observed.dense_entries,
         Prompt(tokens, prompt.visual, prompt.grids),
         num_heads,
-        start,
+        tokens - start,
         plan.kept_blocks,
-        block_size,
+        EvictionSource.of_prompt(tokens, num_layers, block_size),
     )
     sizes = (selection.kept_pages * block_size).tolist()
-    return [row[:, :size] for row, size in zip(selection.positions, sizes, strict=True)]
+    tail = torch.arange(tokens // block_size * block_size, tokens).expand(num_kv_heads, -1)
+    return [
+        torch.cat((row[:, :size], tail), 1)
+        for row, size in zip(selection.positions, sizes, strict=True)
+    ]
 
 
 def kept(cache: Cache, positions: list[Tensor]) -> Cache:

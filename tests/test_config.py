@@ -37,6 +37,7 @@ EVERY_SETTING = {
     "policy": "vlcache",
     "budget": 0.25,
     "when": "pressure",
+    "every": None,
     "text": False,
     "min_prompt_tokens": 100,
     "output_reserve": False,
@@ -585,7 +586,7 @@ def test_description_lists_every_setting_with_its_default(name: str) -> None:
     defaults = KVCompressConfig(policy=POLICIES[name]()).flat()
     found = described["EVERY POLICY"] | described.get(also[name], {}) | described[name]
     assert found == {
-        k: v for k, v in defaults.items() if k not in ("policy", "budget", "when", "text")
+        k: v for k, v in defaults.items() if k not in ("policy", "budget", "when", "every", "text")
     }
 
 
@@ -606,6 +607,31 @@ def test_a_requests_own_settings() -> None:
     assert config.for_request(request(kv_policy_options=json.dumps(options))) == changed
     both = config.for_request(request(kv_budget=0.5, kv_policy_options=options))
     assert both == replace(changed, budget=0.5)
+    assert config.for_request(request(kv_evict_every=512)) == replace(config, every=512)
+    bounded = replace(config, every=512)
+    assert bounded.for_request(request(kv_evict_every=None)) == config
+    assert bounded.for_request(request(kv_budget=0.1)) == bounded
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"keep_text": True}, "keep_text"),
+        ({"pooling": 3, "pooling_2d": True}, "pooling_2d"),
+        ({"experimental": {"diversity": 0.5}}, "experimental.diversity"),
+        (
+            {"experimental": {"elite_window": 0.5}, "max_observation_tokens": 9},
+            "experimental.elite_window",
+        ),
+    ],
+    ids=str,
+)
+def test_what_needs_the_tokens_of_a_prompt_cannot_be_evicted_again(
+    settings: dict[str, Any], named: str
+) -> None:
+    parse(**settings)
+    with pytest.raises(ValueError, match=f"cannot be evicted again .* with {named}, which need"):
+        parse(every=100, **settings)
 
 
 def test_a_requests_own_experimental_options(warnings: list[str]) -> None:
@@ -637,6 +663,12 @@ def test_a_requests_own_experimental_options(warnings: list[str]) -> None:
         ({"kv_budget": "0.25"}, "kv_budget must be of type float, got '0.25'"),
         ({"kv_budget": None}, "kv_budget must be of type float, got None"),
         ({"kv_budget": [0.1]}, "kv_budget must be of type float"),
+        ({"kv_evict_every": 0}, "every must be at least 1 token or null, got 0"),
+        ({"kv_evict_every": 0.5}, "kv_evict_every must be of type int or null, got 0.5"),
+        (
+            {"kv_evict_every": 9, "kv_policy_options": {"keep_text": True}},
+            "cannot be evicted again (--kv-compress-every, kv_evict_every) with keep_text",
+        ),
         ({"kv_policy_options": "{"}, "kv_policy_options is not valid JSON"),
         ({"kv_policy_options": "[1]"}, "kv_policy_options must be an object"),
         ({"kv_policy_options": 3}, "kv_policy_options must be an object"),

@@ -18,7 +18,7 @@ from vl_cache_vllm import cli, deprecated
 from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, WHEN, KVCompressConfig
 from vl_cache_vllm.policy import POLICIES
 
-REQUEST_KEYS = ("kv_budget", "kv_policy_options")
+REQUEST_KEYS = ("kv_budget", "kv_evict_every", "kv_policy_options")
 NAMES = sorted(POLICIES)
 CONFIGS = [KVCompressConfig(POLICIES[name]()) for name in NAMES]
 KEYS = sorted({key for config in CONFIGS for key in (*config.to_dict(), *deprecated.SETTINGS)})

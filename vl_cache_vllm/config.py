@@ -101,8 +101,9 @@ class KVCompressConfig:
     )
     when: str = setting(
         WHEN[0],
-        "always: evict every eligible prompt. pressure: evict only prompts whose prefill ends "
-        "while free blocks are scarce, so that a lightly loaded server keeps the full cache.",
+        "always: evict every eligible prompt. pressure: evict only while free blocks are scarce, "
+        "prompts when their prefill ends and running requests before any is preempted, so that a "
+        "lightly loaded server keeps the full cache.",
     )
     every: int | None = setting(
         None,

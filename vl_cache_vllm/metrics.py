@@ -141,7 +141,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             return
         stats = EvictionStats.from_dict(values)
         labels = self._labels[engine_idx]
-        self._evicted.labels(*labels).inc(stats.evicted_requests)
+        self._evicted.labels(*labels).inc(stats.evicted)
         for trigger, count in stats.evictions.items():
             self._evictions.labels(*labels, trigger).inc(count)
         for reason, count in stats.skipped.items():
@@ -178,7 +178,7 @@ def log_line(stats: EvictionStats) -> str:
     """The counts of an interval as one line of text."""
     skipped = ", ".join(f"{count} {reason}" for reason, count in stats.skipped.most_common())
     later = {name: count for name, count in stats.evictions.items() if name != "prefill"}
-    parts = [f"KV compression: evicted {stats.evicted_requests} reqs"]
+    parts = [f"KV compression: evicted {stats.evicted} reqs"]
     if later:
         parts[0] += " (" + ", ".join(f"{n} evictions by {name}" for name, n in later.items()) + ")"
     parts.append(f"skipped {stats.skipped.total()}" + (f" ({skipped})" if skipped else ""))

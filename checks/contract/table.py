@@ -284,6 +284,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks"),
         Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
     ),
+    "core/later_evictions.py": (
+        CDIV,
+        Has("vllm.v1.request:Request", "request_id num_computed_tokens num_in_flight_tokens"),
+        # In flight is what steps compute that have not been processed.
+        Steps(
+            "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+            (
+                "request.num_computed_tokens += num_scheduled_token",
+                "request.num_in_flight_tokens += num_scheduled_token",
+            ),
+        ),
+    ),
     "core/pressure.py": (
         CDIV,
         Exists("vllm.v1.core.kv_cache_utils:BlockHash"),
@@ -330,6 +342,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "block_hashes, hash_block_size, block_size",
         ),
         Called("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "", "int"),
+        Called(
+            "vllm.v1.core.block_pool:BlockPool.get_new_blocks", "num_blocks", "list[KVCacheBlock]"
+        ),
+        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id ref_cnt"),
         Overridden(f"{MANAGER}.__init__", "kv_cache_spec, ..."),
         Overridden(f"{MANAGER}.get_num_blocks_to_allocate", "request_id, num_tokens, ...", "int"),
         Overridden(
@@ -363,7 +379,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ("blocks[i] = self._null_block", "self.block_pool.free_blocks(freed)"),
         ),
         Steps(f"{MANAGER}.free", ("self.pop_blocks_for_free(request_id)",)),
-        # A row grows to what `num_tokens` need; the decision adds to `num_tokens`.
+        # A row grows to what `num_tokens` need.
         Steps(
             f"{MANAGER}.allocate_new_blocks",
             (
@@ -412,15 +428,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(f"{COORDINATOR}.pop_blocks_for_free", ("manager.pop_blocks_for_free(request_id)",)),
     ),
     "core/spec.py": (
-        Exists("vllm.config:VllmConfig"),
-        CDIV,
-        Has(f"{KV_INTERFACE}:FullAttentionSpec", "block_size"),
         Overridden(f"{KV_INTERFACE}:FullAttentionSpec.merge", "specs", "Self"),
-        Overridden(
-            f"{KV_INTERFACE}:FullAttentionSpec.max_num_blocks_per_req",
-            "vllm_config, max_len",
-            "int",
-        ),
         Called(
             "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
             "manager_class=, uniform_type_base_spec=",
@@ -634,6 +642,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.sampling_params:SamplingParams", "max_tokens"),
     ),
     "worker/step.py": (CDIV,),
+    "worker/trace.py": (CDIV,),
     "worker/step_tables.py": (Called("vllm.utils.math_utils:round_up", "x, y"),),
     "worker/evictor.py": (
         LOGGER,
@@ -813,16 +822,14 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             "vllm.v1.worker.gpu.input_batch:InputBatch",
-            "req_ids num_reqs idx_mapping_np num_computed_tokens_np num_scheduled_tokens "
+            "req_ids num_computed_tokens_np num_scheduled_tokens "
             "query_start_loc seq_lens num_reqs_after_padding num_tokens_after_padding",
         ),
         Has("vllm.config:CUDAGraphMode", "FULL"),
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
-        Has(V2_RUNNER, "model_state model_config block_tables"),
-        Has("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks"),
+        Has(V2_RUNNER, "model_state model_config"),
         Overridden(f"{V2_RUNNER}.gather_batch_req_state", "scheduler_output, dummy_run"),
         Has("vllm.v1.worker.gpu.model_runner:BatchReqState", "has_prefill"),
-        Has("vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor", "np"),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
         Overridden(

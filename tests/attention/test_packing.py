@@ -46,7 +46,7 @@ def test_tokens_written_by_the_kernel_are_read_back(
         layer_stride=num_blocks,
         block_stride=1,
     )
-    keys, values = pool.read_keys(0, row), pool.read_values(0, row)
+    keys, values = pool.read_keys(row), pool.read_values(row)  # of one layer: pages are blocks
     assert torch.equal(keys[:, :num_tokens], key.transpose(0, 1))
     assert torch.equal(values[:, :num_tokens], value.transpose(0, 1))
     assert not keys[:, num_tokens:].any()
@@ -74,7 +74,7 @@ def test_bytes_of_an_fp8_cache_are_read_as_numbers(isa: str, cache_dtype: str) -
     )
     row = torch.arange(num_blocks)
     tolerance = 2.0 ** (-2 if cache_dtype == "fp8_e5m2" else -3)  # half a step of the mantissa
-    for written, read in ((key, pool.read_keys(0, row)), (value, pool.read_values(0, row))):
+    for written, read in ((key, pool.read_keys(row)), (value, pool.read_values(row))):
         found = scale * read[:, :70].float()
         torch.testing.assert_close(
             found, written.transpose(0, 1).float(), rtol=tolerance, atol=1e-2

@@ -110,7 +110,7 @@ def kept(server: Server, trace: Path, path: str, body: dict[str, Any]) -> tuple[
         assert response.status == 200
         response.read()
     record = list(read_trace(trace).values())[-1]
-    return record["kept_blocks"], record["prompt_blocks"]
+    return record["kept_blocks"], record["blocks"]
 
 
 @pytest.mark.server

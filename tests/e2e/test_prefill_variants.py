@@ -44,7 +44,7 @@ def kept(
 def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert len(actual) == len(expected) > 0
     for a, b in zip(actual, expected, strict=True):
-        for key in ("prompt_tokens", "prompt_blocks", "kept_blocks", "kept_tokens"):
+        for key in ("tokens", "evicted_tokens", "kept_blocks", "kept_tokens"):
             assert a[key] == b[key]
         assert a["kept_positions"] == b["kept_positions"]
         assert a["density"] == pytest.approx(b["density"], abs=1e-4)

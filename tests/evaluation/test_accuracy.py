@@ -251,10 +251,14 @@ def test_the_document_has_the_committed_numbers() -> None:
 
 
 def test_kept_fraction() -> None:
-    record = {"kept_positions": [[[1, 2, 3], [3, 4, 5]], [[9], [8]]]}
+    record = {"evicted_tokens": 11, "kept_positions": [[[1, 2, 3], [3, 4, 5]], [[9], [8]]]}
     kept, reached = accuracy._kept_fraction(record, [2, 3, 7, 10])
     assert kept == pytest.approx((0.5 + 0.25 + 0 + 0) / 4)
     assert reached == 0.5
+    record["evicted_tokens"] = 10  # what stands behind stays
+    kept, reached = accuracy._kept_fraction(record, [2, 3, 7, 10])
+    assert kept == pytest.approx((0.75 + 0.5 + 0.25 + 0.25) / 4)
+    assert reached == 0.75
 
 
 def test_the_guide_has_the_committed_numbers() -> None:

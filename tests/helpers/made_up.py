@@ -36,17 +36,23 @@ def record(
         "rank": 0,
         "layers": [*range(num_layers)],
         "budget": 0.3,
-        "prompt_tokens": tokens,
+        "eviction": 1,
+        "tokens": tokens,
+        "evicted_tokens": tokens // BLOCK * BLOCK,
+        "cached_tokens": [tokens] * num_layers,
         "vision_end": max((end for _, end in visual), default=0),
         "block_size": BLOCK,
-        "prompt_blocks": -(-tokens // BLOCK),
+        "blocks": -(-tokens // BLOCK),
         "kept_blocks": 2,
         "density": rng.random(num_layers).tolist(),
         "kept_tokens": kept,
         "visual": [list(v) for v in visual],
         "grids": [list(g) for g in grids],
         "kept_positions": [
-            [sorted(rng.permutation(tokens)[:count].tolist()) for _ in range(num_heads)]
+            [
+                sorted(rng.permutation(tokens // BLOCK * BLOCK)[:count].tolist())
+                for _ in range(num_heads)
+            ]
             for count in kept
         ],
         "attention": rng.random(shape).tolist(),

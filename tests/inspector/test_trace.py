@@ -22,8 +22,9 @@ def test_kept_share_of_every_selection() -> None:
                 if layer in (None, i) and head in (None, j)
             ]
             expected = [
-                sum(t in positions for positions in chosen) / len(chosen)
-                for t in range(line["prompt_tokens"])
+                sum(t in positions or t >= line["evicted_tokens"] for positions in chosen)
+                / len(chosen)
+                for t in range(line["tokens"])
             ]
             assert eviction.kept_share(layer, head) == pytest.approx(expected)
 
@@ -35,7 +36,8 @@ def test_kept_tokens_by_kind() -> None:
     for layer, heads in enumerate(line["kept_positions"]):
         seen = [sum(p in images for p in positions) for positions in heads]
         assert visual[layer] == pytest.approx(sum(seen) / len(seen))
-        assert visual[layer] + text[layer] == line["kept_tokens"][layer]
+        tail = line["tokens"] - line["evicted_tokens"]
+        assert visual[layer] + text[layer] == line["kept_tokens"][layer] + tail
 
 
 def test_records_of_several_workers_are_joined() -> None:

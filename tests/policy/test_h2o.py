@@ -20,6 +20,7 @@ def test_half_heavy_hitters_half_recent() -> None:
     attention = torch.tensor([[[0.0, 9.0, 1.0, 8.0, 2.0, 0.0, 0.0, 0.0]]])
     positions = select(
         policy.token_scores(Attention(attention), Prompt(8)),
+        torch.tensor([8]),
         torch.tensor([4]),
         policy.recent_ratio,
         4,

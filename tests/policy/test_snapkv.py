@@ -43,7 +43,14 @@ def test_kept_tokens(tokens: int, window: int, pooling: int, kept: int) -> None:
     scores = policy.token_scores(Attention(attention), prompt)
     assert scores.shape == attention.shape and scores.dtype == torch.float32
     precedence = policy.precedence(prompt, scores.device)
-    found = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
+    found = select(
+        scores,
+        torch.full((2,), scores.shape[2]),
+        torch.tensor([kept, kept]),
+        policy.recent_ratio,
+        kept,
+        precedence,
+    )
     for layer in range(2):
         for head in range(3):
             row = attention[layer, head].tolist()
@@ -55,7 +62,9 @@ def test_the_attention_of_a_huge_prompt_does_not_beat_the_window() -> None:
     scores = policy.token_scores(Attention(torch.full((1, 1, 8), 1e9)), prompt)
     precedence = policy.precedence(prompt, scores.device)
     for kept, expected in ((1, [7]), (2, [6, 7]), (3, [0, 6, 7])):
-        found = select(scores, torch.tensor([kept]), 0.0, kept, precedence)
+        found = select(
+            scores, torch.tensor([scores.shape[2]]), torch.tensor([kept]), 0.0, kept, precedence
+        )
         assert found[0, 0].tolist() == expected
 
 

@@ -23,7 +23,14 @@ def test_kept_tokens(sinks: int, kept: int, expected: list[int]) -> None:
     policy, prompt = StreamingLLMPolicy(sink_tokens=sinks), Prompt(10, ((2, 5),))
     scores = policy.token_scores(Attention(torch.rand(2, 3, 10)), prompt)
     precedence = policy.precedence(prompt, scores.device)
-    positions = select(scores, torch.tensor([kept, kept]), policy.recent_ratio, kept, precedence)
+    positions = select(
+        scores,
+        torch.full((2,), scores.shape[2]),
+        torch.tensor([kept, kept]),
+        policy.recent_ratio,
+        kept,
+        precedence,
+    )
     assert positions.tolist() == [[expected] * 3] * 2
 
 

@@ -36,7 +36,9 @@ def collect(config: KVCompressConfig, chunks: list[int]) -> AttentionStats:
         for layer in range(LAYERS):
             buffer[:size] = queries[layer, begin : begin + size]
             first = FIRST + begin
-            observed.add(layer, buffer[:size], PagedKeys(pool, layer, row), first, 0.3, 0.0)
+            observed.add(
+                layer, buffer[:size], PagedKeys.of_blocks(pool, layer, row), first, 0.3, 0.0
+            )
         begin += size
     return observed
 

@@ -256,6 +256,7 @@ def test_tokens_of_a_gpu_cache(token_major: bool) -> None:
         layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape))
     row = torch.tensor([3, 1])
     for name, index in group.layers.items():
+        page_ids = worker.pool.block_pages(row)[index]
         tokens = layers[name].kv_cache[row].transpose(0, 1).flatten(1, 2)
-        assert torch.equal(worker.pool.read_keys(index, row), tokens[..., :HEAD_SIZE])
-        assert torch.equal(worker.pool.read_values(index, row), tokens[..., HEAD_SIZE:])
+        assert torch.equal(worker.pool.read_keys(page_ids), tokens[..., :HEAD_SIZE])
+        assert torch.equal(worker.pool.read_values(page_ids), tokens[..., HEAD_SIZE:])

@@ -16,6 +16,7 @@ from tests.ops.test_select import naive_select
 from tests.policy.test_diversity import naive_mix
 from tests.policy.test_vlcache import naive_weights
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
@@ -24,9 +25,11 @@ from vl_cache_vllm.worker.requests import RequestState
 from vl_cache_vllm.worker.step import BatchRow
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 3, 6, 2, 8, 4
-PROMPT, VISION_END = 63, 50  # N = 16, M = 4 at a quarter
+PROMPT, VISION_END = 63, 50  # 15 whole blocks and a tail of 3, M = 4 at a quarter
+EVICTED = 60
 SCALE = 0.3
 COLUMNS = 30
+KEPT_ROW = [16, 17, 18, 19]
 
 
 def make_worker(
@@ -67,15 +70,28 @@ def run_step(
     worker: Evictor,
     batch: list[tuple[RequestState, int, int, list[int]]],
     query: torch.Tensor,
+    kept: dict[RequestState, list[int]] | None = None,
 ) -> EvictionStep | None:
-    """A step of (state, computed, scheduled, block row) through all layers."""
+    """A step of (state, computed, scheduled, block row) through all layers.
+
+    ``kept`` are the kept blocks of the requests that are evicted in it.
+    """
+    ends = {state: max(state.prefill_tokens, computed) for state, computed, _, _ in batch}
+    worker.begin_output(
+        (),
+        None,
+        {
+            state.request_id: EvictionOrder(ends[state] // BLOCK_SIZE * BLOCK_SIZE, tuple(blocks))
+            for state, blocks in (kept or {}).items()
+        },
+    )
     table = torch.zeros(len(batch), COLUMNS, dtype=torch.int32)
     starts, rows, lengths = [0], [], []
     for r, (state, computed, scheduled, blocks) in enumerate(batch):
         table[r, : len(blocks)] = torch.tensor(blocks)
         starts.append(starts[-1] + scheduled)
         lengths.append(computed + scheduled)
-        rows.append(BatchRow(state, computed, scheduled, len(blocks)))
+        rows.append(BatchRow(state, computed, scheduled))
     step = worker.begin_step(
         rows,
         table,
@@ -106,7 +122,7 @@ def expected_eviction(
     observed_from = policy.observation_start(VISION_END, PROMPT)
     density, scores = [], []
     for layer in range(NUM_LAYERS):
-        key = pool.read_keys(layer, torch.tensor(prompt_row))
+        key = pool.read_keys(pool.block_pages(torch.tensor(prompt_row))[layer])
         window = query[layer, observed_from:PROMPT]
         sums, dense = naive_observe(window, key, observed_from, SCALE, policy.threshold, 0.0)
         if options.elite_window:
@@ -131,7 +147,7 @@ def expected_eviction(
     weights = naive_weights(density, config.budget, policy.uniform_mix)
     pages = exact_apportion(weights, kept_blocks * NUM_LAYERS, PROMPT // BLOCK_SIZE).pages
     positions = [
-        [naive_select(row, count * BLOCK_SIZE, "0.1") for row in scores[layer]]
+        [naive_select(row[:EVICTED], count * BLOCK_SIZE, "0.1") for row in scores[layer]]
         for layer, count in enumerate(pages)
     ]
     return pages, positions
@@ -181,27 +197,29 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     pool = pool_of(page_order, packing)
     worker = make_worker(pool, **settings)
     other, plain = start(worker, "other"), worker.requests.start("plain", worker.config, None, 9)
-    other_row, plain_row = list(range(60, 80)), [59, 58, 57]
-    run_step(worker, [(other, 0, PROMPT, other_row)], queries(PROMPT, seed=1))
-    assert other.evicted_tokens == PROMPT
+    other_row, plain_row = list(range(60, 76)), [59, 58, 57]
+    other_kept = {other: [76, 77, 78, 79]}
+    run_step(worker, [(other, 0, PROMPT, other_row)], queries(PROMPT, seed=1), other_kept)
+    assert other.evicted_tokens == EVICTED
 
     state = start(worker, "a")
-    row = torch.randperm(57, generator=torch.Generator().manual_seed(2))[:20].tolist()
+    blocks = torch.randperm(57, generator=torch.Generator().manual_seed(2))[:20].tolist()
+    row, kept_row = blocks[:16], blocks[16:]
     query = queries(PROMPT, seed=3)
     before = pool.pages.clone()
     computed = 0
     for index, chunk in enumerate(chunks):
         end = computed + chunk
-        blocks = row if end == PROMPT else row[: -(-end // BLOCK_SIZE)]
         noise = queries(3, seed=4)
         step = run_step(
             worker,
             [
                 (other, PROMPT + index, 1, [*other_row, 56]),
-                (state, computed, chunk, blocks),
+                (state, computed, chunk, row[: -(-end // BLOCK_SIZE)]),
                 (plain, index, 2, plain_row[:1]),
             ],
             torch.cat((noise[:, :1], query[:, computed:end], noise[:, 1:]), 1),
+            {state: kept_row} if end == PROMPT else None,
         )
         assert step is not None
         assert step.tables is not None
@@ -213,26 +231,26 @@ def test_a_prompt_is_evicted_as_the_parts_say(
     source.pages.copy_(before)
     case = page_order, packing, worker.config
     if case not in expected:  # it is the same for all chunks, and plain loops are slow
-        expected[case] = before, *expected_eviction(source, row[:16], query, worker.config)
+        expected[case] = before, *expected_eviction(source, row, query, worker.config)
     pages_before, pages, positions = expected[case]
     assert torch.equal(before, pages_before)
     assert worker.tables.kept_pages(state.slot).tolist() == pages
     assert len(set(pages)) > 1 or settings  # otherwise the case shows nothing
     assert state.attention_stats is None
 
-    # The next step reads the survivors and writes behind them.
+    # The next step reads the survivors and the tail, and writes behind them.
     step = run_step(
         worker,
-        [(plain, 5, 1, plain_row[:2]), (state, PROMPT, 1, [*row, 57])],
+        [(plain, 5, 1, plain_row[:2]), (state, PROMPT, 1, row)],
         queries(2, seed=5),
     )
     assert step is not None
     assert step.tables is not None
     for layer, count in enumerate(pages):
-        assert step.tables.seq_lens[layer].tolist() == [6, count * BLOCK_SIZE + 1]
+        assert step.tables.seq_lens[layer].tolist() == [6, count * BLOCK_SIZE + 4]
         table = step.tables.block_table[layer, 1].tolist()
-        assert table[count] == page_number(pool, layer, 57)
-        assert step.tables.slot_mapping[layer, 1] == table[count] * BLOCK_SIZE
+        assert table[count] == page_number(pool, layer, row[15])
+        assert step.tables.slot_mapping[layer, 1] == table[count] * BLOCK_SIZE + 3
         for head in range(NUM_KV_HEADS):
             for kept, position in enumerate(positions[layer][head]):
                 page, token = table[kept // BLOCK_SIZE], kept % BLOCK_SIZE
@@ -241,7 +259,7 @@ def test_a_prompt_is_evicted_as_the_parts_say(
                 assert torch.equal(key_of(pool, page, head, token), key_of(source, *cell))
                 assert torch.equal(value_of(pool, page, head, token), value_of(source, *cell))
     # Prompt pages may be shared with other requests.
-    shared = [page_number(pool, layer, block) for layer in range(NUM_LAYERS) for block in row[:16]]
+    shared = [page_number(pool, layer, block) for layer in range(NUM_LAYERS) for block in row]
     assert torch.equal(pool.pages[shared], before[shared])
 
 
@@ -255,7 +273,8 @@ def test_plain_steps_are_left_to_vllm() -> None:
 def test_two_prompts_end_in_one_step() -> None:
     """They must not see each other's queries, and the result is that of one at a time."""
     together, alone = pool_of(), pool_of()
-    rows = [list(range(1, 21)), list(range(30, 50))]
+    rows = [list(range(1, 17)), list(range(30, 46))]
+    kept = [list(range(17, 21)), list(range(46, 50))]
     worker = make_worker(together)
     states = [start(worker, name) for name in "ab"]
     both = [queries(PROMPT, seed) for seed in (6, 7)]
@@ -263,27 +282,29 @@ def test_two_prompts_end_in_one_step() -> None:
         worker,
         [(state, 0, PROMPT, row) for state, row in zip(states, rows, strict=True)],
         torch.cat(both, 1),
+        dict(zip(states, kept, strict=True)),
     )
-    for row, query in zip(rows, both, strict=True):
+    for row, kept_row, query in zip(rows, kept, both, strict=True):
         one = make_worker(alone)
-        run_step(one, [(start(one, "a"), 0, PROMPT, row)], query)
+        state = start(one, "a")
+        run_step(one, [(state, 0, PROMPT, row)], query, {state: kept_row})
     assert torch.equal(together.pages, alone.pages)
 
 
 def test_a_request_in_the_place_of_another_of_its_size() -> None:
     """Nothing in the numbers of the batch tells the two apart."""
     worker = make_worker(pool_of())
-    row = list(range(20))
+    row = list(range(16))
     tables = []
     query = queries(PROMPT, seed=1)
     for name, of_prompt in (("a", query), ("b", query.flip(0))):
         state = start(worker, name)
-        run_step(worker, [(state, 0, PROMPT, row)], of_prompt)
+        run_step(worker, [(state, 0, PROMPT, row)], of_prompt, {state: KEPT_ROW})
         for computed in (PROMPT, PROMPT + 1):
             step = run_step(worker, [(state, computed, 1, [*row, 20])], query[:, :1])
             assert step is not None and step.tables is not None
         kept = worker.tables.kept_pages(state.slot)
-        lengths = kept * BLOCK_SIZE + 2
+        lengths = kept * BLOCK_SIZE + PROMPT - EVICTED + 2
         assert step.tables.seq_lens[:, 0].tolist() == lengths.tolist()
         tables.append(kept.tolist())
         worker.requests.drop(name)
@@ -297,7 +318,8 @@ def test_each_request_brings_its_own_settings() -> None:
         KVCompressConfig(policy=VLCachePolicy(max_observation_tokens=5), budget=0.5),
     ]
     together, alone = pool_of(), pool_of()
-    rows = [list(range(1, 19)), list(range(30, 54))]  # 16 + 2 and 16 + 8 blocks
+    rows = [list(range(1, 17)), list(range(30, 46))]
+    kept = [[17, 18], list(range(46, 54))]
     worker = make_worker(together)
     states = [start(worker, name, config=c) for name, c in zip("ab", own, strict=True)]
     both = [queries(PROMPT, seed) for seed in (6, 7)]
@@ -305,11 +327,13 @@ def test_each_request_brings_its_own_settings() -> None:
         worker,
         [(state, 0, PROMPT, row) for state, row in zip(states, rows, strict=True)],
         torch.cat(both, 1),
+        dict(zip(states, kept, strict=True)),
     )
-    for config, row, query in zip(own, rows, both, strict=True):
+    for config, row, kept_row, query in zip(own, rows, kept, both, strict=True):
         one = make_worker(alone)
         one.config = config
-        run_step(one, [(start(one, "a"), 0, PROMPT, row)], query)
+        state = start(one, "a")
+        run_step(one, [(state, 0, PROMPT, row)], query, {state: kept_row})
     assert torch.equal(together.pages, alone.pages)
 
 
@@ -322,24 +346,24 @@ def test_trace(tmp_path: Path) -> None:
     for name in ("a", "b"):
         state = start(worker, name)
         state.visual, state.grids = ((10, 50),), lambda: (PatchGrid(12, 6, 6, 6),)
-        run_step(worker, [(state, 0, PROMPT, list(range(20)))], query)
+        run_step(worker, [(state, 0, PROMPT, list(range(16)))], query, {state: KEPT_ROW})
     pages, positions = expected_eviction(source, list(range(16)), query, worker.config)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["request_id"], second["request_id"]) == ("a", "b")
     assert first["policy"] == worker.config.policy.name
     assert first["policy_options"] == dataclasses.asdict(worker.config.policy)
     assert first["experimental"] == {"elite_window": 0.0, "diversity": 0.0}
-    assert first["prompt_tokens"] == PROMPT
+    assert (first["eviction"], first["tokens"], first["evicted_tokens"]) == (1, PROMPT, EVICTED)
+    assert first["cached_tokens"] == [PROMPT] * NUM_LAYERS
     assert first["vision_end"] == VISION_END
-    assert (first["prompt_blocks"], first["kept_blocks"], first["block_size"]) == (16, 4, 4)
+    assert (first["kept_blocks"], first["block_size"]) == (4, 4)
     assert first["kept_tokens"] == [count * BLOCK_SIZE for count in pages]
     assert first["kept_positions"] == positions
     assert all(0 < density <= 1 for density in first["density"])
     assert first["visual"] == [[10, 50]]
     assert first["grids"] == [[12, 6, 6, 6]]
-    sums, _ = naive_observe(
-        query[1, VISION_END:], source.read_keys(1, torch.arange(16)), VISION_END, SCALE, 0.01, 0.0
-    )
+    key = source.read_keys(source.block_pages(torch.arange(16))[1])
+    sums, _ = naive_observe(query[1, VISION_END:], key, VISION_END, SCALE, 0.01, 0.0)
     torch.testing.assert_close(
         torch.tensor(first["attention"][1], dtype=torch.float64), sums, rtol=1e-3, atol=1e-9
     )
@@ -355,8 +379,9 @@ def test_reports() -> None:
     assert not worker.take_reports()
     assert declined.attention_stats is not None
     last = PROMPT - 60
-    batch = [(evicted, 60, last, list(range(20))), (declined, 60, last, list(range(30, 46)))]
-    run_step(worker, batch, torch.cat((queries(last, 3), queries(last, 4)), 1))
+    batch = [(evicted, 60, last, list(range(16))), (declined, 60, last, list(range(30, 46)))]
+    kept = {evicted: KEPT_ROW}
+    run_step(worker, batch, torch.cat((queries(last, 3), queries(last, 4)), 1), kept)
     assert declined.attention_stats is None  # at once: its scores are not needed
     not_evicted, report = (pending() for pending in worker.take_reports())
     assert report.observation_seconds > 0
@@ -373,7 +398,8 @@ def test_more_requests_than_rows() -> None:
         start(worker, f"waiting-{number}")
     state = start(worker, "a")
     assert state.slot == 4
-    run_step(worker, [(state, 0, PROMPT, list(range(20)))], queries(PROMPT, seed=3))
+    row = list(range(16))
+    run_step(worker, [(state, 0, PROMPT, row)], queries(PROMPT, seed=3), {state: KEPT_ROW})
     assert worker.tables.kept_pages(state.slot).sum() == 4 * NUM_LAYERS
 
 
@@ -383,5 +409,62 @@ def test_many_more_requests_than_rows() -> None:
     for number in range(4):
         start(worker, f"waiting-{number}")
     state = start(worker, "a")
-    run_step(worker, [(state, 0, PROMPT, list(range(20)))], queries(PROMPT, seed=3))
+    row = list(range(16))
+    run_step(worker, [(state, 0, PROMPT, row)], queries(PROMPT, seed=3), {state: KEPT_ROW})
     assert worker.tables.kept_pages(state.slot).sum() == 4 * NUM_LAYERS
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+def test_a_second_eviction_chooses_from_what_the_first_one_left(page_order: str) -> None:
+    """By the first query of the step alone, in each layer's own cache."""
+    pool = pool_of(page_order)
+    worker = make_worker(pool, pooling=3)
+    state = start(worker, "a")
+    row = torch.randperm(40, generator=torch.Generator().manual_seed(2)).tolist()[:24]
+    run_step(worker, [(state, 0, PROMPT, row[:16])], queries(PROMPT, 3), {state: [50, 51, 52, 53]})
+    first_pages = worker.tables.kept_pages(state.slot).tolist()
+    assert len(set(first_pages)) > 1
+    # 95 tokens: of the row, columns 15 to 22 are whole blocks, and 3 tokens are in column 23.
+    step = run_step(worker, [(state, 94, 1, row)], queries(1, 7))
+    assert step is not None and step.tables is not None
+    tables = step.tables.block_table[:, 0].clone()
+    lengths = [count * BLOCK_SIZE + 95 - EVICTED for count in first_pages]
+    assert step.tables.seq_lens[:, 0].tolist() == lengths
+    before = pool.pages.clone()
+    query = queries(3, 8)  # with two drafts
+    run_step(worker, [(state, 94, 3, row)], query, {state: [54, 55, 56]})
+
+    policy, density, scores = worker.config.policy, [], []
+    assert isinstance(policy, VLCachePolicy)
+    source = pool_of(page_order)
+    source.pages.copy_(before)
+    for layer, length in enumerate(lengths):
+        key = source.read_keys(tables[layer])
+        sums, dense = naive_observe(query[layer, :1], key, length - 1, SCALE, 0.01, 0.0)
+        density.append(dense / (NUM_HEADS * length))
+        padded = torch.nn.functional.pad(sums[:, :length], (1, 1))
+        scores.append(padded.unfold(1, 3, 1).sum(-1))
+    weights = naive_weights(density, worker.config.budget, policy.uniform_mix)
+    caps = [(length - 3) // BLOCK_SIZE for length in lengths]
+    pages = exact_apportion(weights, 3 * NUM_LAYERS, caps).pages
+    assert worker.tables.kept_pages(state.slot).tolist() == pages
+
+    step = run_step(worker, [(state, 95, 1, row)], queries(1, 9))
+    assert step is not None and step.tables is not None
+    for layer, count in enumerate(pages):
+        assert step.tables.seq_lens[layer, 0] == count * BLOCK_SIZE + 4
+        table = step.tables.block_table[layer, 0].tolist()
+        assert table[count] == page_number(pool, layer, row[23])
+        for head in range(NUM_KV_HEADS):
+            candidates = scores[layer][head, : caps[layer] * BLOCK_SIZE].tolist()
+            chosen = naive_select(candidates, count * BLOCK_SIZE, "0.1")
+            for kept, index in enumerate(chosen):
+                page, token = table[kept // BLOCK_SIZE], kept % BLOCK_SIZE
+                cell = int(tables[layer, index // BLOCK_SIZE]), head, index % BLOCK_SIZE
+                assert torch.equal(key_of(pool, page, head, token), key_of(source, *cell))
+                assert torch.equal(value_of(pool, page, head, token), value_of(source, *cell))
+    written = {
+        page_number(pool, layer, block) for layer in range(NUM_LAYERS) for block in (54, 55, 56)
+    }
+    others = [page for page in range(len(pool.pages)) if page not in written]
+    assert torch.equal(pool.pages[others], before[others])

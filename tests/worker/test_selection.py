@@ -17,6 +17,7 @@ from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.selection import select_kept
+from vl_cache_vllm.worker.source import EvictionSource
 
 TOKENS, BLOCK, LAYERS, KV_HEADS, HEADS = 70, 8, 3, 2, 4
 PROMPT = Prompt(TOKENS, ((4, 40),), (PatchGrid(4, 6, 6, 6),))
@@ -75,7 +76,14 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
     # More would not be evicted (`plan_eviction`).
     kept_blocks = min(config.kept_blocks(-(-TOKENS // BLOCK), BLOCK), TOKENS // BLOCK)
     choice = select_kept(
-        config, observed, observed.dense_entries, PROMPT, HEADS, first, kept_blocks, BLOCK
+        config,
+        observed,
+        observed.dense_entries,
+        PROMPT,
+        HEADS,
+        TOKENS - first,
+        kept_blocks,
+        EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK),
     )
     pages = choice.kept_pages.tolist()
     assert sum(pages) == kept_blocks * LAYERS
@@ -83,7 +91,7 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
     for count, heads in zip(pages, choice.positions, strict=True):
         for head in heads[:, : count * BLOCK].tolist():
             assert head == sorted(set(head))
-            assert head[0] >= 0 and head[-1] < TOKENS
+            assert head[0] >= 0 and head[-1] < TOKENS // BLOCK * BLOCK
 
 
 def test_every_parameter_is_tried() -> None:
@@ -114,8 +122,44 @@ def test_layers_divide_what_a_minimum_of_tokens_keeps() -> None:
             torch.arange(1, LAYERS + 1),
             PROMPT,
             HEADS,
-            TOKENS - 4,
+            4,
             kept_blocks,
-            BLOCK,
+            EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK),
         )
     assert seen == [0.01, 4 * BLOCK / TOKENS]
+
+
+@pytest.mark.parametrize("name", ["vlcache", "vlcache-plus", "snapkv", "pyramidkv", "h2o"])
+def test_layers_of_different_lengths(name: str) -> None:
+    """A later eviction: a layer gives no more than it has, and nothing behind its end is kept."""
+    config = KVCompressConfig.from_dict({"policy": name})
+    assert config is not None
+    own = torch.tensor([2, 9, 4])
+    source = EvictionSource(
+        torch.zeros(LAYERS, 9, dtype=torch.int32),
+        own,
+        9,
+        15,
+        tail=3,
+        block_size=BLOCK,
+        is_first=False,
+    )
+    assert source.cached_tokens.tolist() == [19, 75, 35]
+    assert source.max_tokens == 75
+    observed = AttentionStats(config, LAYERS, KV_HEADS, 75, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for layer, end in enumerate(source.cached_tokens.tolist()):
+        key = torch.randn(KV_HEADS, 75, 8, generator=generator)
+        query = torch.randn(1, HEADS, 8, generator=generator)
+        observed.add(layer, query, key, 74, 0.3, 0.0, torch.tensor(end))
+    for kept_blocks in (1, 3, 4):
+        choice = select_kept(
+            config, observed, observed.dense_entries, Prompt(75), HEADS, 1, kept_blocks, source
+        )
+        assert choice.kept_pages.sum() == kept_blocks * LAYERS
+        assert (choice.kept_pages <= own).all()
+        assert ((choice.density > 0) & (choice.density <= 1)).all()
+        for layer, pages in enumerate(choice.kept_pages.tolist()):
+            for head in choice.positions[layer, :, : pages * BLOCK].tolist():
+                assert head == sorted(set(head))
+                assert head[-1] < own[layer] * BLOCK

@@ -270,7 +270,7 @@ class EvictionBlockManager(FullAttentionManager):
         present = len(evicted.kept) + columns
         blocks = present + (safe_at > evicted_tokens)  # the last block may stay where it is
         freed_tokens = (present - num_kept) * self.block_size
-        self._stats.evicted(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
+        self._stats.add_eviction(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
         evicted.replaced, evicted.kept = evicted.kept, self.block_pool.get_new_blocks(num_kept)
         evicted.evicted_tokens, evicted.safe_at = evicted_tokens, safe_at
         ids = tuple(block.block_id for block in evicted.kept)

@@ -40,7 +40,7 @@ class Samples:
 class EvictionStats:
     """Counts of decisions and evictions: of one step, of a log interval, or since start-up."""
 
-    evicted_requests: int = 0
+    evicted: int = 0  # requests
     evictions: Counter[str] = field(default_factory=Counter)  # by trigger
     skipped: Counter[str] = field(default_factory=Counter)  # requests by reason
     freed_blocks: int = 0  # blocks that returned to the pool
@@ -56,11 +56,11 @@ class EvictionStats:
     blocks_held: int = 0  # by evicted requests at the end of the period
     pressure: bool | None = None  # at the end of the period; None without --kv-compress-when
 
-    def evicted(
+    def add_eviction(
         self, trigger: Trigger, is_first: bool, kept_blocks: int, blocks: int, freed_tokens: int
     ) -> None:
         """Count an eviction of a request that held ``blocks`` blocks, its first or a later one."""
-        self.evicted_requests += is_first
+        self.evicted += is_first
         self.evictions[trigger.value] += 1
         self.retained.record(kept_blocks / blocks)
         self.freed_tokens += freed_tokens
@@ -76,7 +76,7 @@ class EvictionStats:
     def __add__(self, later: EvictionStats) -> EvictionStats:
         """The counts of both periods; ``blocks_held`` and ``pressure`` are those of ``later``."""
         return EvictionStats(
-            self.evicted_requests + later.evicted_requests,
+            self.evicted + later.evicted,
             self.evictions + later.evictions,
             self.skipped + later.skipped,
             self.freed_blocks + later.freed_blocks,

@@ -31,7 +31,7 @@ class Eviction:
     kept_blocks: int
     layers: tuple[int, ...]  # indices, in the model, of the layers with eviction
     density: tuple[float, ...]  # of each layer
-    kept_tokens: tuple[int, ...]  # of each layer, the same for all its KV heads
+    kept_tokens: tuple[int, ...]  # of each layer, with the tail; the same for all its KV heads
     visual: tuple[tuple[int, int], ...]  # (first, end) of each image
     grids: tuple[PatchGrid, ...]
     kept: np.ndarray
@@ -43,7 +43,7 @@ class Eviction:
         """Join the records that all workers of an engine wrote for one request.
 
         A tensor-parallel rank holds some of the KV heads, a pipeline stage some of the layers. If
-        a request was preempted and evicted again, the first eviction is used.
+        a request was evicted several times, the first eviction is used.
         """
         stages: dict[int, dict[int, Mapping[str, Any]]] = {}
         for record in records:
@@ -58,15 +58,16 @@ class Eviction:
             return tuple(value for ranks in parts for value in ranks[0][name])
 
         one = records[0]
+        tail = one["tokens"] - one["evicted_tokens"]
         return cls(
             budget=one["budget"],
-            prompt_tokens=one["prompt_tokens"],
+            prompt_tokens=one["tokens"],
             block_size=one["block_size"],
-            prompt_blocks=one["prompt_blocks"],
+            prompt_blocks=one["blocks"],
             kept_blocks=one["kept_blocks"],
             layers=of_layers("layers"),
             density=of_layers("density"),
-            kept_tokens=of_layers("kept_tokens"),
+            kept_tokens=tuple(kept + tail for kept in of_layers("kept_tokens")),
             visual=tuple((first, end) for first, end in one["visual"]),
             grids=tuple(PatchGrid(*grid) for grid in one["grids"]),
             kept=joined(_kept),
@@ -113,7 +114,8 @@ class Eviction:
 
 def _kept(record: Mapping[str, Any]) -> np.ndarray:
     positions = record["kept_positions"]
-    kept = np.zeros((len(positions), len(positions[0]), record["prompt_tokens"]), bool)
+    kept = np.zeros((len(positions), len(positions[0]), record["tokens"]), bool)
+    kept[:, :, record["evicted_tokens"] :] = True  # the tail stays
     for layer, heads in enumerate(positions):
         for head, own in enumerate(heads):
             kept[layer, head, own] = True

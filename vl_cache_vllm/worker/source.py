@@ -65,6 +65,20 @@ class EvictionSource:
             eviction.evicted_before == 0,
         )
 
+    @classmethod
+    def of_prompt(cls, tokens: int, num_layers: int, block_size: int) -> EvictionSource:
+        """A prompt outside of a pool, whose page ids have no meaning."""
+        pages, tail = divmod(tokens, block_size)
+        return cls(
+            torch.zeros(num_layers, pages, dtype=torch.int32),
+            torch.full((num_layers,), pages),
+            pages,
+            num_layers * pages,
+            tail,
+            block_size,
+            is_first=True,
+        )
+
     @property
     def num_tokens(self) -> torch.Tensor:
         """Tokens of each layer that can be kept or lost, int64 ``[num_layers]``."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.policy import Prompt
@@ -75,6 +76,7 @@ class Trace:
             "tokens": eviction.tokens,
             "evicted_tokens": eviction.order.evicted_tokens,
             "cached_tokens": cached_tokens,
+            "blocks": cdiv(eviction.tokens, self._block_size),
             "vision_end": state.vision_end,
             "block_size": self._block_size,
             "kept_blocks": len(eviction.order.kept_blocks),
