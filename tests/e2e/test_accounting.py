@@ -107,7 +107,14 @@ def random_requests(models_dir: Path) -> Callable[[str], RandomRequests]:
                 if images
                 else {"prompt": f"USER: {words}\nASSISTANT:"}
             )
-            params.append(harness.greedy(rng.choice([1, 2, 40, 90, 130]), logprobs=None))
+            every = rng.choice([None, None, 20, 64])
+            params.append(
+                harness.greedy(
+                    rng.choice([1, 2, 40, 90, 130]),
+                    logprobs=None,
+                    extra_args={"kv_evict_every": every},
+                )
+            )
         with harness.engine(
             model, RANDOM_SETTINGS, enable_prefix_caching=False, max_num_seqs=32
         ) as llm:
@@ -173,7 +180,7 @@ def test_random_requests(
         manager = harness.manager(llm)
         assert harness.eviction_stats(llm).evicted > NUM_RANDOM // 4
         assert len(preempted) > NUM_RANDOM // 40 and len(aborted) > NUM_RANDOM // 40
-        assert not manager.decisions._decided and not manager._prompt_freed
+        assert not manager.decisions._decided and not manager._evicted
     checked = [i for i in finished if i not in preempted | aborted]
     assert len(checked) > NUM_RANDOM // 2
     different = [i for i in checked if finished[i] != expected[i]]
@@ -220,6 +227,46 @@ def test_under_pressure_requests_keep_their_cache_until_blocks_are_scarce(model:
         assert harness.eviction_stats(llm).skipped == {"no_pressure": 3}
         assert evicted(requests) >= 6
         assert evicted(requests[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    "async_scheduling",
+    [False, pytest.param(True, marks=pytest.mark.both_runners)],
+    ids=["sync", "async"],
+)
+def test_running_requests_are_evicted_before_anyone_is_preempted(
+    model: Path, async_scheduling: bool
+) -> None:
+    """Outputs outgrow a pool into which all prompts fit."""
+    settings = {"policy": "vlcache", "budget": 0.1, "when": "pressure"}
+    requests = [harness.image_request("llava", LONG, [seed]) for seed in range(4)]
+
+    def run(settings: dict[str, Any] | None) -> tuple[int, Any]:
+        with harness.engine(
+            model,
+            settings,
+            **pool_of(120),
+            async_scheduling=async_scheduling,
+            max_num_batched_tokens=2048,
+            enable_prefix_caching=False,
+        ) as llm:
+            for number, request in enumerate(requests):
+                llm.llm_engine.add_request(str(number), request, harness.greedy(10 * BLOCK))
+            preemptions: dict[str, int] = {}
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+                for one in harness.scheduler(llm).requests.values():
+                    preemptions[one.request_id] = one.num_preemptions
+            assert_pool_is_whole(llm)
+            stats = None if settings is None else harness.eviction_stats(llm)
+            return sum(preemptions.values()), stats
+
+    preempted, _ = run(None)
+    assert preempted > 0
+    preempted, stats = run(settings)
+    assert preempted == 0
+    assert stats.evictions["pressure"] > 0
+    assert stats.evictions["prefill"] == 0
 
 
 def test_requests_that_wait_for_a_seat_are_no_pressure(model: Path) -> None:

@@ -96,6 +96,33 @@ def test_freed_pages_are_read_by_nobody(model: Path, async_scheduling: bool) -> 
         assert all(torch.isfinite(torch.tensor(harness.logprobs(output))))
 
 
+@pytest.mark.parametrize(
+    "async_scheduling",
+    [False, pytest.param(True, marks=pytest.mark.both_runners)],
+    ids=["sync", "async"],
+)
+def test_pages_that_later_evictions_free_are_read_by_nobody(
+    model: Path, async_scheduling: bool
+) -> None:
+    """Beside requests that are evicted once or never, in a pool that all fit into."""
+    requests, parameters = mixed_requests()
+    for number, params in enumerate(parameters):
+        params.max_tokens = 40 + 10 * (number % 9)
+        params.extra_args |= {"kv_evict_every": (None, 20, 32)[number % 3]}
+    with harness.engine(model, SETTINGS, enable_prefix_caching=False, max_num_seqs=1) as llm:
+        alone = llm.generate(requests, parameters, use_tqdm=False)
+    with harness.engine(
+        model, SETTINGS, async_scheduling=async_scheduling, max_num_batched_tokens=128
+    ) as llm:
+        poisoned = poison(llm)
+        outputs = llm.generate(requests, parameters, use_tqdm=False)
+        assert harness.eviction_stats(llm).evictions["every"] > 15
+        assert len(poisoned) > 200
+        assert not any(r.num_preemptions for r in harness.scheduler(llm).requests.values())
+    for output, expected in zip(outputs, alone, strict=True):
+        assert harness.token_ids(output) == harness.token_ids(expected)
+
+
 @pytest.mark.both_runners
 def test_a_shared_prefix_outlives_the_eviction_of_one(model: Path) -> None:
     """Three requests hold the same cached blocks; one is evicted, two go on reading them."""

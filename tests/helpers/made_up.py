@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.inspector.history import history
 from vl_cache_vllm.inspector.layout import seen_area
 from vl_cache_vllm.inspector.request import Inspection
 from vl_cache_vllm.inspector.trace import Eviction
@@ -62,7 +63,8 @@ def record(
 
 def inspection(**changes: Any) -> Inspection:
     """Of one image of 80 x 40 pixels, unless the record says otherwise."""
-    eviction = Eviction.from_records([record(**changes)])
+    line = record(**changes)
+    eviction = Eviction.from_records([line])
     images = tuple(Image.new("RGB", (80, 40), "white") for _ in eviction.visual)
     config = KVCompressConfig.from_dict({"policy": "vlcache", "budget": 0.3, "pooling": 3})
     assert config is not None
@@ -77,6 +79,7 @@ def inspection(**changes: Any) -> Inspection:
         images=images,
         areas=tuple(seen_area(*image.size, None) for image in images),
         eviction=eviction,
+        history=history([line], line["tokens"]),
         tokens=tuple(f"<{i}>\n" for i in range(eviction.prompt_tokens)),
     )
 

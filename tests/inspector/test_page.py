@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.made_up import inspection, page_data, token_at
+from vl_cache_vllm.inspector.history import Held
 from vl_cache_vllm.inspector.page import MAX_SIDE, _uri, write_page
 
 
@@ -79,3 +80,14 @@ def test_images_are_shrunk_and_take_the_smaller_format() -> None:
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     assert _uri(noise).startswith("data:image/jpeg;base64,")
     assert noise.size == (64, 64)
+
+
+def test_later_evictions_are_a_table(tmp_path: Path) -> None:
+    once = inspection()
+    again = Held(2, 47, 8, 2, 3.0, 2.0, 6.0)
+    write_page(once, tmp_path / "once.html")
+    write_page(dataclasses.replace(once, history=(*once.history, again)), tmp_path / "again.html")
+    assert "All evictions" not in (tmp_path / "once.html").read_text(encoding="utf-8")
+    html = (tmp_path / "again.html").read_text(encoding="utf-8")
+    row = "<td>47</td><td>8 → 2</td><td>11</td><td>3</td><td>2</td><td>6</td>"
+    assert f'<tr><th scope="row">2</th>{row}</tr>' in html

@@ -73,6 +73,7 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
 
     from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, with_current_names
     from vl_cache_vllm.inspector.engine import running
+    from vl_cache_vllm.inspector.history import table
     from vl_cache_vllm.inspector.page import write_page
     from vl_cache_vllm.inspector.picture import write_picture
     from vl_cache_vllm.inspector.request import inspect_request
@@ -116,6 +117,8 @@ def _run(options: Any, images: list[tuple[str, Image.Image]], output: Path) -> N
         f"{eviction.prompt_tokens} prompt tokens, {eviction.prompt_blocks} blocks -> "
         f"{eviction.kept_blocks} ({eviction.retained:.0%})"
     )
+    if len(inspection.history) > 1:
+        print(table(inspection.history))
     for write, suffix in ((write_picture, ".png"), (write_page, ".html")):
         path = output.with_name(output.name + suffix)
         write(inspection, path)

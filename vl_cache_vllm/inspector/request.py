@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from vl_cache_vllm.config import REQUEST_BUDGET, KVCompressConfig, get_kv_compress_config
 from vl_cache_vllm.core.admission import Skip, plan_eviction
+from vl_cache_vllm.inspector.history import Held, history
 from vl_cache_vllm.inspector.layout import Box, Panel, panel, seen_area
 from vl_cache_vllm.inspector.trace import Eviction
 
@@ -42,6 +43,7 @@ class Inspection:
     images: tuple[Image.Image, ...]
     areas: tuple[Box, ...]  # the areas of the images that the model sees
     eviction: Eviction
+    history: tuple[Held, ...]  # all evictions in their order
     tokens: tuple[str, ...]  # text of each token; meaningless for visual ones
 
     def panels(self) -> list[Panel]:
@@ -104,7 +106,8 @@ def inspect_request(
     assert ids is not None
     if not lines:
         raise NotEvicted(_reason(llm, config, len(ids), bool(images), max_tokens))
-    eviction = Eviction.from_records([json.loads(line) for line in lines])
+    records = [json.loads(line) for line in lines]
+    eviction, evictions = Eviction.from_records(records), history(records, len(ids))
     # A request may be evicted only when it has generated some tokens.
     ids = [*ids, *output.outputs[0].token_ids][: eviction.prompt_tokens]
     full = ask({REQUEST_BUDGET: 1.0})
@@ -121,6 +124,7 @@ def inspect_request(
         tuple(image for _, image in images),
         tuple(seen_area(*image.size, processor) for _, image in images),
         eviction,
+        evictions,
         tuple(token_texts(ids, tokenizer.decode)),
     )
 
