@@ -245,7 +245,7 @@ def test_running_requests_are_evicted_before_anyone_is_preempted(
         with harness.engine(
             model,
             settings,
-            **pool_of(120),
+            **pool_of(130),
             async_scheduling=async_scheduling,
             max_num_batched_tokens=2048,
             enable_prefix_caching=False,

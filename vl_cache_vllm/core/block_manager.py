@@ -74,6 +74,7 @@ class EvictionBlockManager(FullAttentionManager):
         lookup: Callable[[str], Request | None],
         others: Sequence[SingleTypeKVCacheManager] = (),
         observation_tokens: int | None = None,
+        has_drafts: bool = False,
     ) -> None:
         """Give the manager what vLLM's interface does not pass.
 
@@ -81,6 +82,7 @@ class EvictionBlockManager(FullAttentionManager):
             lookup: finds the scheduler's requests by id.
             others: the managers of the cache's other groups, which draw on the same pool.
             observation_tokens: bound of what workers observe at once; None: not bounded.
+            has_drafts: whether the engine decodes speculatively.
         """
         self._lookup = lookup
         self.decisions = EvictionDecisions(
@@ -88,7 +90,9 @@ class EvictionBlockManager(FullAttentionManager):
         )
         self._prefill_demand = PrefillDemand(self, others)
         self._num_others = len(others)
-        self.later = LaterEvictions(self.block_size, self._last_eviction, self._freed_by)
+        self.later = LaterEvictions(
+            self.block_size, self._last_eviction, self._freed_by, has_drafts
+        )
 
     def missing_blocks(self, request: Request) -> int:
         """Blocks that a request's prefill still takes from the pool, without the kept ones."""

@@ -93,6 +93,7 @@ class LaterEvictions:
             the step of that eviction is not processed.
         freed_by: blocks that return to the pool if a request's first E tokens are replaced: those
             that no other request holds.
+        has_drafts: whether tokens of steps that have not been processed may be rejected.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class LaterEvictions:
         block_size: int,
         replaced: Callable[[str], tuple[int, int] | None],
         freed_by: Callable[[str, int], int],
+        has_drafts: bool = False,
     ) -> None:
         self._block_size, self._replaced, self._freed_by = block_size, replaced, freed_by
+        self._has_drafts = has_drafts
         self._bounds: dict[str, AnswerBound] = {}
         self.due: dict[str, LaterEviction] = {}
         """Requests to evict if they are scheduled in the coming step, by id."""
@@ -196,5 +199,7 @@ class LaterEvictions:
 
     def _certain_tokens(self, request: Request) -> int:
         """Whole blocks of tokens that no rejected draft can take back, in tokens."""
-        certain = request.num_computed_tokens - request.num_in_flight_tokens
-        return max(0, certain) // self._block_size * self._block_size
+        certain = request.num_computed_tokens
+        if self._has_drafts:
+            certain = max(0, certain - request.num_in_flight_tokens)
+        return certain // self._block_size * self._block_size

@@ -41,6 +41,7 @@ class EvictionSchedulerMixin(_Base):
             self.requests.get,
             [m for m in managers if m is not manager],
             observation_budget_tokens(self.vllm_config, layers),
+            self.vllm_config.speculative_config is not None,
         )
         self._eviction_manager = manager
         self._decisions = manager.decisions
