@@ -337,6 +337,18 @@ def test_a_prefill_is_not_evicted_before_its_end() -> None:
     assert due(scarce(engine), [request], ALL) == []
 
 
+def test_a_prefill_is_not_evicted_before_its_end_is_processed() -> None:
+    """Async scheduling: a chunk in flight, perhaps most of the prompt, could not be replaced."""
+    engine = Engine(when="pressure", output_reserve=False)
+    request = engine.add()
+    assert engine.step(request, 8)
+    assert engine.kv_cache_manager.allocate_slots(request, 18) is not None
+    request.num_computed_tokens, request.num_in_flight_tokens = PROMPT, 18
+    assert due(scarce(engine), [request], ALL) == []
+    request.num_in_flight_tokens = 0
+    assert due(engine, [request], ALL) == [request.request_id]
+
+
 # --------------------------------------------------------------------------------------------------
 # Through vLLM's scheduler; the machine checks every step
 

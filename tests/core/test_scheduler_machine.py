@@ -640,9 +640,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         first = (vision_end or 0) if policy.post_vision_only else 0
         kept = 0 if skip else num_kept
         observed_from = max(first, tokens - window)
-        return Expected(
-            request, tokens, num_prompt, kept, skip, kept, observed_from, budget, every
-        )
+        return Expected(request, tokens, num_prompt, kept, skip, kept, observed_from, budget, every)
 
     def bound_of(self, expected: Expected) -> Bound | None:
         """Of a request whose prefill ends, or would end now."""
@@ -685,6 +683,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if request.request_id in due:
                 continue
             tokens = self.certain(request)
+            if tokens < expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE:
+                self.seen["pressure waits for a prefill in flight"] += 1
+                continue
             num_kept = ceil_share(expected.budget, cdiv(request.num_computed_tokens, BLOCK_SIZE))
             replaced = self.rows(request.request_id)[GROUP][: tokens // BLOCK_SIZE]
             gain = self.last_of(replaced) - num_kept
@@ -1002,7 +1003,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert 0 not in row[expected.num_freed :]
             allowed = expected.num_allowed
             if allowed is not None and expected.is_decided:
-                assert expected.num_held <= allowed + self.num_ahead(expected), ("beyond its bound", expected, request.num_computed_tokens, request.num_in_flight_tokens, request.num_stale_output_tokens, request.num_preemptions)
+                assert expected.num_held <= allowed + self.num_ahead(expected), "beyond its bound"
             if expected.evicted:
                 for block in expected.kept + expected.replaced:
                     assert self.pool.blocks[block].ref_cnt == 1
@@ -1107,7 +1108,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not any(len(worker.evictor.requests) for worker in self.workers)
         assert self.scheduler.reset_prefix_cache()
 
-
     def waiting_with_blocks(self) -> list[str]:
         requests = self.scheduler.requests.items()
         return [i for i, r in requests if r.status == RequestStatus.WAITING and self.rows(i)[GROUP]]
@@ -1160,7 +1160,7 @@ EVENTS = (
     "nobody is preempted for an eviction",
     "observed",
     "observed while it decodes",
-    "order withdrawn",
+    "pressure waits for a prefill in flight",
     "preempt evicted",
     "prefix hit",
     "prompt freed",

@@ -181,8 +181,6 @@ def test_tokens_that_an_early_stage_has_not_heard_of() -> None:
     a = request()
     worker.step((a, 0, 26, blocks(7)), orders={"a": 24})
     worker.recording.cached_requests = SimpleNamespace(req_ids=["a"], num_output_tokens=[2])
-    (row,), plan = worker.step(
-        (a, 0, 28, blocks(7, first=20)), resumed={"a"}, orders={"a": 28}
-    )
+    (row,), plan = worker.step((a, 0, 28, blocks(7, first=20)), resumed={"a"}, orders={"a": 28})
     assert row.state.prefill_tokens == 28
     assert [eviction.tokens for eviction in plan.pending_evictions] == [28]

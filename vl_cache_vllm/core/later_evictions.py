@@ -175,6 +175,8 @@ class LaterEvictions:
             if self._replaced(request_id) != (0, 0):
                 continue
             evicted = self._certain_tokens(request)
+            if evicted < plan.prompt_tokens // self._block_size * self._block_size:
+                continue  # its last chunk, which may be most of its cache, is in flight
             blocks = cdiv(request.num_computed_tokens, self._block_size)
             kept = config_of(request).kept_blocks(blocks, self._block_size)
             gain = self._freed_by(request_id, evicted) - kept
