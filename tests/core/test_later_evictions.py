@@ -12,6 +12,7 @@ from tests.core.test_scheduler_machine import SchedulerMachine, story, wish
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import EvictionPlan, Skip
 from vl_cache_vllm.core.later_evictions import MOST_UNDER_PRESSURE, AnswerBound
+from vl_cache_vllm.core.output_reserve import EvictedOutput
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 EVERY = 8  # two blocks
@@ -347,6 +348,24 @@ def test_a_prefill_is_not_evicted_before_its_end_is_processed() -> None:
     assert due(scarce(engine), [request], ALL) == []
     request.num_in_flight_tokens = 0
     assert due(engine, [request], ALL) == [request.request_id]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        pytest.param({}, EvictedOutput(60, 8, 16), id="only-the-load-left-it-whole"),
+        # One block: eviction saved nothing, and what was decided stays.
+        pytest.param({"before": 1, "image": 2, "after": 2}, None, id="no-saving"),
+    ],
+)
+def test_admission_counts_on_those_that_can_be_evicted(
+    parameters: dict[str, Any], expected: EvictedOutput | None
+) -> None:
+    engine = Engine(when="pressure", budget=0.5, output_reserve=False)
+    request = started(engine, **parameters)
+    engine.decode(request, 61 - request.num_tokens)
+    assert engine.harness.manager._evicted_output(request) is None
+    assert scarce(engine).harness.manager._evicted_output(request) == expected
 
 
 # --------------------------------------------------------------------------------------------------

@@ -689,7 +689,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_kept = ceil_share(expected.budget, cdiv(request.num_computed_tokens, BLOCK_SIZE))
             replaced = self.rows(request.request_id)[GROUP][: tokens // BLOCK_SIZE]
             gain = self.last_of(replaced) - num_kept
-            self.seen["shared blocks free nothing"] += gain <= 0 < len(replaced) - num_kept
             if gain > 0:
                 gains.append((gain, request.request_id, Due("pressure", tokens, num_kept)))
         chosen = {}
@@ -1140,6 +1139,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(number)
 
 
+# Rarer ones have tests of their own: test_later_evictions.py.
 EVENTS = (
     "abort",
     "allocation failed",
@@ -1157,15 +1157,12 @@ EVENTS = (
     "freeing waits for a step in flight",
     "id reused",
     "kept room for outputs",
-    "nobody is preempted for an eviction",
     "observed",
     "observed while it decodes",
-    "pressure waits for a prefill in flight",
     "preempt evicted",
     "prefix hit",
     "prompt freed",
     "reset",
-    "shared blocks free nothing",
     "shared prompt freed",
     "stale output",
     "streamed on",

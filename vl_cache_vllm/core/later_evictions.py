@@ -29,7 +29,8 @@ _GROWS = {
     Skip.NO_PRESSURE,
     Skip.NO_OBSERVATION_ROOM,
 }
-_FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
+FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
+"""Why a request was left whole that is evicted when blocks run out."""
 
 
 class Trigger(Enum):
@@ -170,7 +171,7 @@ class LaterEvictions:
         for request in reversed(running):
             request_id = request.request_id
             plan = decided(request_id)
-            if plan is None or plan.skip not in _FULL_CACHE or request_id in self.due:
+            if plan is None or plan.skip not in FULL_CACHE or request_id in self.due:
                 continue
             if self._replaced(request_id) != (0, 0):
                 continue
