@@ -147,8 +147,9 @@ def test_eviction_always_saves_a_block(
         # Every layer can have a page, and none needs more than the prompt's full ones.
         assert kept < prompt_tokens // block_size
         assert usable_blocks is None or num_blocks + kept + 1 <= usable_blocks
+        tail = prompt_tokens % block_size  # stays where it is
         for generated in [*range(1, 2 * block_size + 2), 10_000, 10_001]:
-            evicted = kept + -(-generated // block_size)
+            evicted = kept + -(-(tail + generated) // block_size)
             whole = -(-(prompt_tokens + generated) // block_size)
             assert evicted < whole, generated
 
@@ -166,8 +167,10 @@ def test_no_saving_is_refused_only_where_true(
     result = plan(float(budget), block_size, prompt_tokens, vision_end=0)
     if result.skip is Skip.NO_SAVING:
         kept = ceil(budget * -(-prompt_tokens // block_size))
+        tail = prompt_tokens % block_size
         assert any(
-            kept + -(-generated // block_size) >= -(-(prompt_tokens + generated) // block_size)
+            kept + -(-(tail + generated) // block_size)
+            >= -(-(prompt_tokens + generated) // block_size)
             for generated in range(1, 2 * block_size + 1)
         )
 

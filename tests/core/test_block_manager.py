@@ -5,6 +5,7 @@ The documented behaviour, one promise a test; random histories are in `test_sche
 """
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from vllm.utils.math_utils import cdiv
@@ -35,11 +36,13 @@ class Engine:
         enable_caching: bool = True,
         max_observation_tokens: int | None = None,
         output_reserve: bool = True,
+        **settings: Any,
     ) -> None:
         config = KVCompressConfig(
             policy=VLCachePolicy(max_observation_tokens=max_observation_tokens),
             budget=budget,
             output_reserve=output_reserve,
+            **settings,
         )
         self.harness = EvictionHarness(
             make_kv_cache_manager(config, num_blocks, BLOCK_SIZE, MAX_MODEL_LEN, enable_caching)
@@ -56,6 +59,7 @@ class Engine:
         max_tokens: int = 100,
         resumable: bool = False,
         modality: str = "image",
+        **extra_args: Any,
     ) -> Request:
         """By default 26 tokens with the image in 2..15: N = 7 blocks, M = 2 at a quarter."""
         request = make_request(
@@ -66,6 +70,7 @@ class Engine:
             max_tokens=max_tokens,
             resumable=resumable,
             modality=modality,
+            extra_args=extra_args,
         )
         self.harness.requests[request.request_id] = request
         return request
@@ -105,6 +110,11 @@ class Engine:
     def row(self, request: Request) -> list[int]:
         return self.harness.row(request)
 
+    def orders(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """E and the kept blocks of each request that the steps since the last call evicted."""
+        orders = self.harness.manager.take_orders()
+        return {name: (order.evicted_tokens, order.kept_blocks) for name, order in orders.items()}
+
     @property
     def num_held(self) -> int:
         return self.usable - self.harness.block_pool.get_num_free_blocks()
@@ -121,40 +131,66 @@ def test_life_of_a_request() -> None:
     assert len(engine.row(request)) == 4  # as plain vLLM
     assert engine.step(request, 10)
     row = engine.row(request)
-    assert len(row) == 7 + 2  # M blocks reserved with the last chunk
-    assert engine.num_held == 9
+    assert len(row) == 7  # still vLLM's own
     assert 0 not in row
+    ((evicted, kept),) = engine.orders().values()
+    assert evicted == 24  # the whole blocks
+    assert len(set(kept)) == 2 and not set(kept).intersection(row)
+    assert engine.num_held == 7 + 2
 
     engine.decode(request)
-    after = engine.row(request)
-    assert after[:7] == [0] * 7  # freed, null in place
-    assert after[7:9] == row[7:]
-    assert len(after) == 10  # decoding starts in a fresh block
-    assert engine.num_held == 3
+    assert engine.row(request) == [0] * 6 + row[6:]  # freed, null in place; the last block stays
+    assert engine.num_held == 2 + 1
 
-    engine.decode(request, 3)
-    assert engine.row(request) == after
     engine.decode(request)
-    assert len(engine.row(request)) == 11
-    engine.decode(request, 30)
-    assert len(engine.row(request)) == 7 + 2 + cdiv(35, BLOCK_SIZE)
-    assert engine.num_held == 2 + cdiv(35, BLOCK_SIZE)
+    assert engine.row(request) == [0] * 6 + row[6:]
+    engine.decode(request)
+    assert len(engine.row(request)) == 8
+    engine.decode(request, 32)
+    assert len(engine.row(request)) == cdiv(61, BLOCK_SIZE)
+    assert engine.num_held == 2 + cdiv(61 - 24, BLOCK_SIZE)
+    assert not engine.orders()
 
     engine.free(request)
     assert engine.num_held == 0
-    assert engine.harness.eviction_stats.evicted == 1
+    assert engine.harness.eviction_stats.evicted_requests == 1
     assert not engine.harness.eviction_stats.skipped
 
 
 @pytest.mark.parametrize("prompt_tokens", [25, 28], ids=["part-of-a-block", "whole-blocks"])
-def test_decoding_never_fills_the_last_prompt_block(prompt_tokens: int) -> None:
+def test_decoding_goes_on_where_the_prompt_ended(prompt_tokens: int) -> None:
     engine = Engine()
     request = engine.add(after=prompt_tokens - 16)
     engine.prefill(request)
-    for generated in range(1, 12):
+    evicted = prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+    for length in range(prompt_tokens + 1, prompt_tokens + 12):
         engine.decode(request)
-        assert len(engine.row(request)) == 7 + 2 + cdiv(generated, BLOCK_SIZE)
-        assert engine.num_held == 2 + cdiv(generated, BLOCK_SIZE)
+        row = engine.row(request)
+        assert len(row) == cdiv(length, BLOCK_SIZE)
+        assert row.count(0) == evicted // BLOCK_SIZE
+        assert engine.num_held == 2 + cdiv(length - evicted, BLOCK_SIZE)
+
+
+def test_an_order_is_taken_once() -> None:
+    engine = Engine()
+    request = engine.add()
+    assert engine.step(request, 16)
+    assert engine.orders() == {}
+    assert engine.step(request, 10)
+    assert list(engine.orders()) == [request.request_id]
+    assert engine.orders() == {}
+
+
+def test_a_request_that_ends_in_the_step_of_its_order() -> None:
+    """Aborted, or preempted for one that is more urgent: the workers never hear of the order."""
+    engine = Engine()
+    request = engine.add()
+    engine.prefill(request)
+    assert engine.num_held == 7 + 2
+    engine.free(request)
+    assert engine.orders() == {}
+    assert engine.num_held == 0
+    assert engine.harness.manager.blocks_held == 0
 
 
 def test_prompt_blocks_outlive_the_step_that_reads_them() -> None:
@@ -168,14 +204,14 @@ def test_prompt_blocks_outlive_the_step_that_reads_them() -> None:
     assert manager.allocate_slots(request, 1) is not None
     row = engine.row(request)
     assert 0 not in row
-    assert len(row) == 10
-    assert engine.num_held == 10
+    assert len(row) == 7
+    assert engine.num_held == 7 + 2
     # The output of the compacting step arrived; only the first decode step is in flight.
     request.num_computed_tokens, request.num_in_flight_tokens = 27, 1
     request.append_output_token_ids(GENERATED)
     assert manager.allocate_slots(request, 1) is not None
-    assert engine.row(request) == [0] * 7 + row[7:]
-    assert engine.num_held == 3
+    assert engine.row(request) == [0] * 6 + row[6:]
+    assert engine.num_held == 2 + 1
 
 
 def test_prompt_blocks_keep_their_hashes_and_nothing_later_is_hashed() -> None:
@@ -183,10 +219,12 @@ def test_prompt_blocks_keep_their_hashes_and_nothing_later_is_hashed() -> None:
     request = engine.add()
     engine.prefill(request)
     row = engine.row(request)
-    assert engine.hashed(row) == [True] * 6 + [False] * 3
+    (_, kept) = engine.orders()[request.request_id]
+    assert engine.hashed(row) == [True] * 6 + [False]
     engine.decode(request, 20)
     assert engine.hashed(row[:7]) == [True] * 6 + [False]
-    assert not any(engine.hashed(engine.row(request)[7:]))
+    assert not any(engine.hashed(engine.row(request)[6:]))
+    assert not any(engine.hashed(list(kept)))
     engine.free(request)
     assert sum(engine.hashed(list(range(engine.usable + 1)))) == 6
 
@@ -298,7 +336,7 @@ def test_requests_that_are_not_evicted_are_plain(changes: dict[str, int], skip: 
         engine.decode(request)
     assert all(engine.hashed(engine.row(request)[: request.num_computed_tokens // BLOCK_SIZE]))
     assert engine.harness.eviction_stats.skipped == Counter({skip.value: 1})
-    assert engine.harness.eviction_stats.evicted == 0
+    assert engine.harness.eviction_stats.evicted_requests == 0
 
 
 def test_a_refusal_is_remembered_when_its_reason_is_gone() -> None:
@@ -318,19 +356,20 @@ def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
     request = engine.add()
     engine.prefill(request)
     engine.decode(request, 9)
-    assert engine.row(request)[:7] == [0] * 7
+    assert engine.row(request)[:6] == [0] * 6
     engine.free(request)
     assert engine.num_held == 0
     assert engine.row(request) == []
     assert request.num_tokens == 36  # 26 and 10 generated
     assert engine.harness.prefix_hit(request)[1] == 16
     engine.prefill(request)
-    assert len(engine.row(request)) == 9 + 3
+    assert len(engine.row(request)) == 9
     assert 0 not in engine.row(request)
+    assert engine.num_held == 9 + 3
     engine.decode(request)
     assert engine.row(request)[:9] == [0] * 9
     assert engine.num_held == 3 + 1
-    assert engine.harness.eviction_stats.evicted == 2
+    assert engine.harness.eviction_stats.evicted_requests == 2
 
 
 def test_admission_asks_for_prompt_and_kept_blocks() -> None:
@@ -355,12 +394,13 @@ def test_a_failed_allocation_changes_nothing() -> None:
     assert engine.num_held == 6
     before = engine.row(request)
     assert not engine.step(request, 10)  # 3 prompt blocks and 2 kept ones, but 4 are free
+    assert engine.orders() == {}
     assert engine.row(request) == before
     assert engine.num_held == 6
-    assert engine.harness.eviction_stats.evicted == 0
+    assert engine.harness.eviction_stats.evicted_requests == 0
     engine.free(other)
     assert engine.step(request, 10)
-    assert engine.harness.eviction_stats.evicted == 1
+    assert engine.harness.eviction_stats.evicted_requests == 1
 
 
 def test_a_prompt_that_could_never_fit_with_its_kept_blocks_is_not_evicted() -> None:
@@ -394,9 +434,9 @@ def test_without_prefix_caching() -> None:
     engine = Engine(enable_caching=False)
     request = engine.add()
     engine.prefill(request)
-    assert len(engine.row(request)) == 9
+    assert engine.num_held == 7 + 2
     engine.decode(request, 5)
-    assert engine.num_held == 4
+    assert engine.num_held == 2 + cdiv(31 - 24, BLOCK_SIZE)
     assert not any(engine.hashed(list(range(41))))
     engine.free(request)
     assert engine.num_held == 0
@@ -435,18 +475,18 @@ def finish(engine: Engine, request: Request, status: RequestStatus) -> None:
 
 
 def test_admission_keeps_blocks_for_answers() -> None:
-    """Each will hold its 2 kept blocks and 5 of the answer: 5 times 7 of 40."""
+    """Each will hold its 2 kept blocks and 5 behind them: 5 times 7 of 40."""
     engine = Engine()
-    running = admit(engine, max_tokens=20)
+    running = admit(engine, max_tokens=18)
     assert len(running) == 5
-    assert answers(engine, running, 18)
+    assert answers(engine, running, 16)
 
 
 def test_without_the_reserve_what_fits_now_is_admitted() -> None:
     engine = Engine(output_reserve=False)
-    running = admit(engine, max_tokens=20)
+    running = admit(engine, max_tokens=18)
     assert len(running) == 11
-    assert not answers(engine, running, 18)
+    assert not answers(engine, running, 16)
 
 
 def test_as_many_are_admitted_as_without_eviction() -> None:
@@ -467,22 +507,22 @@ def short_answers(engine: Engine, status: RequestStatus) -> None:
 def test_short_answers_are_learnt_from() -> None:
     engine = Engine()
     short_answers(engine, RequestStatus.FINISHED_STOPPED)
-    assert len(admit(engine, max_tokens=20)) == 11  # 3 blocks each, and 10 for a prefill
+    assert len(admit(engine, max_tokens=20)) == 10  # 4 blocks each: 2 kept, 2 + 4 tokens
 
 
 def test_answers_that_a_client_cut_short_count() -> None:
     """With a stop string vLLM ends every answer so."""
     engine = Engine()
     short_answers(engine, RequestStatus.FINISHED_ABORTED)
-    assert len(admit(engine, max_tokens=20)) == 11
+    assert len(admit(engine, max_tokens=20)) == 10
 
 
 def test_text_is_admitted_beside_answers_only_where_they_find_room() -> None:
     engine = Engine()
-    running = admit(engine, max_tokens=20)[:-1]
+    running = admit(engine, max_tokens=18)[:-1]
     finish(engine, list(engine.harness.requests.values())[-1], RequestStatus.FINISHED_ABORTED)
     text = engine.add(image=0, before=12, after=36)  # 12 blocks, and 28 of the answers
     assert engine.step(text, 48, full_sequence_must_fit=True)
-    assert answers(engine, running, 18)
+    assert answers(engine, running, 16)
     other = engine.add(image=0, before=12, after=37, variant=1)
     assert not engine.step(other, 49, full_sequence_must_fit=True)

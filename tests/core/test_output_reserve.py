@@ -3,12 +3,20 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl_cache_vllm.core.output_reserve import OutputLengths, peak_blocks
+from vl_cache_vllm.core.later_evictions import AnswerBound
+from vl_cache_vllm.core.output_reserve import (
+    EvictedOutput,
+    OutputLengths,
+    OutputReserve,
+    peak_blocks,
+)
 
 ENOUGH = OutputLengths.ENOUGH
 
@@ -44,6 +52,7 @@ def test_only_the_latest_count() -> None:
     assert answers.expected(0, 100) == 15
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.integers(50, 60)), max_size=400), st.integers(0, 50)
 )
@@ -61,6 +70,7 @@ NUMBER = st.integers(0, 20)
 ANSWERS = st.lists(st.tuples(NUMBER, NUMBER, NUMBER), max_size=12)
 
 
+@settings(deadline=None)
 @given(ANSWERS)
 def test_peak_is_that_of_the_answers_played_out(answers: list[tuple[int, int, int]]) -> None:
     """Step by step: whoever has all its blocks ends after the moment in which it got the last."""
@@ -73,3 +83,30 @@ def test_peak_is_that_of_the_answers_played_out(answers: list[tuple[int, int, in
         )
         most = max(most, sum(sizes))
     assert peak_blocks(answers) == most
+
+
+def expected_output(
+    num_tokens: int, generated: int, bound: AnswerBound | None
+) -> tuple[int, int, int]:
+    """Of a request with blocks of 4 whose first 24 tokens were evicted to 2 of 7 blocks."""
+    request: Any = SimpleNamespace(
+        num_tokens=num_tokens, num_output_tokens=generated, max_tokens=40
+    )
+    return OutputReserve(4)._expected_output(request, EvictedOutput(24, 2, 7, bound))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "generated", "bound", "expected"),
+    [
+        pytest.param(26, 0, None, (2 + 1, 10, 7), id="prompt-and-answer"),
+        pytest.param(36, 10, None, (2 + 3, 8, 7), id="halfway"),
+        pytest.param(66, 40, None, (2 + 11, 0, 7), id="at-its-end"),
+        # At most growth and one block, and the kept ones of the coming eviction.
+        pytest.param(26, 0, AnswerBound(28, 2, 3), (2 + 1, 2 + 1 + 3 - 1, 7), id="bounded"),
+        pytest.param(26, 0, AnswerBound(28, 20, 3), (2 + 1, 10, 7), id="ends-before-its-bound"),
+    ],
+)
+def test_growth_of_an_evicted_request(
+    num_tokens: int, generated: int, bound: AnswerBound | None, expected: tuple[int, int, int]
+) -> None:
+    assert expected_output(num_tokens, generated, bound) == expected

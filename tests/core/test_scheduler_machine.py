@@ -3,14 +3,14 @@
 
 vLLM's real schedulers with our additions, driven like an engine core drives them, workers that
 run our device side on pages of labels (`tests.helpers.simulated_workers`), and an executable
-model that predicts every row, reference count, prefix hit, failed allocation and decision.
+model that predicts every row, reference count, prefix hit, failed allocation, decision and order.
 
 `pytest --hypothesis-profile=soak` tries many more histories, with new seeds.
 """
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -49,8 +49,9 @@ from tests.helpers.simulated_workers import (
     V2Worker,
     of_layer,
 )
-from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.config import KVCompressConfig, PressureConfig
 from vl_cache_vllm.core.admission import Skip
+from vl_cache_vllm.messages import EvictionOrder, take_orders
 from vl_cache_vllm.policy import EvictionPolicy
 from vl_cache_vllm.policy.h2o import H2OPolicy
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
@@ -88,6 +89,7 @@ class Wish:
     modality: str
     resumable: bool
     priority: int
+    every: int | None  # its own kv_evict_every; 0: none of its own
 
 
 WISHES = st.builds(
@@ -104,6 +106,7 @@ WISHES = st.builds(
     modality=st.sampled_from(["image"] * 7 + ["audio"]),
     resumable=st.sampled_from([False] * 9 + [True]),
     priority=st.integers(0, 2),
+    every=st.sampled_from([0] * 5 + [None, 1, 4, 6, 9]),
 )
 SCHEDULERS = st.sampled_from(
     [
@@ -117,12 +120,36 @@ SETTINGS = st.fixed_dictionaries(
     {
         "policy": st.sampled_from(POLICIES),
         "budget": st.sampled_from(["0.25", "0.1", "0.34", "0.5", "0.75", "1"]),
-        "when": st.sampled_from(["always", "always", "pressure"]),
+        "when": st.sampled_from(["always", "pressure"]),
+        "marks": st.sampled_from([("0.9", "0.7"), ("0.6", "0.4"), ("0.4", "0.2")]),
         "text": st.booleans(),
         "min_prompt_tokens": st.sampled_from([0, 24, 0]),
         "output_reserve": st.sampled_from([True, True, False]),
+        "every": st.sampled_from([None, None, 4, 7, 12]),
     }
 )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Of a request that is evicted again."""
+
+    start: int  # tokens from which it counts if the prompt was not evicted
+    growth: int  # blocks from one eviction to the next
+    num_kept: int  # M
+
+    @property
+    def most(self) -> int:
+        return self.num_kept + self.growth + 1
+
+
+@dataclass(frozen=True)
+class Due:
+    """An eviction of a request that decodes, if it is scheduled."""
+
+    trigger: str
+    tokens: int  # E
+    num_kept: int  # M
 
 
 @dataclass(eq=False)
@@ -130,15 +157,47 @@ class Expected:
     """What the model knows of one request since its prefill (re)started."""
 
     request: Request
-    prompt_tokens: int  # E
+    prompt_tokens: int
     num_prompt: int  # N
-    num_kept: int  # M; 0: not evicted
+    num_kept: int  # M of the end of its prefill; 0: not evicted then
     skip: Skip | None
     num_possible: int  # M under pressure
     observed_from: int
+    budget: Fraction
+    every: int | None
     num_blocks: int = 0  # of the row, freed ones too
     is_decided: bool = False
-    is_freed: bool = False
+    bound: Bound | None = None
+    # Of the last eviction.
+    evicted: int = 0  # E; 0: none
+    kept: tuple[int, ...] = ()  # blocks
+    replaced: tuple[int, ...] = ()  # kept blocks of the eviction before, until they are freed
+    num_freed: int = 0  # columns of the row
+    safe_at: int | None = None  # processed tokens from which on its blocks are freed; None: done
+    first_evicted: int = 0  # E of the first: from here on nothing more is hashed
+    hashed: int = 0  # tokens that may have been hashed before
+    had_stale_output: bool = False  # of steps before a preemption, after it
+
+    @property
+    def num_held(self) -> int:
+        """Blocks, with those that an eviction has replaced."""
+        return self.num_blocks - self.num_freed + len(self.kept) + len(self.replaced)
+
+    @property
+    def num_allowed(self) -> int | None:
+        """The most blocks that the bound allows; None: no bound."""
+        if self.bound is None:
+            return None
+        # After a preemption the end of the prefill may hold and keep more than later evictions do.
+        before = self.kept if self.safe_at is None else self.replaced
+        most = max(len(before), self.bound.num_kept) + self.bound.growth
+        if not before:
+            most = max(most, self.num_prompt, self.bound.start // BLOCK_SIZE + self.bound.growth)
+        return most + 1 + (len(self.kept) if self.safe_at is not None else 0)
+
+
+def ceil_share(share: Fraction, number: int) -> int:
+    return min(number, ceil(share * number))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -171,9 +230,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.settings = settings
         self.by_pressure = settings["when"] == "pressure"
         self.text = settings["text"] and settings["policy"].for_text
-        self.config = KVCompressConfig(
-            **settings | {"budget": float(settings["budget"]), "text": self.text}
-        )
+        self.high, self.low = map(Fraction, settings["marks"])
+        plain = {name: value for name, value in settings.items() if name != "marks"}
+        plain |= {"budget": float(settings["budget"]), "text": self.text}
+        if self.by_pressure:
+            plain["pressure"] = PressureConfig(float(self.high), float(self.low))
+        self.config = KVCompressConfig(**plain)
         self.setup = Setup(
             BLOCK_SIZE, MAX_MODEL_LEN, max_num_tokens=MAX_NUM_TOKENS, **flags, **scheduler
         )
@@ -199,9 +261,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_evicted = 0
         self.num_skipped: Counter[Skip] = Counter()
         self.num_freed = 0
+        self.num_evictions: Counter[str] = Counter()  # by trigger
+        self.due: dict[str, Due] = {}
+        self.orders: dict[str, EvictionOrder] = {}  # of the step that is being scheduled
         self.answers: list[Fraction] = []  # complete ones, as shares of their longest
         self.reported: Counter[str] = Counter()
         self.watch()
+
+    def num_ahead(self, expected: Expected) -> int:
+        """Blocks beyond a bound of tokens that drafts and steps in flight bring.
+
+        These blocks are much smaller than any engine's: otherwise it is none.
+        """
+        tokens = 2 * self.setup.num_drafts + self.setup.steps_in_flight + 1
+        if expected.had_stale_output:  # nobody knew how many of its tokens were processed
+            tokens += self.setup.steps_in_flight + 1
+        return cdiv(tokens, BLOCK_SIZE) - 1
 
     def make_workers(self, num_blocks: int, page_order: str) -> list[SimulatedWorker]:
         windows = [group.kv_cache_spec for group in self.others]
@@ -222,6 +297,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             cache.free,
         )
         take_stats, cache_blocks = self.manager.take_stats, self.manager.cache_blocks
+        plan_later = self.manager.plan_later_evictions
         self.scheduler._get_local_prefix_cache_hit = lambda r: self.check_hit(r, hit(r))
         cache.allocate_slots = lambda *args, **kwargs: self.check_allocation(
             allocate, *args, **kwargs
@@ -234,9 +310,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.pool.evict_blocks(self.promised.pop(request.request_id, set()))
             expected = self.expected.pop(request.request_id, None)
             self.seen["preempt evicted"] += bool(
-                expected and expected.is_freed and not request.is_finished()
+                expected and expected.num_freed and not request.is_finished()
             )
-            if expected and expected.num_kept and expected.is_decided:
+            self.due.pop(request.request_id, None)
+            self.seen["order withdrawn"] += self.orders.pop(request.request_id, None) is not None
+            if expected and expected.evicted:
                 share = Fraction(request.num_output_tokens, request.max_tokens)
                 self.answers += [share] * request.is_finished()
             free(request)
@@ -244,7 +322,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         def reported() -> Any:
             stats = take_stats()
             if stats is not None:
-                self.reported["evicted"] += stats.evicted
+                self.reported["evicted"] += stats.evicted_requests
+                self.reported.update({f"by {name}": n for name, n in stats.evictions.items()})
                 self.reported["freed"] += stats.freed_blocks
                 self.reported.update({f"skip {name}": n for name, n in stats.skipped.items()})
             return stats
@@ -261,7 +340,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.cached_elsewhere.setdefault(request.request_id, set()).update(elsewhere)
             cache_blocks(request, num_tokens, *args, **kwargs)
 
+        def planned(*args: Any) -> None:
+            self.due = self.expected_due()
+            plan_later(*args)
+            found = {
+                request_id: Due(later.trigger.value, later.evicted_tokens, later.kept_blocks)
+                for request_id, later in self.manager.later.due.items()
+            }
+            assert found == self.due
+
         cache.free = freed
+        self.manager.plan_later_evictions = planned
         self.manager.take_stats = reported
         self.manager.cache_blocks = cached
 
@@ -281,6 +370,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_added += 1
         self.wishes[request_id] = wish
         extra_args: dict[str, Any] = {"other": 1}
+        if wish.every != 0:
+            extra_args["kv_evict_every"] = wish.every
         if wish.budget is not None:
             extra_args["kv_budget"] = float(wish.budget)
         if wish.window is not None:
@@ -339,7 +430,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         wish = self.wishes[request.request_id]
         if goes_on:  # with the later piece's parameters
-            wish = replace(wish, max_tokens=9, budget=None, window=None)
+            wish = replace(wish, max_tokens=9, budget=None, window=None, every=0)
         self.wishes[request.request_id] = wish
         self.seen["streamed on"] += goes_on
 
@@ -366,7 +457,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.promised.clear()
         if load is not None:
             assert self.manager.decisions.pressure.is_on == load
+        assert take_orders(output) == self.orders
+        assert self.manager.take_orders() == {}, "taken once"
+        assert self.orders.keys() <= output.num_scheduled_tokens.keys()
+        self.seen["two orders in a step"] += len(self.orders) > 1
         self.run(output)
+        self.orders.clear()
 
     @precondition(lambda self: self.in_flight)
     @rule()
@@ -474,37 +570,38 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(theirs in (0, ours) for theirs, ours in zip(held, blocks, strict=True))
 
     def check_row(self, row: BatchRow, request: Request) -> None:
-        """Scheduler and worker agree although only a row's length passes between them."""
+        """Scheduler and worker agree about what was evicted."""
         expected, state = self.expected[request.request_id], row.state
-        if expected.is_decided and expected.num_kept:
-            assert state.evicted_tokens == expected.prompt_tokens
-            assert state.prompt_blocks == expected.num_prompt
-            assert state.kept_blocks == expected.num_kept
-        else:
-            assert state.evicted_tokens == 0
+        assert state.evicted_tokens == expected.evicted
+        assert state.kept_blocks == len(expected.kept)
 
     def check_plan(self, worker: SimulatedWorker, rows: list[BatchRow]) -> None:
-        """Requests are finished in the step that ends their prefill, all their queries observed."""
-        step, finished = worker.evictor.step, []
+        """Whoever is ordered to be evicted is, all its queries observed."""
+        step, evicted = worker.evictor.step, {}
         for observation in step.observations if step is not None else ():
             row, state = rows[observation.row], observation.state
-            end = row.num_computed + row.num_scheduled
             assert row.state is state
-            self.observed.setdefault(state, []).extend(range(observation.first_position, end))
+            num_queries = observation.query_end - observation.query_start
+            first = observation.first_position
+            if row.num_computed >= state.prefill_tokens:
+                assert num_queries == 1 and state.request_id in self.orders
+                self.seen["observed while it decodes"] += 1
+                continue
+            assert first + num_queries <= state.prefill_tokens
+            self.observed.setdefault(state, []).extend(range(first, first + num_queries))
             self.seen["observed"] += 1
-        for finish in step.pending_evictions if step is not None else ():
-            row, state = rows[finish.row], finish.state
+        for eviction in step.pending_evictions if step is not None else ():
+            row, state = rows[eviction.row], eviction.state
             expected = self.expected[state.request_id]
-            assert finish.prompt_tokens == row.num_computed + row.num_scheduled
+            evicted[state.request_id] = eviction.order
+            if row.num_computed >= expected.prompt_tokens:
+                assert eviction.tokens == row.num_computed + 1
+                continue
+            assert eviction.tokens == expected.prompt_tokens
             window = list(range(expected.observed_from, expected.prompt_tokens))
             assert self.observed[state] == window
-            finished.append(state)
             self.seen["finished after chunks"] += row.num_scheduled < expected.prompt_tokens
-        for row in rows:
-            expected = self.expected[row.state.request_id]
-            end = row.num_computed + row.num_scheduled
-            ends_here = row.num_computed < expected.prompt_tokens <= end
-            assert (row.state in finished) == (ends_here and expected.num_kept > 0)
+        assert evicted == self.orders
         slots = [row.state.slot for row in rows]
         assert len(set(slots)) == len(slots)
         assert len(worker.evictor.requests) <= len(self.scheduler.requests)
@@ -521,7 +618,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             vision_end = 0
         tokens = request.num_tokens
         num_prompt = cdiv(tokens, BLOCK_SIZE)
-        num_kept = ceil(Fraction(wish.budget or self.settings["budget"]) * num_prompt)
+        budget = Fraction(wish.budget or self.settings["budget"])
+        num_kept = ceil_share(budget, num_prompt)
+        every = self.settings["every"] if wish.every == 0 else wish.every
         skip = None
         if vision_end is None:
             skip = Skip.TEXT_ONLY
@@ -541,7 +640,73 @@ class SchedulerMachine(RuleBasedStateMachine):
         first = (vision_end or 0) if policy.post_vision_only else 0
         kept = 0 if skip else num_kept
         observed_from = max(first, tokens - window)
-        return Expected(request, tokens, num_prompt, kept, skip, kept, observed_from)
+        return Expected(request, tokens, num_prompt, kept, skip, kept, observed_from, budget, every)
+
+    def bound_of(self, expected: Expected) -> Bound | None:
+        """Of a request whose prefill ends, or would end now."""
+        never = {Skip.TEXT_ONLY, Skip.NO_DECODE, Skip.STREAMING_INPUT, Skip.POOL_TOO_SMALL}
+        if expected.every is None or expected.budget == 1 or expected.skip in never:
+            return None
+        num_prompt = cdiv(expected.request.num_prompt_tokens, BLOCK_SIZE)
+        growth = cdiv(expected.every, BLOCK_SIZE)
+        num_kept = ceil_share(expected.budget, num_prompt + growth)
+        return Bound(num_prompt * BLOCK_SIZE, growth, num_kept)
+
+    def expected_due(self) -> dict[str, Due]:
+        """Who is to be evicted while it decodes, in the step that begins."""
+        due: dict[str, Due] = {}
+        for request_id, expected in self.expected.items():
+            bound, tokens = expected.bound, self.certain(expected.request)
+            if bound is None or not expected.is_decided or expected.safe_at is not None:
+                continue
+            if tokens - (expected.evicted or bound.start) >= bound.growth * BLOCK_SIZE:
+                present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
+                if bound.num_kept < present:
+                    due[request_id] = Due("every", tokens, bound.num_kept)
+        if self.by_pressure and self.manager.decisions.pressure.is_on:
+            due |= self.due_by_pressure(due)
+        return due
+
+    def due_by_pressure(self, due: dict[str, Due]) -> dict[str, Due]:
+        """At most four of those with all of their cache, until the excess is gone."""
+        excess = self.load() - int(self.high * self.usable)
+        for expected in self.expected.values():
+            if expected.safe_at is not None:
+                row = self.rows(expected.request.request_id)[GROUP]
+                excess -= self.last_of(row[: expected.evicted // BLOCK_SIZE])
+                excess -= len(expected.replaced)
+        gains = []
+        for request in reversed(self.scheduler.running):
+            expected = self.expected[request.request_id]
+            if not expected.is_decided or expected.skip != Skip.NO_PRESSURE or expected.evicted:
+                continue
+            if request.request_id in due:
+                continue
+            tokens = self.certain(request)
+            if tokens < expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE:
+                self.seen["pressure waits for a prefill in flight"] += 1
+                continue
+            num_kept = ceil_share(expected.budget, cdiv(request.num_computed_tokens, BLOCK_SIZE))
+            replaced = self.rows(request.request_id)[GROUP][: tokens // BLOCK_SIZE]
+            gain = self.last_of(replaced) - num_kept
+            if gain > 0:
+                gains.append((gain, request.request_id, Due("pressure", tokens, num_kept)))
+        chosen = {}
+        for gain, request_id, eviction in sorted(gains, key=lambda entry: -entry[0])[:4]:
+            if excess <= 0:
+                break
+            chosen[request_id] = eviction
+            excess -= gain
+        return chosen
+
+    def certain(self, request: Request) -> int:
+        """Whole blocks of processed tokens, in tokens."""
+        processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+        return processed // BLOCK_SIZE * BLOCK_SIZE
+
+    def last_of(self, blocks: Iterable[int]) -> int:
+        """Blocks that no other request holds."""
+        return sum(block > 0 and self.pool.blocks[block].ref_cnt == 1 for block in blocks)
 
     def decide_by_pressure(self, expected: Expected) -> None:
         """What a step says of a prefill that has not ended before it."""
@@ -563,9 +728,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_pressure(self) -> bool:
         """Whether blocks will count as scarce in the next step."""
+        gauge = self.manager.decisions.pressure
+        share = Fraction(self.load(), self.usable)
+        return share > self.low if gauge.is_on else share >= self.high
+
+    def load(self) -> int:
+        """Blocks that are held, and that unfinished prefills ask for."""
         scheduler = self.scheduler
-        held = {block for i in scheduler.requests for row in self.rows(i) for block in row if block}
-        load = len(held)
+        load = len(self.held())
         room = max(0, self.setup.max_num_seqs - len(scheduler.running))
         waiting = [*scheduler.kv_holding_waiting, *scheduler.waiting][:room]
         for request in [*scheduler.running, *waiting]:
@@ -573,9 +743,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             if expected is not None and expected.is_decided:
                 continue
             load += self.asks_for(request)
-        gauge = self.manager.decisions.pressure
-        share = Fraction(load, self.usable)
-        return share > Fraction("0.7") if gauge.is_on else share >= Fraction("0.9")
+        return load
+
+    def held(self) -> Counter[int]:
+        """How often each block is held."""
+        rows = Counter(b for i in self.scheduler.requests for row in self.rows(i) for b in row if b)
+        for expected in self.expected.values():
+            rows.update([*expected.kept, *expected.replaced])
+        return rows
 
     def asks_for(self, request: Request) -> int:
         """Blocks that an unfinished prefill still takes, without kept ones and those of others."""
@@ -602,28 +777,49 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = expected.request
             self.decide_by_pressure(expected)
             if request.priority > newcomer.request.priority:  # will be preempted
-                lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+                lasting -= expected.num_held
                 continue
-            if not expected.num_kept:
+            output = self.evicted_output(expected)
+            if output is None:
                 lasting += 0 if expected.is_decided else self.asks_for(request)
                 continue
-            lasting -= expected.num_blocks - expected.num_prompt * expected.is_freed
+            evicted, num_kept, num_prompt, bound = output
+            lasting -= expected.num_held
             generated = request.num_output_tokens
             most = request.max_tokens
             longer = [share for share in self.answers[-256:] if share > Fraction(generated, most)]
             length = ceil(most * sum(longer) / len(longer)) if len(longer) >= 8 else most
             length = max(generated, length)
-            here = max(0, request.num_tokens - expected.prompt_tokens)
+            here = max(0, request.num_tokens - evicted)
             now = cdiv(here, BLOCK_SIZE)
             end = cdiv(here + length - generated, BLOCK_SIZE)
-            most = max(expected.num_prompt, expected.num_kept + now)
-            answers.append((expected.num_kept + now, expected.num_kept + end, most))
+            if bound is not None:
+                end = max(now, min(end, bound.growth + 1 + bound.num_kept))
+            most = max(num_prompt, num_kept + now)
+            answers.append((num_kept + now, num_kept + end, most))
         return bool(answers) and any(
             max(0, lasting)
             + sum(min(now + moment, most) for now, end, most in answers if now + moment <= end)
             > self.usable
             for moment in range(cdiv(MAX_MODEL_LEN, BLOCK_SIZE) + 1)
         )
+
+    def evicted_output(self, expected: Expected) -> tuple[int, int, int, Bound | None] | None:
+        """E, M, N and the bound of a request that is evicted, or will or can be; None of others."""
+        if expected.evicted:
+            return expected.evicted, len(expected.kept), expected.num_prompt, expected.bound
+        if expected.is_decided and expected.skip == Skip.NO_PRESSURE:
+            if not self.manager.decisions.pressure.is_on:
+                return None
+            bound, expected = expected.bound, self.begin(expected.request)
+            expected.bound = bound
+        elif expected.is_decided:
+            return None
+        if not expected.num_kept:
+            return None
+        evicted = expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+        bound = expected.bound or self.bound_of(expected)
+        return evicted, expected.num_kept, expected.num_prompt, bound
 
     def check_hit(
         self, request: Request, result: tuple[KVCacheBlocks, int, int, bool]
@@ -649,12 +845,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(len(ids) == num_tokens // BLOCK_SIZE for ids in blocks.get_block_ids())
         return result
 
-    def row_length(self, expected: Expected, num_tokens: int) -> int:
-        if not expected.num_kept or num_tokens < expected.prompt_tokens:
-            return cdiv(num_tokens, BLOCK_SIZE)
-        generated = num_tokens - expected.prompt_tokens
-        return expected.num_prompt + expected.num_kept + cdiv(generated, BLOCK_SIZE)
-
     def check_allocation(
         self, allocate: Any, request: Request, num_new: int, **kwargs: Any
     ) -> KVCacheBlocks | None:
@@ -662,6 +852,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = request.request_id
         expected = self.expected.get(request_id) or self.begin(request)
         self.decide_by_pressure(expected)
+        expected.had_stale_output |= request.num_stale_output_tokens > 0
         hits = kwargs.get("new_computed_blocks")
         hit_ids = hits.get_block_ids()[GROUP] if hits is not None else []
         computed = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
@@ -669,31 +860,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         free = self.pool.get_num_free_blocks()
         # Cached blocks that nobody holds count as free until they are hit.
         revived = sum(not self.pool.blocks[block].ref_cnt for block in hit_ids)
+        ends = not expected.is_decided and expected.num_kept > 0
         # The end of an evicted prefill leaves room for the first decode block.
-        reserve = not expected.is_decided and expected.num_kept > 0
+        reserve = ends * (expected.num_kept + 1)
         held = max(len(hit_ids), expected.num_blocks)
         fits = True
         if kwargs.get("full_sequence_must_fit"):
-            missing = max(0, self.row_length(expected, request.num_tokens) - held)
+            missing = max(0, cdiv(request.num_tokens, BLOCK_SIZE) - held)
             fits = missing + revived + reserve <= free
             if fits and self.runs_out(expected):
                 self.seen["kept room for outputs"] += 1
                 fits = False
-        if expected.is_decided and expected.num_kept and not expected.is_freed:
-            if computed - request.num_in_flight_tokens >= expected.prompt_tokens:
-                # The step that compacted is processed: the prompt's blocks go back.
-                prompt = self.rows(request_id)[GROUP][: expected.num_prompt]
-                last = sum(self.pool.blocks[block].ref_cnt == 1 for block in prompt)
-                self.seen["shared prompt freed"] += last < expected.num_prompt
-                self.seen["prompt freed"] += 1
-                free += last
-                self.num_freed += last
-                expected.is_freed = True
+        before = self.rows(request_id)
+        if expected.safe_at is not None:
+            if computed - request.num_in_flight_tokens >= expected.safe_at:
+                free += self.check_freeing(expected, before[GROUP])
             else:
                 self.seen["freeing waits for a step in flight"] += 1
-        before = self.rows(request_id)
-        num_fresh = max(0, self.row_length(expected, end) - held)
-        missing = num_fresh + revived + (reserve and end >= expected.prompt_tokens)
+        num_fresh = max(0, cdiv(end, BLOCK_SIZE) - held)
+        missing = num_fresh + revived
+        due = self.due.get(request_id)
+        if due is not None:
+            missing += due.num_kept
+            if due.trigger == "pressure" and missing > free:
+                self.seen["nobody is preempted for an eviction"] += not self.others
+                missing, due = missing - due.num_kept, None
+                if not self.others:
+                    del self.due[request_id]
+        elif end >= expected.prompt_tokens:
+            missing += reserve
         fits = fits and missing <= free
         cached = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
 
@@ -703,30 +898,83 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (allocated is not None) == fits
         if allocated is None:
             self.seen["allocation failed"] += 1
+            assert request_id not in self.manager._orders
             after = self.rows(request_id)
-            if not self.others and expected.is_freed:
-                before[GROUP][: expected.num_prompt] = [0] * expected.num_prompt
             assert after[GROUP] == before[GROUP]
             return None
         fresh = allocated.get_block_ids()[GROUP]
+        order = self.manager._orders.get(request_id)
+        kept = order.kept_blocks if order is not None else ()
         assert len(fresh) == len(set(fresh)) == num_fresh
-        assert all(block and self.pool.blocks[block].ref_cnt == 1 for block in fresh)
+        assert len(kept) == len(set(kept))
+        assert not set(kept).intersection(self.rows(request_id)[GROUP])
+        assert all(block and self.pool.blocks[block].ref_cnt == 1 for block in (*fresh, *kept))
         self.seen["cached block reused"] += bool(cached.intersection(fresh))
         hashed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
         self.promised[request_id] = (hashed - cached).union(hashed.intersection(fresh))
         self.expected[request_id] = expected
         expected.num_blocks = held + num_fresh
-        if not expected.is_decided and end >= expected.prompt_tokens:
+        if self.others and (later := self.due.pop(request_id, None)):
+            # What other groups freed in this call decides whether there was room.
+            due = later if order is not None or later.trigger == "every" else None
+        self.due.pop(request_id, None)
+        if due is not None:
+            self.check_order(expected, order, due.trigger, due.tokens, due.num_kept, computed + 1)
+        elif not expected.is_decided and end >= expected.prompt_tokens:
             expected.is_decided = True
+            expected.bound = self.bound_of(expected)
             if expected.skip is None:
-                self.num_evicted += 1
-                self.seen["evicted"] += 1
+                tokens = expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+                safe_at = expected.prompt_tokens
+                self.check_order(expected, order, "prefill", tokens, expected.num_kept, safe_at)
                 self.seen["evicted after preemption"] += request.num_preemptions > 0
-                self.seen["evicted beside drafts"] += self.setup.num_drafts > 0
             else:
+                assert order is None
                 self.num_skipped[expected.skip] += 1
                 self.seen[f"skip {expected.skip.value}"] += 1
+        else:
+            assert order is None
         return allocated
+
+    def check_freeing(self, expected: Expected, row: list[int]) -> int:
+        """The step of an eviction is processed: blocks that it replaced go back; how many."""
+        end = expected.evicted // BLOCK_SIZE
+        columns = row[expected.num_freed : end]
+        last = self.last_of(columns)
+        self.seen["shared prompt freed"] += last < len(columns)
+        self.seen["prompt freed"] += 1
+        last += len(expected.replaced)
+        self.num_freed += last
+        row[:end] = [0] * end
+        expected.num_freed, expected.replaced, expected.safe_at = end, (), None
+        return last
+
+    def check_order(
+        self,
+        expected: Expected,
+        order: EvictionOrder | None,
+        trigger: str,
+        tokens: int,
+        num_kept: int,
+        safe_at: int,
+    ) -> None:
+        """The step that is being scheduled evicts a request."""
+        request = expected.request
+        assert order is not None
+        assert order.evicted_tokens == tokens
+        assert len(order.kept_blocks) == num_kept
+        assert tokens <= safe_at
+        self.orders[request.request_id] = order
+        if not expected.evicted:
+            expected.first_evicted = tokens
+            expected.hashed = max(tokens, request.num_tokens)
+        self.num_evicted += not expected.evicted
+        self.num_evictions[trigger] += 1
+        self.seen[f"evicted by {trigger}"] += 1
+        self.seen["evicted again"] += expected.evicted > 0
+        self.seen["evicted beside drafts"] += self.setup.num_drafts > 0
+        expected.replaced, expected.kept = expected.kept, order.kept_blocks
+        expected.evicted, expected.safe_at = tokens, safe_at
 
     def rows(self, request_id: str) -> tuple[list[int], ...]:
         """Block ids by group, 0 is null."""
@@ -750,16 +998,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert not row
                 continue
             assert len(row) == expected.num_blocks
-            num_prompt = expected.num_prompt
-            if expected.is_decided and expected.num_kept:
-                assert row[:num_prompt].count(0) == (num_prompt if expected.is_freed else 0)
-                assert 0 not in row[num_prompt:]
-                assert len(row) >= num_prompt + expected.num_kept
-                for block in (self.pool.blocks[i] for i in row[num_prompt:]):
+            assert not any(row[: expected.num_freed])
+            assert 0 not in row[expected.num_freed :]
+            allowed = expected.num_allowed
+            if allowed is not None and expected.is_decided:
+                assert expected.num_held <= allowed + self.num_ahead(expected), "beyond its bound"
+            if expected.evicted:
+                for block in expected.kept + expected.replaced:
+                    assert self.pool.blocks[block].ref_cnt == 1
+                    assert self.pool.blocks[block].block_hash is None
+                first = max(expected.num_freed, cdiv(expected.hashed, BLOCK_SIZE))
+                for block in (self.pool.blocks[i] for i in row[first:]):
                     assert block.ref_cnt == 1
                     assert block.block_hash is None
-            else:
-                assert 0 not in row
             elsewhere = self.cached_elsewhere.get(request_id, set())
             for n, block in enumerate(
                 self.pool.blocks[i] for i in row[: self.num_cached(expected)]
@@ -770,14 +1021,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Leading blocks of a row that others may share."""
         request = expected.request
         known = request.num_computed_tokens - request.num_output_placeholders
+        if expected.evicted:
+            known = min(known, expected.first_evicted)
         if expected.num_kept or self.setup.num_drafts:  # drafts may be rejected
             known = min(known, expected.prompt_tokens)
         return min(known, request.num_tokens) // BLOCK_SIZE
 
     def check_holders(self) -> None:
-        """Every block is free, or held as often as rows name it."""
+        """Every block is free, or held as often as rows name it, or kept by one request."""
         requests = self.scheduler.requests
-        held = Counter(block for i in requests for row in self.rows(i) for block in row if block)
+        held = self.held()
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held[block.block_id]
         assert self.pool.get_num_free_blocks() == self.usable - len(held)
@@ -814,14 +1067,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_stats(self) -> None:
         totals = self.scheduler.eviction_stats
-        assert totals.evicted == self.num_evicted
+        assert totals.evicted_requests == self.num_evicted
+        assert totals.evictions == self.num_evictions
         assert totals.skipped == {skip.value: n for skip, n in self.num_skipped.items()}
         assert totals.freed_blocks == self.num_freed
-        evicted = [i for i, e in self.expected.items() if e.is_decided and e.num_kept]
-        held = sum(block > 0 for i in evicted for block in self.rows(i)[GROUP])
-        assert self.manager.blocks_held == held
+        evicted = [expected for expected in self.expected.values() if expected.evicted]
+        assert self.manager.blocks_held == sum(expected.num_held for expected in evicted)
         self.manager.take_stats()
         expected = Counter({f"skip {s.value}": n for s, n in self.num_skipped.items()})
+        expected.update({f"by {name}": n for name, n in self.num_evictions.items()})
         expected.update(evicted=self.num_evicted, freed=self.num_freed)
         assert self.reported == expected
 
@@ -829,9 +1083,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whoever is left comes to an end, and nothing remains."""
         if not hasattr(self, "workers") or sys.exc_info()[0] is not None:
             return  # what went wrong is known
-        for _ in range(1000):
+        for number in range(1000):
             for request in self.streaming():
                 self.finish(request.request_id)
+            if number == 500:  # vLLM preempts nobody who waits between two pieces of a prompt
+                for request_id in self.waiting_with_blocks():
+                    self.finish(request_id)
             if not self.scheduler.has_requests() and not self.in_flight:
                 break
             self.advance()
@@ -844,9 +1101,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
         assert not manager.decisions._decided
-        assert not manager._prompt_freed
+        assert not manager._evicted
+        assert not manager._orders
+        assert not manager.later._bounds
         assert not any(len(worker.evictor.requests) for worker in self.workers)
         assert self.scheduler.reset_prefix_cache()
+
+    def waiting_with_blocks(self) -> list[str]:
+        requests = self.scheduler.requests.items()
+        return [i for i, r in requests if r.status == RequestStatus.WAITING and self.rows(i)[GROUP]]
 
 
 class HybridSchedulerMachine(SchedulerMachine):
@@ -876,6 +1139,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(number)
 
 
+# Rarer ones have tests of their own: test_later_evictions.py.
 EVENTS = (
     "abort",
     "allocation failed",
@@ -883,14 +1147,18 @@ EVENTS = (
     "cached elsewhere",
     "draft accepted",
     "draft rejected",
-    "evicted",
     "evicted after preemption",
+    "evicted again",
     "evicted beside drafts",
+    "evicted by every",
+    "evicted by prefill",
+    "evicted by pressure",
     "finished after chunks",
     "freeing waits for a step in flight",
     "id reused",
     "kept room for outputs",
     "observed",
+    "observed while it decodes",
     "preempt evicted",
     "prefix hit",
     "prompt freed",
@@ -899,6 +1167,7 @@ EVENTS = (
     "stale output",
     "streamed on",
     "trimmed hit",
+    "two orders in a step",
     # Observation is bounded on GPUs only: test_observation_budget.py.
     *(f"skip {skip.value}" for skip in Skip if skip != Skip.NO_OBSERVATION_ROOM),
 )
@@ -919,7 +1188,9 @@ def test_random_histories(machine: type[SchedulerMachine], num_examples: int) ->
     assert not missing, f"no history had: {missing} ({dict(seen)})"
 
 
-def story(setup: dict[str, Any], policy: EvictionPolicy, num_blocks: int = 20) -> SchedulerMachine:
+def story(
+    setup: dict[str, Any], policy: EvictionPolicy, num_blocks: int = 20, **settings: Any
+) -> SchedulerMachine:
     """A machine to tell one history with, over ``num_blocks`` more blocks than it must have."""
     machine = SchedulerMachine()
     machine.seen = Counter()
@@ -932,7 +1203,10 @@ def story(setup: dict[str, Any], policy: EvictionPolicy, num_blocks: int = 20) -
             "text": False,
             "min_prompt_tokens": 0,
             "output_reserve": True,
-        },
+            "every": None,
+            "marks": ("0.9", "0.7"),
+        }
+        | settings,
         scheduler=setup,
         page_order=PAGE_ORDERS[0],
     )
@@ -941,7 +1215,7 @@ def story(setup: dict[str, Any], policy: EvictionPolicy, num_blocks: int = 20) -
 
 def wish(**changes: Any) -> Wish:
     """26 tokens, of which 14 are an image."""
-    plain = Wish(2, 14, "cat", 10, 0, 9, 99, None, None, "image", False, 0)
+    plain = Wish(2, 14, "cat", 10, 0, 9, 99, None, None, "image", False, 0, 0)
     return replace(plain, **changes)
 
 

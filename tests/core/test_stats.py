@@ -8,8 +8,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import plan_eviction
+from vl_cache_vllm.core.later_evictions import Trigger
 from vl_cache_vllm.core.stats import EvictionStats, Samples
 from vl_cache_vllm.messages import EvictionReport, put_stats, take_stats
 
@@ -22,23 +21,31 @@ REPORT = {
 
 def some_stats() -> EvictionStats:
     stats = EvictionStats(blocks_held=5, pressure=True)
-    config = KVCompressConfig(budget=0.25)
-    stats.decided(plan_eviction(config, 4, 26, vision_end=16), 4)  # N = 7, M = 2
-    stats.decided(plan_eviction(config, 4, 26, vision_end=None), 4)
-    stats.decided(plan_eviction(config, 4, 26, vision_end=26), 4)
-    stats.decided(plan_eviction(config, 4, 40, vision_end=None), 4)
+    stats.skipped.update(text_only=2, no_post_vision_tokens=1)
+    stats.evicted(Trigger.PREFILL, True, kept_blocks=2, blocks=7, freed_tokens=16)
     stats.add_reports([REPORT])
     return stats
 
 
-def test_decisions_are_counted() -> None:
+def test_evictions_are_counted() -> None:
     stats = some_stats()
-    assert stats.evicted == 1
+    assert stats.evicted_requests == 1
+    assert stats.evictions == {"prefill": 1}
     assert stats.skipped == {"text_only": 2, "no_post_vision_tokens": 1}
     assert stats.retained == Samples(1, 2 / 7, [2 / 7])
-    assert stats.freed_tokens == 26 - 8
+    assert stats.freed_tokens == 16
     assert stats.freed_blocks == 0  # not yet: the step that compacts is not done
     assert stats.layers_retained == {0: 0.1, 1: 0.3}
+
+
+def test_a_request_that_is_evicted_again_is_one_request() -> None:
+    stats = some_stats()
+    stats.evicted(Trigger.EVERY, False, kept_blocks=3, blocks=5, freed_tokens=8)
+    stats.evicted(Trigger.PRESSURE, True, kept_blocks=1, blocks=4, freed_tokens=12)
+    assert stats.evicted_requests == 2
+    assert stats.evictions == {"prefill": 1, "every": 1, "pressure": 1}
+    assert stats.retained.values == [2 / 7, 3 / 5, 1 / 4]
+    assert stats.freed_tokens == 36
 
 
 def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
@@ -49,15 +56,17 @@ def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
 
 def test_a_sum_has_the_counts_of_both_and_the_state_of_the_later() -> None:
     later = EvictionStats(skipped=Counter(text_only=1), freed_blocks=7, blocks_held=3)
+    later.evicted(Trigger.EVERY, False, kept_blocks=1, blocks=2, freed_tokens=4)
     later.add_reports([REPORT | {"layers_retained": {1: 0.5, 2: 0.25}}])
     total, before = some_stats(), some_stats()
     total += later
     assert total == EvictionStats(
-        evicted=1,
+        evicted_requests=1,
+        evictions=Counter(prefill=1, every=1),
         skipped=Counter(text_only=3, no_post_vision_tokens=1),
         freed_blocks=7,
-        freed_tokens=18,
-        retained=Samples(1, 2 / 7),
+        freed_tokens=20,
+        retained=Samples(2, 2 / 7 + 1 / 2),
         observation_seconds=Samples(2, 0.02),
         compaction_seconds=Samples(2, 0.004),
         layers_retained={0: 0.1, 1: 0.8, 2: 0.25},

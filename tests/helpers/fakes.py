@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins for the worker's surroundings: no device, no model, no engine."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
 
@@ -26,10 +27,11 @@ class RecordingWorker:
         self.block_size = block_size
         self.requests = RequestTable()
         self.cached_requests: Any = None
+        self.orders: Mapping[str, EvictionOrder] = {}
         self.planned: tuple[list[BatchRow], StepPlan] | None = None
 
     def begin_step(self, rows: list[BatchRow], *tensors: Any) -> None:
-        self.planned = rows, plan_step(rows, self.block_size, NUM_LAYERS)
+        self.planned = rows, plan_step(rows, self.block_size, NUM_LAYERS, orders=self.orders)
 
 
 @dataclass

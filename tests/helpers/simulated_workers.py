@@ -2,12 +2,12 @@
 """Workers without a model: vLLM's bookkeeping, our whole device side, pages that hold labels.
 
 A label stands for the K and V of one token: it is different for every sequence of tokens and
-images that ends there, and, once a request was evicted, for every request. So whoever reads
-another's page, or one that was freed, reads a wrong label.
+images that ends there, and, once a request was evicted, for every request and number of its
+evictions. So whoever reads another's page, or one that was freed, reads a wrong label.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from tests.helpers.pools import make_pool
 from tests.helpers.schedulers import Setup
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.messages import take_orders
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
 from vl_cache_vllm.worker.requests import RequestState
@@ -48,9 +49,9 @@ class Labels:
         return self._numbers.setdefault(key, 1 + len(self._numbers))
 
     def __call__(
-        self, request: Request, tokens: Sequence[int], private: tuple[int, object] | None = None
+        self, request: Request, tokens: Sequence[int], private: Mapping[int, object] | None = None
     ) -> list[int]:
-        """One label a token; from position ``private[0]`` on they are those of ``private[1]``."""
+        """One label a token; from each position of ``private`` on they depend on its value."""
         images: dict[int, str] = {}
         for feature in request.mm_features:
             place = feature.mm_position
@@ -59,8 +60,8 @@ class Labels:
             )
         labels, last = [], 0
         for position, token in enumerate(tokens):
-            if private is not None and private[0] == position:
-                last = self._number((last, private[1]))
+            if private is not None and position in private:
+                last = self._number((last, private[position]))
             last = self._number((last, token, images.get(position)))
             labels.append(last)
         return labels
@@ -75,6 +76,17 @@ class _RecordingWorker(Evictor):
     def begin_step(self, rows: Sequence[BatchRow], *tensors: Any) -> EvictionStep | None:
         self.rows, self.step = rows, super().begin_step(rows, *tensors)
         return self.step
+
+
+@dataclass
+class Cached:
+    """What a request's layers hold besides the tokens from ``evicted_tokens`` on."""
+
+    evicted_tokens: int = 0  # E
+    kept_blocks: int = 0  # M
+    kept: list[list[float]] = field(default_factory=lambda: [[] for _ in range(NUM_LAYERS)])
+    source: list[list[float]] | None = None  # of which `kept` is to be learnt; None: it is known
+    private: dict[int, object] = field(default_factory=dict)  # for `Labels`
 
 
 class SimulatedWorker:
@@ -109,7 +121,7 @@ class SimulatedWorker:
             max_num_tokens=setup.max_num_tokens,
             max_table_width=setup.max_model_len // setup.block_size + 1,
         )
-        self.kept: dict[RequestState, list[list[float]]] = {}  # by layer
+        self.cached: dict[RequestState, Cached] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     # Of a runner.
@@ -147,8 +159,7 @@ class SimulatedWorker:
             tokens_of: known and draft tokens of a request.
         """
         ended = output.finished_req_ids | (output.preempted_req_ids or set())
-        for request_id in ended:
-            self.evictor.requests.drop(request_id)
+        self.evictor.begin_output(ended, None, take_orders(output))
         self.evictor.rows, self.evictor.step = (), None
         rows, tables = self.update(output)
         if not rows:
@@ -159,9 +170,10 @@ class SimulatedWorker:
             request = requests[state.request_id]
             tokens = tokens_of(state.request_id)[: row.num_computed + row.num_scheduled]
             assert len(tokens) == row.num_computed + row.num_scheduled
-            ends = state.evicted_tokens > row.num_computed
-            private = None if ends or not state.evicted_tokens else (state.evicted_tokens, state)
-            labels.append(self.labels(request, tokens, private))
+            cached = self.cached.setdefault(state, Cached())
+            if cached.source is not None:  # evicted in its last step
+                cached.private[row.num_computed] = (state, len(cached.private))
+            labels.append(self.labels(request, tokens, cached.private))
         for window, table in zip(self.windows, tables[1:], strict=True):
             self._run_window(window, rows, table, labels)
         step = self.evictor.step
@@ -173,7 +185,20 @@ class SimulatedWorker:
                 num_tokens = sum(row.num_scheduled for row in rows)
                 query = torch.randn(num_tokens, NUM_HEADS, 2, generator=self._generator)
                 self.evictor.layer_done(step, layer, query, 0.5, 0.0)
+        self._evicted(labels)
         return rows, tables
+
+    def _evicted(self, labels: Sequence[Sequence[int]]) -> None:
+        """Note what the evictions of a step chose from."""
+        step = self.evictor.step
+        for eviction in step.pending_evictions if step is not None else ():
+            cached = self.cached[eviction.state]
+            before, end = cached.evicted_tokens, eviction.order.evicted_tokens
+            tail = [of_layer(n, [labels[eviction.row][before:end]])[0] for n in range(NUM_LAYERS)]
+            cached.source = [kept + more for kept, more in zip(cached.kept, tail, strict=True)]
+            cached.kept = [[] for _ in range(NUM_LAYERS)]
+            cached.evicted_tokens = end
+            cached.kept_blocks = len(eviction.order.kept_blocks)
 
     def _pages_of(self, block_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         blocks = torch.as_tensor(block_ids, dtype=torch.int64)[:, None]
@@ -240,21 +265,22 @@ class SimulatedWorker:
                 length = int(tables.seq_lens[layer, r])
                 pages = tables.block_table[layer, r, : -(-length // size)].tolist()
             seen = self._load(pages, length)
-            if not state.evicted_tokens or row.num_computed < state.evicted_tokens:
-                assert seen == of_row, f"layer {layer} of {state.request_id}"
-                continue
-            assert tables is not None, f"{state.request_id} was evicted, its tables forgotten"
-            kept = self.kept.setdefault(state, [[] for _ in range(NUM_LAYERS)])
-            num_kept = length - (len(of_row) - state.evicted_tokens)
-            if not kept[layer]:  # its first decode
-                kept[layer] = seen[:num_kept]
-                positions = [of_row.index(label) for label in seen[:num_kept]]
-                assert positions == sorted(set(positions))
-                assert positions[-1] < state.evicted_tokens
+            cached = self.cached[state]
+            num_kept = length - (len(of_row) - cached.evicted_tokens)
+            if cached.source is not None:  # the first step after an eviction
+                assert tables is not None, f"{state.request_id} was evicted, its tables forgotten"
+                kept, source = seen[:num_kept], cached.source[layer]
+                indices = [source.index(label) for label in kept]
+                assert indices == sorted(set(indices))
+                assert num_kept and num_kept % size == 0
+                cached.kept[layer] = kept
                 if layer == NUM_LAYERS - 1:
-                    total = state.kept_blocks * NUM_LAYERS * size
-                    assert sum(map(len, kept)) == total
-            assert seen == kept[layer] + of_row[state.evicted_tokens :]
+                    total = cached.kept_blocks * NUM_LAYERS * size
+                    assert sum(map(len, cached.kept)) == total
+                    cached.source = None
+            assert seen == cached.kept[layer] + of_row[cached.evicted_tokens :], (
+                f"layer {layer} of {state.request_id}"
+            )
 
     def _run_window(
         self,
@@ -310,7 +336,7 @@ class V1Worker(SimulatedWorker):
                 device=torch.device("cpu"),
                 vocab_size=1000,
                 block_sizes=[setup.block_size] * num_groups,
-                max_num_blocks_per_req=[2 * setup.max_model_len // setup.block_size] * num_groups,
+                max_num_blocks_per_req=[setup.max_model_len // setup.block_size] * num_groups,
                 num_spec_tokens=setup.num_drafts,
             ),
             _build_attention_metadata=lambda **_: ({}, None),
@@ -368,10 +394,8 @@ class V2Worker(SimulatedWorker):
         super().__init__(*args, **kwargs)
         self.rows_of: dict[str, tuple[list[int], ...]] = {}
         self.computed: dict[str, int] = {}
-        self.num_blocks: Any = SimpleNamespace(np=None)
         runner: Any = SimpleNamespace(
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-            block_tables=SimpleNamespace(num_blocks=self.num_blocks),
             model_state=SimpleNamespace(
                 add_request=lambda *_: None,
                 remove_request=lambda *_: None,
@@ -402,8 +426,7 @@ class V2Worker(SimulatedWorker):
             return [], []
         tables = [[self.rows_of[i][g] for i in ids] for g in range(1 + len(self.windows))]
         scheduled = [output.num_scheduled_tokens[i] for i in ids]
-        width = 2 * self.setup.max_model_len // self.setup.block_size
-        self.num_blocks.np = np.array([[len(blocks) for blocks in table] for table in tables])
+        width = self.setup.max_model_len // self.setup.block_size
         block_tables = [
             torch.tensor([b + [0] * (width - len(b)) for b in table]).int() for table in tables
         ]
@@ -412,7 +435,7 @@ class V2Worker(SimulatedWorker):
         mode, padding = CUDAGraphMode.NONE, 0
         states = map(self.evictor.requests.get, ids)
         prefills = [self.computed[s.request_id] < s.prefill_tokens for s in states if s is not None]
-        if set(scheduled) == {1} and not any(prefills):
+        if set(scheduled) == {1} and not any(prefills) and not self.evictor.orders:
             mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
             padding = min(self.setup.max_num_seqs, 1 << (len(ids) - 1).bit_length()) - len(ids)
             seq_lens = torch.cat((seq_lens, torch.zeros(padding, dtype=torch.int32)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V1 adapter's bookkeeping of requests, over a stand-in for the runner."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from tests.helpers.blocks import image_prompt, make_request
 from tests.helpers.fakes import FakeV1Runner, RecordingWorker
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.step import BatchRow, StepPlan
@@ -29,8 +30,15 @@ class Worker:
         self.adapter = V1Adapter(self.runner, self.recording, EvictedGroup(0, {}))  # type: ignore[arg-type]
 
     def step(
-        self, *rows: tuple[Request, int, int, list[int]], resumed: Container[str] = ()
+        self,
+        *rows: tuple[Request, int, int, list[int]],
+        resumed: Container[str] = (),
+        orders: Mapping[str, int] | None = None,
     ) -> tuple[list[BatchRow], StepPlan]:
+        """A step in which ``orders`` evict: E by request id, to two blocks each."""
+        self.recording.orders = {
+            name: EvictionOrder(evicted, (90, 91)) for name, evicted in (orders or {}).items()
+        }
         self.runner.schedule(
             [(request, computed, ids) for request, computed, _, ids in rows], resumed
         )
@@ -67,10 +75,7 @@ def test_rows_carry_the_batch_in_its_order() -> None:
     a, b = request("a"), request("b", before=1)
     rows, _ = worker.step((a, 0, 20, blocks(5)), (b, 0, 7, blocks(2, first=9)))
     assert [row.state.request_id for row in rows] == ["a", "b"]
-    assert [(row.num_computed, row.num_scheduled, row.num_blocks) for row in rows] == [
-        (0, 20, 5),
-        (0, 7, 2),
-    ]
+    assert [(row.num_computed, row.num_scheduled) for row in rows] == [(0, 20), (0, 7)]
     assert [row.state.vision_end for row in rows] == [16, 15]
     assert [row.state.prefill_tokens for row in rows] == [26, 25]
     first_states = [row.state for row in rows]
@@ -82,18 +87,37 @@ def test_rows_carry_the_batch_in_its_order() -> None:
 def test_a_finished_request_is_forgotten_and_its_id_may_come_again() -> None:
     worker = Worker()
     a = request()
-    (row,), numbers = worker.step((a, 0, 26, blocks(9)))
-    assert numbers.pending_evictions
+    (row,), plan = worker.step((a, 0, 26, blocks(7)), orders={"a": 24})
+    assert plan.pending_evictions
     old = row.state
     worker.runner.requests.clear()
     b = request("b")
     worker.step((b, 0, 20, blocks(5)))
-    worker.step((b, 20, 6, blocks(9)))
+    worker.step((b, 20, 6, blocks(7)), orders={"b": 24})
     assert worker.recording.requests.get("a") is None
     worker.runner.requests.clear()
-    (row,), numbers = worker.step((request("a"), 0, 26, blocks(9)))
+    (row,), plan = worker.step((request("a"), 0, 26, blocks(7)), orders={"a": 24})
     assert row.state is not old
-    assert numbers.pending_evictions
+    assert plan.pending_evictions
+
+
+def test_a_request_keeps_its_state_from_one_eviction_to_the_next() -> None:
+    worker = Worker()
+    a = request()
+    (row,), plan = worker.step((a, 0, 26, blocks(7)), orders={"a": 24})
+    ((first, before),) = ((e.order, e.evicted_before) for e in plan.pending_evictions)
+    assert (first.evicted_tokens, before) == (24, 0)
+    state = row.state
+    for computed in range(26, 32):
+        a.append_output_token_ids(7)
+        (row,), plan = worker.step((a, computed, 1, blocks(1 + computed // BLOCK_SIZE)))
+        assert row.state is state and not plan.pending_evictions
+    a.append_output_token_ids(7)
+    (row,), plan = worker.step((a, 32, 1, blocks(9)), orders={"a": 32})
+    (eviction,) = plan.pending_evictions
+    assert row.state is state
+    assert (eviction.evicted_before, eviction.kept_before, eviction.tokens) == (24, 2, 33)
+    assert (state.evicted_tokens, state.kept_blocks, state.num_evictions) == (32, 2, 2)
 
 
 def test_an_id_that_comes_again_at_once() -> None:
@@ -110,14 +134,17 @@ def test_an_id_that_comes_again_at_once() -> None:
 def test_a_request_that_starts_over(hit: int) -> None:
     worker = Worker()
     a = request()
-    worker.step((a, 0, 26, blocks(9)))
+    worker.step((a, 0, 26, blocks(7)), orders={"a": 24})
     a.append_output_token_ids(7)
-    worker.step((a, 26, 1, blocks(10)))
+    worker.step((a, 26, 1, blocks(7)))
     a.append_output_token_ids(7)
-    (row,), numbers = worker.step((a, hit, 28 - hit, blocks(9, first=20)), resumed={"a"})
+    (row,), plan = worker.step(
+        (a, hit, 28 - hit, blocks(7, first=20)), resumed={"a"}, orders={"a": 28}
+    )
     assert row.state.prefill_tokens == 28
-    (finish,) = numbers.pending_evictions
-    assert (finish.prompt_tokens, finish.prompt_blocks, finish.kept_blocks) == (28, 7, 2)
+    (eviction,) = plan.pending_evictions
+    assert (eviction.tokens, eviction.evicted_before, eviction.tail) == (28, 0, 0)
+    assert eviction.num_queries == 28 - 16
 
 
 def test_restart_where_it_left_off_after_a_refusal() -> None:
@@ -125,25 +152,26 @@ def test_restart_where_it_left_off_after_a_refusal() -> None:
     after its prefill, it comes back with one post-vision token and a hit of the whole prompt."""
     worker = Worker()
     a = request(before=6, image=14, after=0)
-    _, numbers = worker.step((a, 0, 20, blocks(5)))
-    assert not numbers.pending_evictions
+    _, plan = worker.step((a, 0, 20, blocks(5)))
+    assert not plan.pending_evictions
     a.append_output_token_ids(7)
-    (row,), numbers = worker.step((a, 20, 1, [*blocks(5), 30, 31, 32]), resumed={"a"})
-    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [21]
+    (row,), plan = worker.step((a, 20, 1, [*blocks(5), 30]), resumed={"a"}, orders={"a": 20})
+    assert [eviction.tokens for eviction in plan.pending_evictions] == [21]
     assert row.state.prefill_tokens == 21
-    assert numbers.observations
+    assert plan.observations
 
 
 def test_restart_where_it_left_off_after_an_eviction() -> None:
     """Only the last query is observed, so that the hit may cover the whole old prompt."""
     worker = Worker(max_observation_tokens=1)
     a = request(after=12)
-    _, numbers = worker.step((a, 0, 28, blocks(7 + 2)))
-    assert numbers.pending_evictions
+    _, plan = worker.step((a, 0, 28, blocks(7)), orders={"a": 28})
+    assert plan.pending_evictions
     a.append_output_token_ids(7)
-    (row,), numbers = worker.step((a, 28, 1, [*blocks(7), 30, 31, 32]), resumed={"a"})
-    # Otherwise the row is read as [7 prompt][2 kept][1 decode].
-    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [29]
+    (row,), plan = worker.step((a, 28, 1, [*blocks(7), 30]), resumed={"a"}, orders={"a": 28})
+    # Otherwise it is an eviction of a request that decodes, the second of its state.
+    ((tokens, before),) = ((e.tokens, e.evicted_before) for e in plan.pending_evictions)
+    assert (tokens, before) == (29, 0)
     assert row.state.prefill_tokens == 29
 
 
@@ -151,8 +179,8 @@ def test_tokens_that_an_early_stage_has_not_heard_of() -> None:
     """What was sampled while the request was preempted reaches the scheduler alone."""
     worker = Worker()
     a = request()
-    worker.step((a, 0, 26, blocks(9)))
+    worker.step((a, 0, 26, blocks(7)), orders={"a": 24})
     worker.recording.cached_requests = SimpleNamespace(req_ids=["a"], num_output_tokens=[2])
-    (row,), numbers = worker.step((a, 0, 28, blocks(9, first=20)), resumed={"a"})
+    (row,), plan = worker.step((a, 0, 28, blocks(7, first=20)), resumed={"a"}, orders={"a": 28})
     assert row.state.prefill_tokens == 28
-    assert [finish.prompt_tokens for finish in numbers.pending_evictions] == [28]
+    assert [eviction.tokens for eviction in plan.pending_evictions] == [28]

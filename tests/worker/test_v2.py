@@ -4,11 +4,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
 from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, warmup_of
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.v2 import V2Adapter
 
@@ -67,12 +69,28 @@ def test_dummy_batches_without_a_graph_are_vllms() -> None:
     assert vars(metadata) == {}
 
 
-def test_prefills_are_no_decodes() -> None:
-    """Not even those of a single token, which vLLM's full graphs would run."""
-    for has_prefill, expected in ((True, None), (False, 1)):
-        batch = SimpleNamespace(has_prefill=has_prefill)
-        ours, _ = adapter((batch, 1))
-        output: Any = None
-        assert ours.gather_batch_req_state(output, False) == (batch, expected)
+@pytest.mark.parametrize(
+    ("has_prefill", "orders", "dummy_run", "expected"),
+    [
+        pytest.param(False, {}, False, 1, id="decodes"),
+        pytest.param(True, {}, False, None, id="a-prefill-of-one-token"),
+        pytest.param(False, {"a": EvictionOrder(32, (5,))}, False, None, id="evicts"),
+        # A dummy run comes between two steps; the orders are those of the last one.
+        pytest.param(False, {"a": EvictionOrder(32, (5,))}, True, 1, id="dummy-run"),
+    ],
+)
+def test_observed_steps_are_no_decodes(
+    has_prefill: bool, orders: Any, dummy_run: bool, expected: int | None
+) -> None:
+    """vLLM's full graphs, which run decodes, observe nothing."""
+    batch = SimpleNamespace(has_prefill=has_prefill)
+    ours, _ = adapter((batch, 1))
+    ours._evictor.orders = orders
+    output: Any = None
+    assert ours.gather_batch_req_state(output, dummy_run) == (batch, expected)
+
+
+def test_a_step_without_a_batch() -> None:
     ours, _ = adapter((None, 1))
+    output: Any = None
     assert ours.gather_batch_req_state(output, True) == (None, 1)

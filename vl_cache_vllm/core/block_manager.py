@@ -34,7 +34,12 @@ from vllm.v1.request import Request
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import EvictionPlan
 from vl_cache_vllm.core.decisions import EvictionDecisions
-from vl_cache_vllm.core.later_evictions import AnswerBound, LaterEvictions, Trigger
+from vl_cache_vllm.core.later_evictions import (
+    FULL_CACHE,
+    AnswerBound,
+    LaterEvictions,
+    Trigger,
+)
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import EvictedOutput, OutputReserve
 from vl_cache_vllm.core.pressure import PrefillDemand
@@ -368,7 +373,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _evicted_output(self, request: Request) -> EvictedOutput | None:
         """How a request grows that is evicted or will be; None for one that keeps its cache.
 
-        Under pressure, a request that runs with its full cache can be evicted when blocks run out.
+        Under pressure, a request that only the load left whole can be evicted when blocks run out.
         """
         request_id, plan = request.request_id, self.decisions.plan(request)
         bound = self.later.bound(request_id)
@@ -376,7 +381,7 @@ class EvictionBlockManager(FullAttentionManager):
             return EvictedOutput(
                 evicted.evicted_tokens, len(evicted.kept), plan.prompt_blocks, bound
             )
-        if self.decisions.by_pressure and self.decisions.pressure.is_on:
+        if plan.skip in FULL_CACHE and self.decisions.pressure.is_on:
             plan = self.decisions.possible_plan(request)
         if not plan.kept_blocks:
             return None

@@ -29,7 +29,8 @@ _GROWS = {
     Skip.NO_PRESSURE,
     Skip.NO_OBSERVATION_ROOM,
 }
-_FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
+FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
+"""Why a request was left whole that is evicted when blocks run out."""
 
 
 class Trigger(Enum):
@@ -173,11 +174,13 @@ class LaterEvictions:
         for request in reversed(running):
             request_id = request.request_id
             plan = decided(request_id)
-            if plan is None or plan.skip not in _FULL_CACHE or request_id in self.due:
+            if plan is None or plan.skip not in FULL_CACHE or request_id in self.due:
                 continue
             if self._replaced(request_id) != (0, 0):
                 continue
             evicted = self._certain_tokens(request)
+            if evicted < plan.prompt_tokens // self._block_size * self._block_size:
+                continue  # its last chunk, which may be most of its cache, is in flight
             blocks = cdiv(request.num_computed_tokens, self._block_size)
             kept = config_of(request).kept_blocks(blocks, self._block_size)
             gain = self._freed_by(request_id, evicted) - kept
