@@ -20,6 +20,7 @@ reserves (`output_reserve`), which tokens survive and how the M x L pages are di
 layers (worker).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,15 @@ from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.messages import EvictionOrder
 
 
+@dataclass(frozen=True)
+class ReplacedBlocks:
+    """What an eviction replaced, until its step has been processed."""
+
+    safe_at: int  # processed tokens of the request from which on nothing reads them
+    columns: int  # of the row, from its start; earlier evictions may have freed some
+    kept: list[KVCacheBlock]  # kept blocks of the eviction before
+
+
 @dataclass
 class EvictedBlocks:
     """What the evictions of a request left of its blocks."""
@@ -54,10 +64,13 @@ class EvictedBlocks:
     hashed_tokens: int  # E of the first eviction: nothing behind it is hashed
     evicted_tokens: int = 0  # E of the last one
     kept: list[KVCacheBlock] = field(default_factory=list)  # that replace them
-    replaced: list[KVCacheBlock] = field(default_factory=list)  # kept blocks before, to be freed
     freed_columns: int = 0  # of the row, from its start
-    safe_at: int | None = None
-    """Processed tokens from which on nothing reads the replaced blocks; None: they are freed."""
+    to_free: deque[ReplacedBlocks] = field(default_factory=deque)
+
+    @property
+    def blocks_to_free(self) -> list[KVCacheBlock]:
+        """Replaced kept blocks that are not free yet."""
+        return [block for replaced in self.to_free for block in replaced.kept]
 
 
 class EvictionBlockManager(FullAttentionManager):
@@ -236,17 +249,14 @@ class EvictionBlockManager(FullAttentionManager):
         plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
         if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
             self.decisions.observation_budget.release(request_id)
-        if (
-            evicted is None
-            or evicted.safe_at is None
-            or processed_computed_tokens < evicted.safe_at
-        ):
+        if evicted is None or not evicted.to_free:
             return
         before = self.block_pool.get_num_free_blocks()
-        columns = evicted.evicted_tokens // self.block_size
-        self._remove_blocks_in_range(request_id, evicted.freed_columns, columns)
-        self.block_pool.free_blocks(evicted.replaced)
-        evicted.freed_columns, evicted.replaced, evicted.safe_at = columns, [], None
+        while evicted.to_free and processed_computed_tokens >= evicted.to_free[0].safe_at:
+            replaced = evicted.to_free.popleft()
+            self._remove_blocks_in_range(request_id, evicted.freed_columns, replaced.columns)
+            self.block_pool.free_blocks(replaced.kept)
+            evicted.freed_columns = replaced.columns
         self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -260,7 +270,7 @@ class EvictionBlockManager(FullAttentionManager):
             return blocks
         if request and request.is_finished():
             self._output_reserve.lengths.add(request.num_output_tokens, request.max_tokens)
-        return [*evicted.replaced, *evicted.kept, *blocks]
+        return [*evicted.blocks_to_free, *evicted.kept, *blocks]
 
     # ----------------------------------------------------------------------------------------------
     # Blocks
@@ -274,23 +284,23 @@ class EvictionBlockManager(FullAttentionManager):
     ) -> None:
         """Evict a request in the step that is being scheduled: take its M kept blocks."""
         evicted = self._evicted.setdefault(request_id, EvictedBlocks(evicted_tokens))
-        assert evicted.safe_at is None and evicted_tokens > evicted.evicted_tokens
+        assert evicted_tokens > evicted.evicted_tokens
         columns = (evicted_tokens - evicted.evicted_tokens) // self.block_size
         present = len(evicted.kept) + columns
         blocks = present + (safe_at > evicted_tokens)  # the last block may stay where it is
         freed_tokens = (present - num_kept) * self.block_size
         self._stats.add_eviction(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
-        evicted.replaced, evicted.kept = evicted.kept, self.block_pool.get_new_blocks(num_kept)
-        evicted.evicted_tokens, evicted.safe_at = evicted_tokens, safe_at
+        end = evicted_tokens // self.block_size
+        evicted.to_free.append(ReplacedBlocks(safe_at, end, evicted.kept))
+        evicted.kept = self.block_pool.get_new_blocks(num_kept)
+        evicted.evicted_tokens = evicted_tokens
         ids = tuple(block.block_id for block in evicted.kept)
         self._orders[request_id] = EvictionOrder(evicted_tokens, ids)
 
-    def _last_eviction(self, request_id: str) -> tuple[int, int] | None:
-        """E and M of a request's last eviction; None while its replaced blocks are held."""
+    def _last_eviction(self, request_id: str) -> tuple[int, int]:
+        """E and M of a request's last eviction; zeros if it has not been evicted."""
         evicted = self._evicted.get(request_id)
-        if evicted is None:
-            return 0, 0
-        return (evicted.evicted_tokens, len(evicted.kept)) if evicted.safe_at is None else None
+        return (evicted.evicted_tokens, len(evicted.kept)) if evicted else (0, 0)
 
     def _freed_by(self, request_id: str, evicted_tokens: int) -> int:
         """Blocks that would return to the pool with the first tokens of a full cache."""
@@ -300,9 +310,9 @@ class EvictionBlockManager(FullAttentionManager):
     def _blocks_to_free(self) -> int:
         """Blocks that evictions have replaced and that are not free yet."""
         return sum(
-            self._freed_by(request_id, evicted.evicted_tokens) + len(evicted.replaced)
+            self._freed_by(request_id, evicted.evicted_tokens) + len(evicted.blocks_to_free)
             for request_id, evicted in self._evicted.items()
-            if evicted.safe_at is not None
+            if evicted.to_free
         )
 
     def _bound_of(self, request_id: str, plan: EvictionPlan) -> AnswerBound | None:
@@ -317,7 +327,8 @@ class EvictionBlockManager(FullAttentionManager):
         num_blocks = len(self.req_to_blocks.get(request_id, ()))
         if (evicted := self._evicted.get(request_id)) is None:
             return num_blocks
-        return num_blocks - evicted.freed_columns + len(evicted.kept) + len(evicted.replaced)
+        kept = len(evicted.kept) + len(evicted.blocks_to_free)
+        return num_blocks - evicted.freed_columns + kept
 
     def _renew_cached_copies(self, request: Request, num_tokens: int) -> list[int]:
         """Indices of a request's new full blocks whose contents the prefix cache already has.

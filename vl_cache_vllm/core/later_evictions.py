@@ -90,8 +90,7 @@ class LaterEvictions:
 
     Args:
         block_size: tokens per block.
-        replaced: E and M of a request's last eviction, zeros if it has not been evicted; None while
-            the step of that eviction is not processed.
+        last_eviction: E and M of a request's last eviction, zeros if it has not been evicted.
         freed_by: blocks that return to the pool if a request's first E tokens are replaced: those
             that no other request holds.
         has_drafts: whether tokens of steps that have not been processed may be rejected.
@@ -100,11 +99,12 @@ class LaterEvictions:
     def __init__(
         self,
         block_size: int,
-        replaced: Callable[[str], tuple[int, int] | None],
+        last_eviction: Callable[[str], tuple[int, int]],
         freed_by: Callable[[str, int], int],
         has_drafts: bool = False,
     ) -> None:
-        self._block_size, self._replaced, self._freed_by = block_size, replaced, freed_by
+        self._block_size, self._last_eviction = block_size, last_eviction
+        self._freed_by = freed_by
         self._has_drafts = has_drafts
         self._bounds: dict[str, AnswerBound] = {}
         self.due: dict[str, LaterEviction] = {}
@@ -136,10 +136,10 @@ class LaterEvictions:
         self.due = {}
         observed = 0
         for request_id, bound in self._bounds.items():
-            request, replaced = lookup(request_id), self._replaced(request_id)
-            if request is None or replaced is None:
+            request = lookup(request_id)
+            if request is None:
                 continue
-            evicted_before, kept_before = replaced
+            evicted_before, kept_before = self._last_eviction(request_id)
             evicted = self._certain_tokens(request)
             grown = (evicted - (evicted_before or bound.start)) // self._block_size
             present = kept_before + (evicted - evicted_before) // self._block_size
@@ -176,7 +176,7 @@ class LaterEvictions:
             plan = decided(request_id)
             if plan is None or plan.skip not in FULL_CACHE or request_id in self.due:
                 continue
-            if self._replaced(request_id) != (0, 0):
+            if self._last_eviction(request_id) != (0, 0):
                 continue
             evicted = self._certain_tokens(request)
             if evicted < plan.prompt_tokens // self._block_size * self._block_size:
