@@ -177,3 +177,9 @@ def read_trace_lines(path: Path) -> list[dict[str, Any]]:
 def read_trace(path: Path) -> dict[str, dict[str, Any]]:
     """The last trace record of each request. vLLM appends a random suffix to the ids of `LLM`."""
     return {record["request_id"]: record for record in read_trace_lines(path)}
+
+
+def held_positions(record: dict[str, Any]) -> list[list[list[int]]]:
+    """Positions that each layer and KV head has after a first eviction, with the tail."""
+    tail = range(record["evicted_tokens"], record["tokens"])
+    return [[[*head, *tail] for head in layer] for layer in record["kept_positions"]]

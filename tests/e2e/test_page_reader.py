@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from evaluation import accuracy, sweep
 from evaluation.benches import ImageBench
 from evaluation.cases import page_reader_cases
-from testing.engine import read_trace, running_llm
+from testing.engine import held_positions, read_trace, running_llm
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
 
@@ -101,7 +101,7 @@ def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) ->
     for case, record in zip(cases, records, strict=True):
         found = sweep.evict(reader.ask(reader.read(case), case), config, 32)
         assert found is not None
-        for layer, expected in zip(found, record["kept_positions"], strict=True):
+        for layer, expected in zip(found, held_positions(record), strict=True):
             for head, positions in zip(layer.tolist(), expected, strict=True):
                 # Rounding decides between scores that are nearly equal.
                 assert len(head) == len(positions)

@@ -16,7 +16,7 @@ from evaluation.benches import PretrainedBench
 from evaluation.offline import OfflinePretrained
 from evaluation.pretrained import build_model
 from evaluation.pretrained.tasks import PretrainedCase, pretrained_cases
-from testing.engine import greedy, read_trace, running_llm, token_ids
+from testing.engine import greedy, held_positions, read_trace, running_llm, token_ids
 from vl_cache_vllm.config import KVCompressConfig
 
 CASES = 10
@@ -98,7 +98,7 @@ def test_the_offline_sweep_keeps_and_answers_like_vllm(
         prompt = reader.ask(read[case.before], case)
         positions = sweep.evict(prompt, config, 32)
         assert positions is not None
-        for layer, expected in zip(positions, record["kept_positions"], strict=True):
+        for layer, expected in zip(positions, held_positions(record), strict=True):
             for head, kept in zip(layer.tolist(), expected, strict=True):
                 # Rounding decides between scores that are nearly equal.
                 assert len(head) == len(kept)

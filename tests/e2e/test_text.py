@@ -7,7 +7,7 @@ import pytest
 
 from testing import engine as harness
 from testing import tiny_models
-from testing.engine import read_trace
+from testing.engine import held_positions, read_trace
 
 BLOCK = 32
 TEXT = {"prompt": "USER: " + "Once upon a time there was a cache that kept everything. " * 9}
@@ -34,14 +34,15 @@ def test_text_only_prompts_are_evicted_too(model: Path, tmp_path: Path, policy: 
         assert harness.eviction_stats(llm).evicted == 3
     first, _, again = read_trace(trace).values()
     tokens = len(outputs[0].prompt_token_ids)
-    assert first["prompt_tokens"] == tokens > 400
-    assert first["kept_blocks"] == -(-first["prompt_blocks"] // 4)
+    assert first["tokens"] == tokens > 400
+    assert first["kept_blocks"] == -(-first["blocks"] // 4)
     assert again["kept_positions"] == first["kept_positions"]
     assert harness.token_ids(outputs[2]) == harness.token_ids(outputs[0])
     assert (outputs[2].num_cached_tokens > 0) == (policy != "h2o")  # which observes everything
     if policy == "streamingllm":
         kept = first["kept_blocks"] * BLOCK
-        expected = [*range(4), *range(tokens - kept + 4, tokens)]
+        end = tokens // BLOCK * BLOCK  # what stands behind stays, too
+        expected = [*range(4), *range(end - kept + 4, end)]
         for layer in first["kept_positions"]:
             assert all(sorted(head) == expected for head in layer)
 
@@ -67,6 +68,6 @@ def test_keep_text(model: Path, tmp_path: Path) -> None:
     ids = output.prompt_token_ids
     text = {i for i, token in enumerate(ids) if token != image_token}
     assert 10 < len(text) < min(record["kept_tokens"])
-    heads = [set(head) for layer in record["kept_positions"] for head in layer]
+    heads = [set(head) for layer in held_positions(record) for head in layer]
     assert all(text <= head for head in heads)
     assert len({frozenset(head) for head in heads}) > 1

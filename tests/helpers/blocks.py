@@ -66,7 +66,9 @@ class _StubScheduler:
 
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         self.kv_cache_manager = kv_cache_manager
-        self.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cpu"))
+        self.vllm_config = SimpleNamespace(
+            device_config=SimpleNamespace(device_type="cpu"), speculative_config=None
+        )
         self.requests: dict[str, Request] = {}
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
