@@ -66,7 +66,9 @@ def test_record(stat_logger: KVCompressStatLogger) -> None:
     stat_logger.record(None, None, engine_idx=1)
     assert value("evicted_requests_total", 1) == 2
     assert value("skipped_requests_total", 1, reason="text_only") == 4
-    assert value("freed_tokens_total", 1) == 36
+    assert value("freed_tokens_total", 1) == 32
+    assert value("evictions_total", 1, trigger="prefill") == 2
+    assert value("evictions_total", 1, trigger="every") == 0
     assert value("freed_blocks_total", 1) == 7
     assert value("retained_ratio_sum", 1) == pytest.approx(4 / 7)
     assert value("observation_seconds_sum", 1) == pytest.approx(0.02)
@@ -95,7 +97,7 @@ def test_the_line_of_an_interval() -> None:
     stats.freed_blocks = 5
     assert interval(stats) == (
         "KV compression: evicted 1 reqs, skipped 3 (2 text_only, 1 no_post_vision_tokens), "
-        "retained 28.6%, freed 5 blocks and 18 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
+        "retained 28.6%, freed 5 blocks and 16 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
         "compaction 2.0 ms, blocks held 5, pressure on"
     )
     assert interval(EvictionStats(skipped=stats.skipped)) == (
@@ -112,7 +114,7 @@ def test_the_line_of_an_interval() -> None:
     )
     assert interval(stats, more) == (
         "KV compression: evicted 4 reqs, skipped 3 (2 text_only, 1 no_post_vision_tokens), "
-        "retained 17.1%, freed 9 blocks and 38 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
+        "retained 17.1%, freed 9 blocks and 36 tokens, layers 10.0 to 30.0%, observation 10.0 ms, "
         "compaction 2.0 ms, blocks held 1, pressure off"
     )
 
@@ -159,6 +161,7 @@ def test_the_dashboard_asks_for_metrics_that_exist(stat_logger: KVCompressStatLo
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours} >= shown - {
         "vllm:kv_compress_evicted_requests",
         "vllm:kv_compress_skipped_requests",
+        "vllm:kv_compress_evictions",
         "vllm:kv_compress_freed_blocks",
         "vllm:kv_compress_freed_tokens",  # the created-at samples of counters
         "vllm:kv_compress_freed_tokens_total",

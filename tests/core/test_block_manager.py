@@ -153,7 +153,7 @@ def test_life_of_a_request() -> None:
 
     engine.free(request)
     assert engine.num_held == 0
-    assert engine.harness.eviction_stats.evicted_requests == 1
+    assert engine.harness.eviction_stats.evicted == 1
     assert not engine.harness.eviction_stats.skipped
 
 
@@ -336,7 +336,7 @@ def test_requests_that_are_not_evicted_are_plain(changes: dict[str, int], skip: 
         engine.decode(request)
     assert all(engine.hashed(engine.row(request)[: request.num_computed_tokens // BLOCK_SIZE]))
     assert engine.harness.eviction_stats.skipped == Counter({skip.value: 1})
-    assert engine.harness.eviction_stats.evicted_requests == 0
+    assert engine.harness.eviction_stats.evicted == 0
 
 
 def test_a_refusal_is_remembered_when_its_reason_is_gone() -> None:
@@ -369,7 +369,7 @@ def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
     engine.decode(request)
     assert engine.row(request)[:9] == [0] * 9
     assert engine.num_held == 3 + 1
-    assert engine.harness.eviction_stats.evicted_requests == 2
+    assert engine.harness.eviction_stats.evicted == 2
 
 
 def test_admission_asks_for_prompt_and_kept_blocks() -> None:
@@ -397,10 +397,10 @@ def test_a_failed_allocation_changes_nothing() -> None:
     assert engine.orders() == {}
     assert engine.row(request) == before
     assert engine.num_held == 6
-    assert engine.harness.eviction_stats.evicted_requests == 0
+    assert engine.harness.eviction_stats.evicted == 0
     engine.free(other)
     assert engine.step(request, 10)
-    assert engine.harness.eviction_stats.evicted_requests == 1
+    assert engine.harness.eviction_stats.evicted == 1
 
 
 def test_a_prompt_that_could_never_fit_with_its_kept_blocks_is_not_evicted() -> None:

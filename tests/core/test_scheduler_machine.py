@@ -171,9 +171,10 @@ class Expected:
     # Of the last eviction.
     evicted: int = 0  # E; 0: none
     kept: tuple[int, ...] = ()  # blocks
-    replaced: tuple[int, ...] = ()  # kept blocks of the eviction before, until they are freed
     num_freed: int = 0  # columns of the row
-    safe_at: int | None = None  # processed tokens from which on its blocks are freed; None: done
+    # Until their steps are processed, for each eviction: the number of processed tokens from which
+    # on its blocks are freed, E, and the kept blocks of the eviction before.
+    to_free: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     first_evicted: int = 0  # E of the first: from here on nothing more is hashed
     hashed: int = 0  # tokens that may have been hashed before
     had_stale_output: bool = False  # of steps before a preemption, after it
@@ -184,16 +185,21 @@ class Expected:
         return self.num_blocks - self.num_freed + len(self.kept) + len(self.replaced)
 
     @property
+    def replaced(self) -> tuple[int, ...]:
+        """Kept blocks of earlier evictions that are not free yet."""
+        return tuple(block for _, _, blocks in self.to_free for block in blocks)
+
+    @property
     def num_allowed(self) -> int | None:
         """The most blocks that the bound allows; None: no bound."""
         if self.bound is None:
             return None
-        # After a preemption the end of the prefill may hold and keep more than later evictions do.
-        before = self.kept if self.safe_at is None else self.replaced
-        most = max(len(before), self.bound.num_kept) + self.bound.growth
-        if not before:
-            most = max(most, self.num_prompt, self.bound.start // BLOCK_SIZE + self.bound.growth)
-        return most + 1 + (len(self.kept) if self.safe_at is not None else 0)
+        most = self.bound.num_kept + self.bound.growth + 1
+        if self.to_free or not self.kept:
+            # The prefill itself holds more, after a preemption with generated tokens.
+            whole = max(self.num_prompt, self.bound.start // BLOCK_SIZE + self.bound.growth)
+            most = max(most, whole + 1)
+        return most + (len(self.kept) + len(self.replaced) if self.to_free else 0)
 
 
 def ceil_share(share: Fraction, number: int) -> int:
@@ -322,7 +328,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         def reported() -> Any:
             stats = take_stats()
             if stats is not None:
-                self.reported["evicted"] += stats.evicted_requests
+                self.reported["evicted"] += stats.evicted
                 self.reported.update({f"by {name}": n for name, n in stats.evictions.items()})
                 self.reported["freed"] += stats.freed_blocks
                 self.reported.update({f"skip {name}": n for name, n in stats.skipped.items()})
@@ -657,21 +663,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         due: dict[str, Due] = {}
         for request_id, expected in self.expected.items():
             bound, tokens = expected.bound, self.certain(expected.request)
-            if bound is None or not expected.is_decided or expected.safe_at is not None:
+            if bound is None or not expected.is_decided:
                 continue
             if tokens - (expected.evicted or bound.start) >= bound.growth * BLOCK_SIZE:
                 present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
                 if bound.num_kept < present:
                     due[request_id] = Due("every", tokens, bound.num_kept)
-        if self.by_pressure and self.manager.decisions.pressure.is_on:
+        if self.by_pressure:
             due |= self.due_by_pressure(due)
         return due
 
     def due_by_pressure(self, due: dict[str, Due]) -> dict[str, Due]:
         """At most four of those with all of their cache, until the excess is gone."""
+        free = self.pool.get_num_free_blocks()
+        is_on = self.manager.decisions.pressure.is_on
+        if not is_on and free > self.usable // 2:
+            return {}
         excess = self.load() - int(self.high * self.usable)
         for expected in self.expected.values():
-            if expected.safe_at is not None:
+            if expected.to_free:
                 row = self.rows(expected.request.request_id)[GROUP]
                 excess -= self.last_of(row[: expected.evicted // BLOCK_SIZE])
                 excess -= len(expected.replaced)
@@ -691,18 +701,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             gain = self.last_of(replaced) - num_kept
             if gain > 0:
                 gains.append((gain, request.request_id, Due("pressure", tokens, num_kept)))
-        chosen = {}
-        for gain, request_id, eviction in sorted(gains, key=lambda entry: -entry[0])[:4]:
-            if excess <= 0:
+        if not is_on:
+            excess = 0
+        chosen: dict[str, Due] = {}
+        most_kept = max((eviction.num_kept for _, _, eviction in gains), default=0)
+        if gains:
+            excess = max(excess, 2 * (len(self.scheduler.running) + most_kept) - free)
+        for gain, request_id, eviction in sorted(gains, key=lambda entry: -entry[0]):
+            if excess <= 0 or len(chosen) == 4:
                 break
+            if eviction.num_kept > free:
+                continue
             chosen[request_id] = eviction
             excess -= gain
+            free -= eviction.num_kept
         return chosen
 
     def certain(self, request: Request) -> int:
-        """Whole blocks of processed tokens, in tokens."""
-        processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-        return processed // BLOCK_SIZE * BLOCK_SIZE
+        """Whole blocks of tokens that no rejected draft can take back, in tokens."""
+        in_flight = request.num_in_flight_tokens if self.setup.num_drafts else 0
+        return max(0, request.num_computed_tokens - in_flight) // BLOCK_SIZE * BLOCK_SIZE
 
     def last_of(self, blocks: Iterable[int]) -> int:
         """Blocks that no other request holds."""
@@ -872,17 +890,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.seen["kept room for outputs"] += 1
                 fits = False
         before = self.rows(request_id)
-        if expected.safe_at is not None:
-            if computed - request.num_in_flight_tokens >= expected.safe_at:
-                free += self.check_freeing(expected, before[GROUP])
-            else:
-                self.seen["freeing waits for a step in flight"] += 1
+        processed = computed - request.num_in_flight_tokens
+        while expected.to_free and processed >= expected.to_free[0][0]:
+            free += self.check_freeing(expected, before[GROUP])
+        self.seen["freeing waits for a step in flight"] += bool(expected.to_free)
         num_fresh = max(0, cdiv(end, BLOCK_SIZE) - held)
         missing = num_fresh + revived
         due = self.due.get(request_id)
         if due is not None:
             missing += due.num_kept
-            if due.trigger == "pressure" and missing > free:
+            if due.trigger == "every" and missing > self.usable - expected.num_held:
+                self.seen["a bound that cannot hold"] += 1
+                missing, due = missing - due.num_kept, None
+                del self.due[request_id]
+            elif due.trigger == "pressure" and missing > free:
                 self.seen["nobody is preempted for an eviction"] += not self.others
                 missing, due = missing - due.num_kept, None
                 if not self.others:
@@ -926,7 +947,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             if expected.skip is None:
                 tokens = expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
                 safe_at = expected.prompt_tokens
-                self.check_order(expected, order, "prefill", tokens, expected.num_kept, safe_at)
+                num_kept = expected.num_kept
+                if expected.bound is not None:
+                    num_kept = min(num_kept, expected.bound.num_kept)
+                self.check_order(expected, order, "prefill", tokens, num_kept, safe_at)
                 self.seen["evicted after preemption"] += request.num_preemptions > 0
             else:
                 assert order is None
@@ -938,15 +962,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_freeing(self, expected: Expected, row: list[int]) -> int:
         """The step of an eviction is processed: blocks that it replaced go back; how many."""
-        end = expected.evicted // BLOCK_SIZE
+        (_, evicted, replaced), *others = expected.to_free
+        end = evicted // BLOCK_SIZE
         columns = row[expected.num_freed : end]
         last = self.last_of(columns)
         self.seen["shared prompt freed"] += last < len(columns)
         self.seen["prompt freed"] += 1
-        last += len(expected.replaced)
+        last += len(replaced)
         self.num_freed += last
         row[:end] = [0] * end
-        expected.num_freed, expected.replaced, expected.safe_at = end, (), None
+        expected.num_freed, expected.to_free = end, tuple(others)
         return last
 
     def check_order(
@@ -973,8 +998,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen[f"evicted by {trigger}"] += 1
         self.seen["evicted again"] += expected.evicted > 0
         self.seen["evicted beside drafts"] += self.setup.num_drafts > 0
-        expected.replaced, expected.kept = expected.kept, order.kept_blocks
-        expected.evicted, expected.safe_at = tokens, safe_at
+        self.seen["evicted with an eviction in flight"] += bool(expected.to_free)
+        expected.to_free += ((safe_at, tokens, expected.kept),)
+        expected.kept, expected.evicted = order.kept_blocks, tokens
 
     def rows(self, request_id: str) -> tuple[list[int], ...]:
         """Block ids by group, 0 is null."""
@@ -1067,7 +1093,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_stats(self) -> None:
         totals = self.scheduler.eviction_stats
-        assert totals.evicted_requests == self.num_evicted
+        assert totals.evicted == self.num_evicted
         assert totals.evictions == self.num_evictions
         assert totals.skipped == {skip.value: n for skip, n in self.num_skipped.items()}
         assert totals.freed_blocks == self.num_freed

@@ -22,14 +22,14 @@ REPORT = {
 def some_stats() -> EvictionStats:
     stats = EvictionStats(blocks_held=5, pressure=True)
     stats.skipped.update(text_only=2, no_post_vision_tokens=1)
-    stats.evicted(Trigger.PREFILL, True, kept_blocks=2, blocks=7, freed_tokens=16)
+    stats.add_eviction(Trigger.PREFILL, True, kept_blocks=2, blocks=7, freed_tokens=16)
     stats.add_reports([REPORT])
     return stats
 
 
 def test_evictions_are_counted() -> None:
     stats = some_stats()
-    assert stats.evicted_requests == 1
+    assert stats.evicted == 1
     assert stats.evictions == {"prefill": 1}
     assert stats.skipped == {"text_only": 2, "no_post_vision_tokens": 1}
     assert stats.retained == Samples(1, 2 / 7, [2 / 7])
@@ -40,9 +40,9 @@ def test_evictions_are_counted() -> None:
 
 def test_a_request_that_is_evicted_again_is_one_request() -> None:
     stats = some_stats()
-    stats.evicted(Trigger.EVERY, False, kept_blocks=3, blocks=5, freed_tokens=8)
-    stats.evicted(Trigger.PRESSURE, True, kept_blocks=1, blocks=4, freed_tokens=12)
-    assert stats.evicted_requests == 2
+    stats.add_eviction(Trigger.EVERY, False, kept_blocks=3, blocks=5, freed_tokens=8)
+    stats.add_eviction(Trigger.PRESSURE, True, kept_blocks=1, blocks=4, freed_tokens=12)
+    assert stats.evicted == 2
     assert stats.evictions == {"prefill": 1, "every": 1, "pressure": 1}
     assert stats.retained.values == [2 / 7, 3 / 5, 1 / 4]
     assert stats.freed_tokens == 36
@@ -56,12 +56,12 @@ def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
 
 def test_a_sum_has_the_counts_of_both_and_the_state_of_the_later() -> None:
     later = EvictionStats(skipped=Counter(text_only=1), freed_blocks=7, blocks_held=3)
-    later.evicted(Trigger.EVERY, False, kept_blocks=1, blocks=2, freed_tokens=4)
+    later.add_eviction(Trigger.EVERY, False, kept_blocks=1, blocks=2, freed_tokens=4)
     later.add_reports([REPORT | {"layers_retained": {1: 0.5, 2: 0.25}}])
     total, before = some_stats(), some_stats()
     total += later
     assert total == EvictionStats(
-        evicted_requests=1,
+        evicted=1,
         evictions=Counter(prefill=1, every=1),
         skipped=Counter(text_only=3, no_post_vision_tokens=1),
         freed_blocks=7,

@@ -35,7 +35,7 @@ def main(model: Path) -> None:
             model, SETTINGS, speculative_config=drafts, disable_log_stats=False
         ) as llm:
             result: dict[str, Any] = {"answers": answers(llm, requests, parameters)}
-            result["evicted"] = harness.eviction_stats(llm).evicted_requests
+            result["evicted"] = harness.eviction_stats(llm).evicted
             counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
             for name in ("draft", "accepted"):
                 result[name] = counts.get(f"vllm:spec_decode_num_{name}_tokens", 0)

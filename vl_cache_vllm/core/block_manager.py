@@ -127,15 +127,21 @@ class EvictionBlockManager(FullAttentionManager):
         """
         budget = self.decisions.observation_budget
         self.later.plan_every(self._lookup, budget.has_room)
-        if self.decisions.by_pressure and self.decisions.pressure.is_on:
+        if self.decisions.by_pressure:
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
-            used = usable - self.block_pool.get_num_free_blocks() - self._blocks_to_free()
-            excess = used + demands() - int(self._config.pressure.high * usable)
+            free = self.block_pool.get_num_free_blocks()
+            excess = 0
+            if self.decisions.pressure.is_on:
+                used = usable - free - self._blocks_to_free()
+                excess = used + demands() - int(self._config.pressure.high * usable)
+            elif free > usable // 2:  # whatever the requests are, there is room for evictions
+                return
             self.later.plan_pressure(
                 running,
                 self.decisions.decided,
                 lambda request: self._config.for_request(request.sampling_params),
                 excess,
+                free,
                 budget.has_room,
             )
 
@@ -154,10 +160,13 @@ class EvictionBlockManager(FullAttentionManager):
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
         if (later := self.later.due.get(request_id)) is not None:
             with_kept = num_blocks + later.kept_blocks
-            room = self.block_pool.get_num_free_blocks() - self._num_others
-            if later.trigger is not Trigger.PRESSURE or with_kept <= room:
+            if later.trigger is Trigger.PRESSURE:  # nobody is preempted so that another is evicted
+                room = self.block_pool.get_num_free_blocks() - self._num_others
+            else:  # others are, so that a bound holds, but the request itself is not
+                room = self.block_pool.num_gpu_blocks - 1 - self._num_held(request_id)
+            if with_kept <= room:
                 return with_kept
-            del self.later.due[request_id]  # nobody is preempted so that another is evicted
+            del self.later.due[request_id]
         plan = self.decisions.plan_of(request_id)
         if (
             plan is not None
@@ -197,7 +206,8 @@ class EvictionBlockManager(FullAttentionManager):
             and num_tokens_main_model >= plan.prompt_tokens
         ):
             self.decisions.decide(request_id, plan)
-            self.later.set_bound(request_id, self._bound_of(request_id, plan))
+            bound = self._bound_of(request_id, plan)
+            self.later.set_bound(request_id, bound)
             if plan.skip is not None:
                 self._stats.skipped[plan.skip.value] += 1
             else:
@@ -205,7 +215,8 @@ class EvictionBlockManager(FullAttentionManager):
                     request_id,
                     Trigger.PREFILL,
                     self._whole_blocks(plan.prompt_tokens),
-                    plan.kept_blocks,
+                    # After a preemption the prefill includes generated tokens.
+                    min(plan.kept_blocks, bound.kept_blocks) if bound else plan.kept_blocks,
                     safe_at=plan.prompt_tokens,
                 )
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)

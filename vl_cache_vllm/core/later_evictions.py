@@ -156,18 +156,21 @@ class LaterEvictions:
         decided: Callable[[str], EvictionPlan | None],
         config_of: Callable[[Request], KVCompressConfig],
         excess: int,
+        free: int,
         has_room: Callable[[int], bool],
     ) -> None:
-        """Blocks are scarce: add running requests that still hold their full cache.
+        """Add running requests that still hold their full cache, where blocks are scarce.
 
-        Those that free most blocks come first; among equals, the ones that vLLM would preempt
+        They are if there is an excess, or if evictions would soon find no blocks for what they
+        keep. Those that free most blocks come first; among equals, the ones that vLLM would preempt
         first.
 
         Args:
             running: in vLLM's order.
             decided: the decision at the end of a request's prefill; None while it runs.
             config_of: a request's settings.
-            excess: blocks to free, more or less.
+            excess: blocks to free, more or less; 0 if the load is low.
+            free: blocks of the pool, of which evictions take their kept ones.
             has_room: whether so many more tokens may be under observation.
         """
         candidates: list[tuple[int, str, LaterEviction]] = []
@@ -187,14 +190,25 @@ class LaterEvictions:
             if gain > 0:
                 later = LaterEviction(Trigger.PRESSURE, evicted, kept)
                 candidates.append((gain, request_id, later))
+        if not candidates:
+            return
+        # What an eviction frees returns some steps later. Until then running requests take blocks,
+        # and further evictions their kept ones.
+        most_kept = max(later.kept_blocks for _, _, later in candidates)
+        excess = max(excess, 2 * (len(running) + most_kept) - free)
         candidates.sort(key=lambda candidate: -candidate[0])
+        chosen = 0
         observed = sum(self._observed(later) for later in self.due.values())
-        for gain, request_id, later in candidates[:MOST_UNDER_PRESSURE]:
-            observed += self._observed(later)
-            if excess <= 0 or not has_room(observed):
+        for gain, request_id, later in candidates:
+            if excess <= 0 or chosen == MOST_UNDER_PRESSURE:
                 break
+            if later.kept_blocks > free or not has_room(observed + self._observed(later)):
+                continue
             self.due[request_id] = later
+            chosen += 1
             excess -= gain
+            free -= later.kept_blocks
+            observed += self._observed(later)
 
     def _observed(self, later: LaterEviction) -> int:
         """Bound of the tokens of each layer that an eviction observes."""
