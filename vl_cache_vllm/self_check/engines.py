@@ -182,7 +182,7 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
 
     def generate(llm: LLM, requests: list[Any], budgets: list[float | None]) -> list[Output]:
         outputs = llm.generate(requests, [sampling(one) for one in budgets], use_tqdm=False)
-        return [[*map(_step, output.outputs[0].logprobs or ())] for output in outputs]
+        return [[*map(step_of, output.outputs[0].logprobs or ())] for output in outputs]
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(dispatch.use(setup.operations))
@@ -204,7 +204,7 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
     return EngineRun(kept, mixed, whole, max(errors, default=math.nan), len(errors))
 
 
-def _step(logprobs: Any) -> Step:
+def step_of(logprobs: Any) -> Step:
     """From vLLM's log-probabilities of one position."""
     token = next(token for token, one in logprobs.items() if one.rank == 1)
     return Step(token, {token: one.logprob for token, one in logprobs.items()})
@@ -343,7 +343,7 @@ def compare(runs: dict[EngineSetup, EngineRun]) -> Iterator[Row]:
             pages, moved = kept_difference(found, reference)
             yield Row("pages moved between layers", case, pages, 1, "of a layer")
             yield Row("kept tokens that differ", case, moved, MOVED_LIMIT, "fraction of a request")
-            error = logprob_difference(*_kept_alike(found, reference))
+            error = logprob_difference(*kept_alike(found, reference))
             yield Row(
                 "log-probabilities of the same cache",
                 case,
@@ -361,14 +361,14 @@ def compare(runs: dict[EngineSetup, EngineRun]) -> Iterator[Row]:
             yield Row("nothing evicted, against vLLM", case, error, 0.0, "log-probabilities")
 
 
-def _kept_alike(found: EngineRun, expected: EngineRun) -> tuple[list[Output], list[Output]]:
+def kept_alike(found: EngineRun, expected: EngineRun) -> tuple[list[Output], list[Output]]:
     """The outputs of both engines for requests of which they kept the same tokens, or all."""
     alike = [i for i in range(len(found.mixed)) if found.kept.get(i) == expected.kept.get(i)]
     return [found.mixed[i] for i in alike], [expected.mixed[i] for i in alike]
 
 
 def kept_difference(
-    found: EngineRun, expected: EngineRun, block_size: int = 16
+    found: EngineRun, expected: EngineRun, block_size: int = BLOCK_SIZE
 ) -> tuple[int, float]:
     """How far two engines differ in what they kept.
 
@@ -385,7 +385,7 @@ def kept_difference(
         both = total = 0
         for layer, other in zip(layers, others, strict=True):
             for head, positions in zip(layer, other, strict=True):
-                pages = max(pages, abs(len(head) - len(positions)) // BLOCK_SIZE)
+                pages = max(pages, abs(len(head) - len(positions)) // block_size)
                 both += len(set(head) & set(positions))
                 total += min(len(head), len(positions))
         moved = max(moved, 1 - both / total)
