@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "VL_CACHE_VLLM_TRY_GPU": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "PYTHONUNBUFFERED": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",  # shows what vLLM's monitor sees compiled while serving
 }
 SECONDS = {"right": 280.0, "fast": 250.0, "why": 130.0}
 
@@ -91,7 +92,10 @@ def prepare(folder: Path, out: Path, call: str) -> dict[str, str]:
     package = folder / "package"
     package.mkdir()
     paths = [*install(package), os.environ.get("PYTHONPATH", "")]
+    from vl_cache_vllm.self_check import cli
+
     return {
+        **cli.ENVIRONMENT,
         **os.environ,
         **ENVIRONMENT,
         **{name: str(path) for name, path in caches.folders(folder / "caches").items()},

@@ -68,7 +68,7 @@ def test_no_step_stops_the_next(tmp_path: Path, log: Path) -> None:
     assert [*found] == [step.name for step in steps]
     assert found["one"]["number"] == 7
     assert "the reason" in found["two"]["error"]
-    assert "in hangs" in found["three"]["error"]
+    assert "hangs (test_gpu.py" in found["three"]["error"]
     assert found["five"]["seconds_given"] <= 30
     assert "skipped" in found["six"]
     assert found["seven"]["number"] == 1

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check's engines on a CPU: Triton attention and all operations through the interpreter."""
+"""The check's engines on a CPU: Triton through its interpreter, a stand-in for FlashAttention."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from tests.helpers import flash_attention
 from tests.helpers.mutated_kernels import Fault, planted
 from vl_cache_vllm import hooks
 from vl_cache_vllm.self_check import engines
@@ -26,59 +29,96 @@ SCALE = engines.Scale(
 )
 
 
-@pytest.fixture
-def triton_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """vLLM's Triton attention on the CPU, under our backend and without it."""
-    vllm_path = AttentionBackendEnum.TRITON_ATTN.value
-    monkeypatch.setitem(hooks.CPU_BACKENDS, "CPU_ATTN", hooks.GPU_BACKENDS["TRITON_ATTN"])
-    # vLLM's kernel that writes K and V asks for its tile size.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+@contextlib.contextmanager
+def attention_of(backend: str) -> Iterator[None]:
+    """A GPU backend of vLLM's on the CPU, under ours and without it."""
+    vllm_path = AttentionBackendEnum[backend].value
     register_backend(AttentionBackendEnum.CPU_ATTN, vllm_path)
     selector._cached_get_attn_backend.cache_clear()
-    yield
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-    selector._cached_get_attn_backend.cache_clear()
+    try:
+        with mock.patch.dict(hooks.CPU_BACKENDS, CPU_ATTN=hooks.GPU_BACKENDS[backend]):
+            yield
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
 
 
-@pytest.mark.interpreter
-@pytest.mark.slow
-def test_engines_agree_and_faults_show(triton_attention: None, tmp_path: Path) -> None:
-    setups = engines.setups([None], graphs=False)
-    runs = {setup: engines.run(setup, SCALE, tmp_path / str(i)) for i, setup in enumerate(setups)}
-    rows = [*engines.compare(runs)]
+def runs_of(setups: list[EngineSetup], folder: Path) -> dict[EngineSetup, EngineRun]:
+    return {one: engines.run(one, SCALE, folder / str(i)) for i, one in enumerate(setups)}
+
+
+def assert_all_pass(rows: list[Row]) -> None:
     assert [row for row in rows if not row.passed] == []
-    assert {row.name for row in rows} == {
-        "attention against float32",
-        "requests not evicted",
-        "pages moved between layers",
-        "kept tokens that differ",
-        "log-probabilities of the same cache",
-        "nothing evicted, against vLLM",
-    }
     for row in rows:
         if row.name == "attention against float32":
             assert row.error < 1e-4
             assert "of 0 outputs" not in row.note
-        else:
-            assert row.error <= 1e-3
-    reference = runs[setups[0]]
-    assert len({len(layer[0]) for kept in reference.kept.values() for layer in kept}) > 2
-    assert math.isfinite(reference.attention_error)
+        elif row.name.startswith("log-prob"):
+            assert row.error < 1e-3
 
-    # Values are not moved to the kept blocks: the selection is right, the outputs are not.
-    fault = Fault(
-        "compact_kernel",
-        "to_page + cell + to_token * value_token_stride, value",
-        "to_page + cell + to_token * value_token_stride, 0 * value",
-        frozenset(),
-    )
-    ours = EngineSetup(None)
-    (tmp_path / "kernels").mkdir()
-    with planted(fault, tmp_path / "kernels"):
-        runs[ours] = engines.run(ours, SCALE, tmp_path / "faulty")
-    assert {(row.name, row.case) for row in failing(engines.compare(runs))} == {
-        ("log-probabilities of the same cache", str(ours))
-    }
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+def test_engines_with_triton_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # vLLM's kernel that writes K and V asks for its tile size.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with attention_of("TRITON_ATTN"):
+        rows = [*engines.compare(runs_of([EngineSetup(None)], tmp_path))]
+    assert_all_pass(rows)
+    assert len(rows) == 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+def test_engines_with_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All engines of the check pass, and planted faults fail the rows that they concern."""
+    setups = engines.setups([None], graphs=False)
+    reference, _, ours = setups
+    with attention_of("FLASH_ATTN"), flash_attention.installed():
+        runs = runs_of(setups, tmp_path)
+        rows = [*engines.compare(runs)]
+        assert_all_pass(rows)
+        assert {row.name for row in rows} == {
+            "attention against float32",
+            "requests not evicted",
+            "pages moved between layers",
+            "kept tokens that differ",
+            "log-probabilities of the same cache",
+            "nothing evicted, against vLLM",
+        }
+        kept = runs[reference].kept.values()
+        assert len({len(layer[0]) for layers in kept for layer in layers}) > 2
+
+        def with_fault(name: str) -> set[str]:
+            faulty = engines.run(ours, SCALE, tmp_path / name)
+            rows = engines.compare({**runs, ours: faulty})
+            assert {row.case for row in failing(rows)} <= {str(ours)}
+            return {row.name for row in failing(engines.compare({**runs, ours: faulty}))}
+
+        # Values are not moved to the kept blocks: the selection is right, the outputs are not.
+        fault = Fault(
+            "compact_kernel",
+            "to_page + cell + to_token * value_token_stride, value",
+            "to_page + cell + to_token * value_token_stride, 0 * value",
+            frozenset(),
+        )
+        (tmp_path / "kernels").mkdir()
+        with planted(fault, tmp_path / "kernels"):
+            assert with_fault("compact") == {"log-probabilities of the same cache"}
+
+        # Tokens are ranked upside down.
+        fault = Fault("_keys", "(bits >> 31) | -2147483648", "~(bits >> 31)", frozenset())
+        with planted(fault, tmp_path / "kernels"):
+            assert "kept tokens that differ" in with_fault("select")
+
+        # The last block of keys is left out.
+        blocks = flash_attention.key_blocks
+        monkeypatch.setattr(
+            flash_attention,
+            "key_blocks",
+            lambda length, split, number: blocks(max(1, length - 16), split, number),
+        )
+        assert "attention against float32" in with_fault("attention")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_step_that_crashes_says_how() -> None:
 
 def test_a_step_and_its_children_end_at_the_time_limit(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with pytest.raises(StepError, match=r"time limit of 1 s in .*in hang"):
+    with pytest.raises(StepError, match=r"time limit of 1 s in .*hang \(test_steps.py:\d+\)"):
         run_step(hang, pid_file, seconds=1)
 
     def is_alive() -> bool:

@@ -134,13 +134,14 @@ def check(report: Callable[[str], Any], seconds: float = 900) -> Result:
         _preload()
         runs = {}
         for setup in engines.setups(backends):
-            limit = min(ENGINE_SECONDS, end - time.monotonic())
-            if (found := _run_engine(result, setup, limit, report)) is not None:
+            if (limit := min(ENGINE_SECONDS, end - time.monotonic())) < 1:
+                _add(result, [broken("engine", str(setup), "no time is left")], report)
+            elif (found := _run_engine(result, setup, limit, report)) is not None:
                 runs[setup] = found
         _add(result, engines.compare(runs), report)
     began = time.monotonic()
     try:
-        result.times = run_step(_times, seconds=min(TIMES_SECONDS, end - time.monotonic()))
+        result.times = run_step(_times, seconds=min(TIMES_SECONDS, max(1, end - began)))
     except StepError as error:
         report(f"times: {error}")
     result.seconds["times"] = time.monotonic() - began

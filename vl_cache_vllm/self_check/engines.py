@@ -237,35 +237,39 @@ def attention_checked(backend: str | None) -> Iterator[list[float]]:
     """Compare vLLM's attention with `attention` in every call; yields the relative errors.
 
     Args:
-        backend: whose implementation is compared; None: that of Triton attention.
+        backend: whose implementation is compared; None: those of all GPU backends.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    # The path of vLLM's own class, whatever is registered in its place.
-    module, _, name = AttentionBackendEnum[backend or "TRITON_ATTN"].value.rpartition(".")
-    implementation = getattr(importlib.import_module(module), name).get_impl_cls()
-    original = implementation.forward
     errors: list[float] = []
 
-    def forward(
-        self: Any,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        arguments = layer, query, key, value, kv_cache, attn_metadata, output
-        result = original(self, *arguments, *args, **kwargs)
-        if attn_metadata is not None:
-            errors.extend(_errors(query, kv_cache, attn_metadata, self.scale, output))
-        return result
+    def checked(original: Any) -> Any:
+        def forward(
+            self: Any,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            arguments = layer, query, key, value, kv_cache, attn_metadata, output
+            result = original(self, *arguments, *args, **kwargs)
+            if attn_metadata is not None:
+                errors.extend(_errors(query, kv_cache, attn_metadata, self.scale, output))
+            return result
 
-    with mock.patch.object(implementation, "forward", forward):
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for name in [backend] if backend else GPU_BACKENDS:
+            # The path of vLLM's own class, whatever is registered in its place.
+            module, _, backend_class = AttentionBackendEnum[name].value.rpartition(".")
+            cls = getattr(importlib.import_module(module), backend_class).get_impl_cls()
+            stack.enter_context(mock.patch.object(cls, "forward", checked(cls.forward)))
         yield errors
 
 

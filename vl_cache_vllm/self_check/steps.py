@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
@@ -106,7 +107,8 @@ def _stack(pid: int, file: Path) -> str:
     deadline = time.monotonic() + SECONDS_TO_TELL
     while not (lines := file.read_text().splitlines()[1:]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return " < ".join(line.strip() for line in lines[:4]) or "unknown code"
+    frames = re.findall(r'File ".*?([^/"]*)", line (\d+) in (\w+)', "\n".join(lines))
+    return " < ".join(f"{name} ({file}:{line})" for file, line, name in frames[:10]) or "no frame"
 
 
 def _ending(code: int | None) -> str:
