@@ -35,7 +35,7 @@ def _memory() -> float:
 
 def interleaved(images: tuple[int, ...], prefills: int, decode_steps: int) -> Row:
     """Steps of three engines in turns, each step of one engine beside the same of another."""
-    from benchmarks import shape, turns
+    from benchmarks import offline, shape, turns
 
     set_vllm_environment()
     options = _options(
@@ -51,7 +51,17 @@ def interleaved(images: tuple[int, ...], prefills: int, decode_steps: int) -> Ro
             engines[name] = turns.start(model, options, name, compilation_config=NOT_COMPILED)
             say(f"{name}: started in {time.perf_counter() - began:.1f} s")
         started = _memory()
-        rows = turns.measure(turns.InterleavedEngines(engines), options)
+        interleaving = turns.InterleavedEngines(engines)
+        rows: list[Row] = []
+        failing = []
+        for cell in offline.cells(options):
+            options.images, options.batch = ([number] for number in cell)
+            try:
+                rows += turns.measure(interleaving, options)
+            except AssertionError as error:  # the other cells count all the same
+                failing.append(f"{cell[0]} images, batch {cell[1]}: {error}")
+                for engine in engines.values():
+                    engine.abort_request([str(number) for number in range(cell[1])])
     for row in rows:
         saved = row["stock_milliseconds"] - row["milliseconds"]
         say(
@@ -60,7 +70,12 @@ def interleaved(images: tuple[int, ...], prefills: int, decode_steps: int) -> Ro
             f"{row['ratio']:.4f} {row['interval']}, {-saved:+.3f} ms"
         )
     say(f"memory: {started:.1f} GiB after the start, {_memory():.1f} GiB at the end")
-    return {"rows": rows, "gib_started": started, "gib_at_the_end": _memory()}
+    return {
+        "rows": rows,
+        "failing": failing,
+        "gib_started": started,
+        "gib_at_the_end": _memory(),
+    }
 
 
 def asynchronous(images: int, batch: int, decode_steps: int, blocks: int) -> Row:
