@@ -1,8 +1,9 @@
 # vLLM's official image plus this plugin. Build context: the repository.
 #   docker build -t vl-cache-vllm .
-#   docker run --gpus all -e VL_CACHE_VLLM_TRY_GPU=1 -p 8000:8000 vl-cache-vllm MODEL --kv-compress vlcache
-# Experimental: eviction has not run on a GPU yet (docs/gpu-validation.md). Without the variable `--kv-compress`
-# is refused at start-up; without the flag vLLM is as it was.
+#   docker run --rm --gpus all -v vllm-cache:/root/.cache/vllm --entrypoint vl-cache-check vl-cache-vllm --if-needed
+#   docker run --gpus all -v vllm-cache:/root/.cache/vllm -p 8000:8000 vl-cache-vllm MODEL --kv-compress vlcache-plus
+# The first run checks eviction on this GPU and records the result in the volume (docs/gpu-validation.md). Without a
+# record that passed, `--kv-compress` is refused at start-up; without the flag vLLM is as it was.
 ARG VLLM_VERSION=v0.32.0
 FROM vllm/vllm-openai:${VLLM_VERSION}
 

@@ -129,17 +129,21 @@ def measure(engines: InterleavedEngines, options: argparse.Namespace) -> list[Ro
     return rows
 
 
-def start(model: Path, options: argparse.Namespace, engine: str) -> Any:
-    """Start an engine. It is never shut down: shutdown would end state that all engines share."""
+def start(model: Path, options: argparse.Namespace, engine: str, **changed: Any) -> Any:
+    """Start an engine. It is never shut down: shutdown would end state that all engines share.
+
+    Args:
+        changed: arguments of `vllm.LLM` that replace those of all engines.
+    """
     from vllm import LLM
 
     longest = max(options.images) * shape.VISUAL_TOKENS + options.decode_steps + 256
-    return LLM(
-        **offline.llm_arguments(model, options, engine),
-        async_scheduling=False,  # each call of `step` executes one step
-        max_model_len=longest,
-        max_num_batched_tokens=longest,
-    ).llm_engine
+    arguments = offline.llm_arguments(model, options, engine) | {
+        "async_scheduling": False,  # each call of `step` executes one step
+        "max_model_len": longest,
+        "max_num_batched_tokens": longest,
+    }
+    return LLM(**arguments | changed).llm_engine
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deployment recipes: command lines that vLLM with our flags understands and GPUs do not refuse."""
+"""Deployment recipes: command lines that vLLM with our flags reads, after a check of the GPU."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.test_cli import make_arg_parser
 from vl_cache_vllm import cli
 from vl_cache_vllm.config import get_kv_compress_config
+from vl_cache_vllm.self_check.record import COMMAND
 from vl_cache_vllm.support import TRY_GPU
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
+CACHE_MOUNT = {"name": "vllm-cache", "mountPath": "/root/.cache/vllm"}
 VARIABLES = {
     "$(LWS_GROUP_SIZE)": "2",
     "$(LWS_WORKER_INDEX)": "1",
@@ -59,35 +61,52 @@ def test_command_lines(path: Path) -> None:
     assert len(budgets) == 1  # every node is told the same
 
 
+def pods(node: Any) -> list[dict[str, Any]]:
+    """All pod specifications below a node of a manifest."""
+    if isinstance(node, list):
+        return [one for item in node for one in pods(item)]
+    if not isinstance(node, dict):
+        return []
+    found = [node] if "containers" in node else []
+    return found + [one for item in node.values() for one in pods(item)]
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_containers_with_gpus_are_let_through(path: Path) -> None:
-    found = containers([*yaml.safe_load_all(path.read_text())])
-    on_gpus = [one for one in found if "nvidia.com/gpu" in one["resources"]["limits"]]
-    assert on_gpus
-    for container in on_gpus:
-        assert {"name": TRY_GPU, "value": "1"} in container.get("env", []), container["name"]
+def test_a_check_runs_before_containers_with_gpus(path: Path) -> None:
+    found = pods([*yaml.safe_load_all(path.read_text())])
+    assert found
+    for pod in found:
+        (server,), (check,) = pod["containers"], pod["initContainers"]
+        assert check["command"] == [COMMAND, "--if-needed"]
+        assert check["image"] == server["image"]
+        for container in (server, check):
+            assert int(container["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+            assert CACHE_MOUNT in container["volumeMounts"]
+        assert CACHE_MOUNT["name"] in {volume["name"] for volume in pod["volumes"]}
+        assert TRY_GPU not in str(pod)
 
 
 @pytest.mark.parametrize(
     ("name", "indent", "starts"),
     [
-        ("docs/deployment.md", "    ", ["docker run", "ray start", "ray start", "vllm serve"]),
-        ("Dockerfile", "#   ", ["docker run"]),
+        ("docs/deployment.md", "    ", ["docker run", "docker run", COMMAND, "vllm serve"]),
+        ("docs/quickstart.md", "    ", [COMMAND, "vllm serve", "vllm serve"]),
+        ("Dockerfile", "#   ", ["docker run", "docker run"]),
     ],
 )
-def test_commands_for_gpus_are_let_through(name: str, indent: str, starts: list[str]) -> None:
+def test_commands_for_gpus_check_first(name: str, indent: str, starts: list[str]) -> None:
     found = [
         (match[0], line)
         for line in commands(ROOT / name, indent)
-        if (match := re.search(r"docker run|ray start|vllm serve", line))
+        if (match := re.search(rf"docker run|vllm serve|^ +{COMMAND}", line))
     ]
-    assert [start for start, _ in found] == starts
-    for start, line in found:
-        variable, command = f"{TRY_GPU}=1", line.removeprefix(indent)
-        if start == "docker run":
-            assert "--gpus" in command and f" -e {variable} " in command
-        else:
-            assert command.startswith(f"{variable} {start} ")
+    assert [start.strip() for start, _ in found] == starts
+    docker = [line for start, line in found if start == "docker run"]
+    assert all("--gpus" in line and " -v vllm-cache:/root/.cache/vllm " in line for line in docker)
+    if docker:
+        assert f"--entrypoint {COMMAND} vl-cache-vllm --if-needed" in docker[0]
+        assert "--kv-compress" in docker[1]
+    assert TRY_GPU not in "".join(line for _, line in found)
 
 
 def test_both_examples_are_there() -> None:

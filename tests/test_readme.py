@@ -19,6 +19,7 @@ from vl_cache_vllm import cli
 from vl_cache_vllm.config import KVCompressConfig, get_kv_compress_config
 from vl_cache_vllm.core.admission import Skip
 from vl_cache_vllm.policy import POLICIES
+from vl_cache_vllm.self_check.record import COMMAND
 from vl_cache_vllm.support import TRY_GPU
 
 ROOT = Path(__file__).parent.parent
@@ -156,14 +157,15 @@ def test_shell_commands() -> None:
             assert get_kv_compress_config(parsed) is not None
             served += 1
         else:
-            assert words[:4] == ["python3", "-m", "pip", "install"] or words[0] == "curl", line
+            assert words[:4] == ["python3", "-m", "pip", "install"] or words[0] == COMMAND, line
     assert served == 3
 
 
-def test_the_gpu_comes_first_and_needs_the_variable() -> None:
-    serve = [line for line in blocks("bash") if "vllm serve" in line]
-    assert serve[0].startswith(f"{TRY_GPU}=1 vllm serve ")
-    assert not any(TRY_GPU in line for line in serve[1:])
+def test_the_gpu_comes_first_and_is_checked() -> None:
+    lines = [line for line in blocks("bash") if COMMAND in line or "vllm serve" in line]
+    assert lines[0].split()[0] == COMMAND
+    assert lines[1].startswith("vllm serve ")
+    assert TRY_GPU not in TEXT
 
 
 def test_python_statements() -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from packaging.version import InvalidVersion, Version
 
 from vl_cache_vllm.hooks import GPU_BACKENDS, SUPPORTED_VLLM
+from vl_cache_vllm.self_check.record import missing_check
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 TRY_GPU = "VL_CACHE_VLLM_TRY_GPU"
-"""Environment variable that lets an engine start on a GPU."""
+"""Environment variable that lets an engine start on a GPU without a check; for developers."""
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _OTHER_ATTENTION = {"chunked_attention", "linear_attention", "mamba"}
@@ -107,13 +108,11 @@ def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
     attention = vllm_config.attention_config
     backend = attention.backend_per_kind.get("full_attention") or attention.backend
     cache_dtype = vllm_config.cache_config.cache_dtype
+    is_nvidia = current_platform.is_cuda()
+    unchecked = missing_check() if is_nvidia and os.environ.get(TRY_GPU) != "1" else None
     checks = (
-        (
-            os.environ.get(TRY_GPU) != "1",
-            "a GPU: this release has run on CPUs only, its GPU path through Triton's interpreter; "
-            f"set {TRY_GPU}=1 to try it",
-        ),
-        (not current_platform.is_cuda(), "GPUs that are not NVIDIA's"),
+        (unchecked is not None, unchecked or ""),
+        (not is_nvidia, "GPUs that are not NVIDIA's"),
         (
             not vllm_config.use_v2_model_runner,
             "the V1 model runner on a GPU: unset VLLM_USE_V2_MODEL_RUNNER",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All measurements that need a GPU, without network access: ``python -m benchmarks.gpu``."""
+"""What a GPU must answer, in three calls of a few minutes: ``python -m benchmarks.gpu``."""

@@ -1,104 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All measurements that need a GPU, in stages of less than ten minutes each.
+"""What a GPU must answer, in three calls that together take less than fifteen minutes.
 
-    python -m benchmarks.gpu --out FOLDER [--minutes 9] [--stages kernels ...] [--list]
+    python -m benchmarks.gpu right --out OUT [--seconds 280]
+    python -m benchmarks.gpu fast --out OUT --carried FOLDER [--seconds 250]
+    python -m benchmarks.gpu why --out OUT --carried FOLDER [--seconds 130] [--steps NAME ...]
 
-A stage writes FOLDER/STAGE.json and is skipped while that file exists. A stage starts only if its
-time limit fits into the remaining ``--minutes``; the same command later continues with the rest.
-No network is needed: the models have dummy or random weights. If this package is not installed, a
-copy with its metadata is assembled in a temporary folder on PYTHONPATH.
+`right` asks whether eviction is right on this GPU; it begins with the self-check. `fast` measures
+what eviction costs and gains. `why` explains: host time, profile, memory; with ``--steps`` it runs
+any steps of any call, first those that failed. ``--list`` shows the steps.
+
+Each step has a process and a time limit of its own, and none stops the next. A step starts if at
+least half of its time is left. OUT receives at most seven files: CALL.json and CALL.log, written
+after every step, and the caches of compiled code in up to five parts of 15 MiB. A later call on
+another machine finds these in ``--carried`` and compiles nothing twice.
+
+No network is needed: the models have dummy or generated weights. If this package is not installed,
+a copy with its metadata is assembled in a temporary folder on PYTHONPATH.
 """
 
-import contextlib
+import argparse
 import importlib.metadata
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import caches
+from benchmarks.gpu.report import LOG, Report, say
+from benchmarks.gpu.step import Step
 from testing.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS_TO_STOP = 20
-_OFFLINE = ("--engines", "stock", "ours", "whole", "--repeats", "3")
-_INTERLEAVED = ("--images", "2", "8", "--prefills", "30", "--kv-cache-gib", "5")
+PREPARED = "VL_CACHE_GPU_PREPARED"
+"""Environment variable of a process whose environment `prepare` has set."""
+PACKING_SECONDS = 15.0
+ENVIRONMENT = {
+    "VL_CACHE_VLLM_TRY_GPU": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONUNBUFFERED": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",  # shows what vLLM's monitor sees compiled while serving
+}
+SECONDS = {"right": 280.0, "fast": 250.0, "why": 130.0}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A command that accepts ``--json FILE``."""
+def steps() -> dict[str, tuple[Step, ...]]:
+    """The steps of each call, in order."""
+    from benchmarks.gpu import fast, right, why
 
-    name: str
-    what: str
-    minutes: float
-    """Time limit."""
-    command: tuple[str, ...]
-
-
-def _offline(shape: str, name: str, what: str, *arguments: str) -> Stage:
-    # Three 7B engines with their caches do not fit into 80 GB.
-    command = ("benchmarks.offline", "--shape", shape, "--one-at-a-time", *_OFFLINE, *arguments)
-    return Stage(f"{name}-{shape}", what, 9, command)
-
-
-def _stages() -> tuple[Stage, ...]:
-    kernels = ("--block-size", "16", "--tokens", "2048", "8192", "32768")
-    stages = [
-        Stage(
-            "agreement",
-            "engines evict the same tokens; no device synchronisation",
-            8,
-            ("benchmarks.gpu.agreement",),
-        ),
-        Stage("oracle", "observation compared with xformers", 4, ("benchmarks.gpu.oracle",)),
-    ]
-    for shape in ("7b-mha", "7b-gqa"):
-        gib = "24" if shape == "7b-mha" else "8"
-        what = "operations compared with torch and their bandwidth bound"
-        command = ("benchmarks.kernels", "--shapes", shape, *kernels)
-        stages.append(Stage(f"kernels-{shape}", what, 5, command))
-        short = ("--images", "2", "8", "--batch", "1", "16", "--max-images", "32")
-        stages.append(
-            _offline(
-                shape,
-                "offline",
-                "one batch, prompts of 2K and 8K tokens",
-                *short,
-                "--kv-cache-gib",
-                gib,
-            )
-        )
-        long = ("--images", "32", "--batch", "1", "--max-images", "32", "--max-model-len", "65536")
-        stages.append(
-            _offline(shape, "long", "one batch, prompt of 32K tokens", *long, "--kv-cache-gib", gib)
-        )
-        what = "interleaved steps: budget 1.0 and eviction, 2K and 8K tokens"
-        batch = ("1",) if shape == "7b-mha" else ("1", "8")
-        command = (
-            "benchmarks.turns",
-            "--shape",
-            shape,
-            "--engines",
-            "whole",
-            "ours",
-            *_INTERLEAVED,
-        )
-        stages.append(Stage(f"turns-{shape}", what, 9, (*command, "--batch", *batch)))
-        what = "servers at increasing load, limited pool"
-        command = ("benchmarks.serving", "--profile", f"gpu-{shape}")
-        stages.append(Stage(f"serving-{shape}", what, 9, command))
-    return tuple(stages)
-
-
-STAGES = _stages()
+    return {"right": right.STEPS, "fast": fast.STEPS, "why": why.STEPS}
 
 
 def install(folder: Path) -> list[str]:
@@ -127,85 +81,116 @@ def install(folder: Path) -> list[str]:
     return [str(folder), str(ROOT)]
 
 
-def call(command: Sequence[str], log: Path, seconds: float, **how: Any) -> int:
-    """Run a command in its own process group, which is ended when the time is over.
+def prepare(folder: Path, out: Path, call: str) -> dict[str, str]:
+    """The environment of a call.
 
-    Returns:
-        Its exit code; -1 if it was stopped.
+    Args:
+        folder: temporary.
+        out: receives the log.
+        call: name of the call.
     """
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # Background jobs of a shell ignore SIGINT, and their children would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **how,
-        )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # lets a benchmark stop its servers
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_STOP)
-            return -1
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    package = folder / "package"
+    package.mkdir()
+    paths = [*install(package), os.environ.get("PYTHONPATH", "")]
+    from vl_cache_vllm.self_check import cli
+
+    return {
+        **cli.ENVIRONMENT,
+        **os.environ,
+        **ENVIRONMENT,
+        **{name: str(path) for name, path in caches.folders(folder / "caches").items()},
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        PREPARED: str(folder),
+        LOG: str(out / f"{call}.log"),
+    }
 
 
-def run(stages: Sequence[Stage], out: Path, minutes: float) -> list[str]:
-    """Run the stages without a result that fit into the time; return the failed ones."""
-    end = time.monotonic() + 60 * minutes
+def run(call: str, chosen: Sequence[Step], out: Path, seconds: float) -> list[str]:
+    """Run steps; the names of those that failed or found a failing row.
+
+    Args:
+        call: name of the call, and of its result files.
+        chosen: steps, in order.
+        out: receives the result file after every step.
+        seconds: time for all of them.
+    """
+    end = time.monotonic() + seconds
+    report = Report(out / f"{call}.json", call)
     failed = []
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [*install(Path(folder)), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "VL_CACHE_VLLM_TRY_GPU": "1",
-        }
-        for stage in stages:
-            result, log = out / f"{stage.name}.json", out / f"{stage.name}.log"
-            if result.exists():
-                print(f"{stage.name}: has a result", flush=True)
-                continue
-            left = end - time.monotonic()
-            if left < 60 * stage.minutes:
-                print(f"{stage.name}: not enough time, left for the next call", flush=True)
-                continue
-            print(f"{stage.name}: {stage.what}", flush=True)
-            command = [sys.executable, "-m", *stage.command, "--json", str(result)]
-            code = call(command, log, 60 * stage.minutes, cwd=folder, env=environment)
-            print(log.read_text(errors="replace")[-1500:], flush=True)
-            if code:
-                print(f"{stage.name}: FAILED ({code}); see {log}", flush=True)
-                failed.append(stage.name)
+    for step in chosen:
+        left = end - time.monotonic()
+        if left < step.seconds / 2:
+            say(f"== {step.name}: not started, {left:.0f} s left")
+            report.add(step.name, {"skipped": f"{left:.0f} s left"}, 0.0)
+            continue
+        limit = min(step.seconds, left)
+        say(f"== {step.name}: {step.question} (at most {limit:.0f} s)")
+        began = time.monotonic()
+        result = step.run(limit)
+        taken = time.monotonic() - began
+        report.add(step.name, result, taken)
+        if problem := result.get("error") or result.get("failing"):
+            failed.append(step.name)
+            say(f"== {step.name}: FAILED: {problem}")
+        say(f"== {step.name}: {taken:.1f} s")
     return failed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, json=False)
-    names = [stage.name for stage in STAGES]
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-results"))
-    parser.add_argument("--minutes", type=float, default=9.5, help="time for this call")
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE")
-    parser.add_argument("--list", action="store_true", help="list the stages and exit")
+    parser.add_argument("call", choices=sorted(SECONDS))
+    parser.add_argument("--out", type=Path, metavar="OUT", default=Path("gpu-results"))
+    parser.add_argument("--carried", type=Path, metavar="FOLDER", help="with caches of a call")
+    parser.add_argument("--seconds", type=float, help="time for the steps of this call")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, of any call")
+    parser.add_argument("--list", action="store_true", help="list the steps and exit")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
-    chosen = [stage for stage in STAGES if stage.name in options.stages]
+    out: Path = options.out.resolve()
+    if PREPARED not in os.environ and not options.list:
+        _start_again(options, out)
+    available = {step.name: step for one in steps().values() for step in one}
+    chosen = list(steps()[options.call])
+    if options.steps:
+        if unknown := set(options.steps) - set(available):
+            parser.error(f"unknown steps: {', '.join(sorted(unknown))}")
+        chosen = [available[name] for name in options.steps]
     if options.list:
-        for stage in chosen:
-            command = " ".join(["python", "-m", *stage.command])
-            print(f"{stage.name:<16}{stage.what}, at most {stage.minutes:.0f} minutes: {command}")
+        for step in chosen:
+            print(f"{step.name:<14}{step.seconds:>5.0f} s  {step.question}")
         return 0
-    failed = run(chosen, options.out, options.minutes)
-    done = sum((options.out / f"{stage.name}.json").exists() for stage in STAGES)
-    print(f"{done} of {len(STAGES)} stages have results; failed: {', '.join(failed) or 'none'}")
+    seconds = SECONDS[options.call] if options.seconds is None else options.seconds
+    folder = Path(os.environ[PREPARED])
+    if options.carried is not None:
+        say(f"caches carried: {caches.unpack(options.carried, folder / 'caches'):.1f} MiB")
+    try:
+        failed = run(options.call, chosen, out, seconds - PACKING_SECONDS)
+        say(f"caches packed: {caches.pack(folder / 'caches', out):.1f} MiB")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    say(f"{options.call}: failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
+
+
+def _start_again(options: argparse.Namespace, out: Path) -> None:
+    """Replace this process by one with the environment of `prepare`, in a neutral folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="vl-cache-gpu."))
+    environment: dict[str, Any] = prepare(folder, out, options.call)
+    command = [sys.executable, "-m", "benchmarks.gpu", options.call, "--out", str(out)]
+    if options.carried is not None:
+        command += ["--carried", str(options.carried.resolve())]
+    if options.seconds is not None:
+        command += ["--seconds", str(options.seconds)]
+    if options.steps:
+        command += ["--steps", *options.steps]
+    # Not the source tree: its package has no kernels inside.
+    os.chdir(folder)
+    os.execve(sys.executable, command, environment)
 
 
 if __name__ == "__main__":

@@ -902,4 +902,61 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm:RequestOutput", "prompt_token_ids outputs"),
         Has("vllm.outputs:CompletionOutput", "text finish_reason"),
     ),
+    "self_check/cli.py": (
+        Exists("vllm.platforms:current_platform"),
+        Called("vllm.platforms.interface:Platform.is_cuda", ""),
+        # Imported once for all engines.
+        Exists("vllm.entrypoints.llm"),
+        Exists("vllm.v1.engine.core"),
+        Exists("vllm.v1.worker.gpu_worker"),
+        Exists("vllm.v1.worker.gpu.model_runner"),
+        Exists("vllm.model_executor.models.llava"),
+    ),
+    "self_check/record.py": (
+        Exists("vllm:__version__"),
+        Exists("vllm.envs:VLLM_CACHE_ROOT"),
+        Exists("vllm.platforms:current_platform"),
+        Called("vllm.platforms.cuda:NvmlCudaPlatform.get_device_name", "device_id"),
+        Called("vllm.platforms.cuda:CudaPlatformBase.device_count", ""),
+        Called("vllm.utils.import_utils:import_pynvml", ""),
+    ),
+    "self_check/model.py": (
+        Exists("vllm.config:ModelConfig"),
+        Exists("vllm.model_executor.layers.attention:Attention"),
+        Has("vllm.model_executor.layers.attention:Attention", "impl head_size"),
+        Called("vllm.model_executor.model_loader:register_model_loader", "load_format"),
+        Abstract(
+            "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
+            "download_model load_weights",
+        ),
+        Overridden(
+            "vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model",
+            "model_config",
+        ),
+        Overridden(
+            "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+            "model, model_config",
+        ),
+    ),
+    "self_check/engines.py": (
+        Exists("vllm:LLM"),
+        Called("vllm:LLM.generate", "prompts, parameters, use_tqdm=", "list[RequestOutput]"),
+        Called("vllm:SamplingParams", "temperature=, max_tokens=, logprobs=, extra_args="),
+        Exists("vllm.platforms:current_platform"),
+        Called("vllm.platforms.cuda:NvmlCudaPlatform.get_device_capability", ""),
+        Called(
+            "vllm.v1.attention.backends.fa_utils:is_flash_attn_varlen_func_available", "", "bool"
+        ),
+        Exists(f"{BACKENDS}:AttentionBackendEnum"),
+        Has(f"{BACKENDS}:AttentionBackendEnum", "get_class FLASH_ATTN TRITON_ATTN"),
+        *(
+            row
+            for module, prefix in ((FLASH_ATTN, "FlashAttention"), (TRITON_ATTN, "TritonAttention"))
+            for row in (
+                Called(f"{module}:{prefix}Backend.supports_compute_capability", "capability"),
+                Has(f"{module}:{prefix}Metadata", "query_start_loc seq_lens block_table"),
+                Has(f"{module}:{prefix}Impl", "scale"),
+            )
+        ),
+    ),
 }

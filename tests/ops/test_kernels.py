@@ -4,12 +4,14 @@
 That they are right is tested with the operations, through the interpreter.
 """
 
+import functools
 import os
 
 import pytest
 import torch
 
 from benchmarks import kernels
+from vl_cache_vllm.self_check import operations, synthetic
 
 needs_compiler = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter"
@@ -47,24 +49,68 @@ def test_a_ratio_of_recent_tokens_is_not_compiled_in() -> None:
 
 def test_the_benchmark_compares_every_operation() -> None:
     found = kernels.compare("torch", torch.device("cpu"))
-    names = {
-        operation.name
-        for operation in kernels.SyntheticPrompt(
-            kernels.ATTENTION_SHAPES["tiny"], 208, 16, torch.device("cpu")
-        ).operations()
+    assert {row["name"].partition(":")[0] for row in found} == {
+        "observe",
+        "apportion",
+        "select",
+        "rank",
+        "compact",
+        "layer_tables",
     }
-    assert {row["operation"] for row in found} == {*names, "dense_entries"}
 
 
-def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    select = kernels.select
+@pytest.mark.parametrize("change", ["sums", "maxima"])
+def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    original = synthetic.SyntheticPrompt.observe
     calls = 0
 
-    def wrong(*args: object) -> torch.Tensor:
+    @functools.wraps(original)
+    def wrong(self: synthetic.SyntheticPrompt) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
-        return (select(*args) - calls // 3).clamp(min=0)  # type: ignore[arg-type]
+        found = original(self)
+        if calls % 2 == 0:
+            found[change][..., 0] *= 1.01
+        return found
 
-    monkeypatch.setattr(kernels, "select", wrong)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(synthetic.SyntheticPrompt, "observe", wrong)
+    with pytest.raises(AssertionError, match=f"observe: {change}"):
         kernels.compare("torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("fraction", "passes"), [(5e-5, True), (1e-3, False)])
+def test_dense_entries_may_differ_at_the_threshold(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, passes: bool
+) -> None:
+    """Two orders of summation differ there, so equality would fail for no fault."""
+    case = operations.CASES[3]
+    entries = case.shape.num_heads * case.num_queries * case.tokens
+    original = synthetic.SyntheticPrompt.observe
+    calls = 0
+
+    @functools.wraps(original)
+    def counted(self: synthetic.SyntheticPrompt) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        found = original(self)
+        found["dense entries"] += round((calls % 2) * fraction * entries)
+        return found
+
+    monkeypatch.setattr(synthetic.SyntheticPrompt, "observe", counted)
+    rows = [*operations.compare([case], torch.device("cpu"), "torch")]
+    assert all(row.passed for row in rows) == passes
+
+
+def test_times_have_bounds() -> None:
+    device = torch.device("cpu")
+    shape = synthetic.ATTENTION_SHAPES["0.5b"]
+    rows = [*kernels.measure("0.5b", 128, [4, 8], 16, ["torch"], device, ceiling=1e9)]
+    observed = [(row["operation"], row["queries"]) for row in rows]
+    assert ("observe", 8) in observed and ("select", 4) in observed
+    assert ("select", 8) not in observed
+    sums = 8 * shape.num_layers * shape.num_kv_heads * 128
+    keys = shape.num_layers * 4 * shape.head_size * (shape.num_kv_heads * 128)
+    queries = shape.num_layers * 4 * shape.head_size * (shape.num_heads * 4)
+    assert rows[0]["bytes"] == sums + keys + queries
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert "observe" in kernels.line(rows[0])

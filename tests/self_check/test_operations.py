@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of the operations: Triton's pass, and every planted fault fails its rows only."""
+
+import ast
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.mutated_kernels import KERNELS, Fault, planted
+from vl_cache_vllm.ops import dispatch, native
+from vl_cache_vllm.self_check import operations
+from vl_cache_vllm.self_check.rows import Row, failing
+from vl_cache_vllm.self_check.synthetic import AttentionShape, Case, SyntheticPrompt
+
+CPU = torch.device("cpu")
+needs_cpp = pytest.mark.skipif(not native.is_built(), reason="C++ has not been built")
+OBSERVE = frozenset({"observe: sums", "observe: maxima", "observe: dense entries"})
+# Small ones that together reach all branches, for the many faults.
+SMALL = (
+    *operations.CASES[:2],
+    dataclasses.replace(operations.CASES[3], num_queries=20),
+    operations.CASES[4],
+)
+
+
+def check(cases: tuple[Case, ...] = operations.CASES, implementation: Any = "triton") -> list[Row]:
+    return [*operations.compare(cases, CPU, implementation)]
+
+
+def names(rows: list[Row]) -> set[str]:
+    return {row.name for row in rows}
+
+
+def test_torch_passes() -> None:
+    rows = check(implementation="torch")
+    assert not failing(rows)
+    assert all(row.error == 0 for row in rows)
+
+
+@pytest.mark.interpreter
+def test_triton_passes() -> None:
+    assert not failing(check())
+
+
+def test_every_operation_has_a_row() -> None:
+    """Whatever kernels/ implements is checked, and each result of it."""
+    found = {row.name.partition(":")[0] for row in check(SMALL[:1], "torch")}
+    public = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.startswith("_")
+        and not node.decorator_list
+    }
+    aliases = {"rank"}  # kernels.select takes torch's
+    assert found == public | aliases
+
+
+def test_cases_are_odd() -> None:
+    cases = operations.CASES
+    assert {case.shape.head_size for case in cases} == {64, 80, 96, 128, 256}
+    assert {case.block_size for case in cases} == {16, 32, 48, 64}
+    assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
+    assert {1, 2, 4} <= {case.shape.num_kv_heads for case in cases}
+    for choice in ("layers_outermost", "heads_interleaved", "weighted", "grouped"):
+        assert {getattr(case, choice) for case in cases} == {True, False}
+    assert sum(case.tokens % case.block_size != 0 for case in cases) >= 5
+
+
+FAULTS = (
+    Fault("_load_queries", "kv_head * GROUP + row % GROUP", "kv_head * GROUP", OBSERVE),
+    Fault("_load_keys", "position % block_size * token_stride", "0 * token_stride", OBSERVE),
+    Fault("_logits", "2 * tl.sigmoid(2 * logits / softcap) - 1", "tl.sigmoid(logits)", OBSERVE),
+    Fault(
+        "statistics_kernel",
+        "(position[None, :] <= last_key[:, None])",
+        "(position[None, :] < last_key[:, None])",
+        OBSERVE,
+    ),
+    Fault(
+        "statistics_kernel",
+        "total * tl.exp(maximum - base) +",
+        "total +",
+        frozenset({"observe: sums", "observe: maxima"}),
+    ),
+    Fault(
+        "columns_kernel",
+        "position[None, :] <= (first_position + row // GROUP)[:, None]",
+        "position[None, :] < (first_position + row // GROUP)[:, None]",
+        OBSERVE,
+    ),
+    Fault(
+        "columns_kernel",
+        "logits >= base[:, None] + log_threshold",
+        "logits >= base[:, None] + 0.5 * log_threshold",
+        frozenset({"observe: dense entries"}),
+    ),
+    Fault(
+        "columns_kernel",
+        "tl.maximum(before, largest)",
+        "before + 0.99 * largest",
+        frozenset({"observe: maxima"}),
+    ),
+    Fault(
+        "columns_kernel",
+        "attention *= weight[:, None].to(tl.float32)",
+        "attention *= 1",
+        frozenset({"observe: sums"}),
+    ),
+    Fault("_finite", "tl.minimum(weight, 1e300)", "1.0", frozenset({"apportion"})),
+    Fault("_weight", "tl.maximum(largest, 1e-300), 1e-100", "1.0, 0.9", frozenset({"apportion"})),
+    Fault("_quota", "tl.maximum(scale * weight, 1.0)", "scale * weight", frozenset({"apportion"})),
+    Fault("_remainder", "(quota - floor) * 1e9", "(floor - quota) * 1e9", frozenset({"apportion"})),
+    Fault("apportion_kernel", "before < missing", "before <= missing", frozenset({"apportion"})),
+    Fault("_keys", "score == 0, 0.0, score", "score < 0, -score, score", frozenset({"select"})),
+    Fault("select_kernel", "number <= wanted", "number < wanted", frozenset({"select"})),
+    Fault("select_kernel", "- tl.ceil(recent)", "- tl.floor(recent)", frozenset({"select"})),
+    Fault(
+        "compact_kernel",
+        "to_page + cell + to_token * value_token_stride, value",
+        "to_page + cell + to_token * value_token_stride, 0 * value",
+        frozenset({"compact"}),
+    ),
+    Fault("compact_kernel", "ends <= page_index", "ends < page_index", frozenset({"compact"})),
+    Fault(
+        "layer_tables_kernel",
+        "prompt + page_index // num_layers, decode_start",
+        "prompt + page_index % num_layers, decode_start",
+        frozenset({"layer_tables: pages"}),
+    ),
+    Fault(
+        "layer_tables_kernel",
+        "stored = kept * block_size + length - evicted",
+        "stored = kept * block_size + length - evicted - 1",
+        frozenset({"layer_tables: lengths", "layer_tables: pages"}),
+    ),
+    Fault(
+        "layer_tables_kernel",
+        "page_id * block_size + offset % block_size",
+        "page_id * block_size + offset",
+        frozenset({"layer_tables: slots"}),
+    ),
+)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}-{fault.after}")
+def test_a_fault_fails_its_rows(fault: Fault, tmp_path: Path) -> None:
+    with planted(fault, tmp_path):
+        assert names(failing(check(SMALL))) == fault.rows
+
+
+def test_every_kernel_has_a_fault() -> None:
+    compiled = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(each).startswith("triton.jit") for each in node.decorator_list)
+    }
+    assert {fault.kernel for fault in FAULTS} == compiled
+
+
+def _nan(result: torch.Tensor) -> None:
+    result.view(-1)[0] = torch.nan
+
+
+def _one_more(result: torch.Tensor) -> None:
+    result.view(-1)[-1] += 1
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("operation", "result", "change", "row"),
+    [
+        ("observe", 4, _nan, "observe: sums"),
+        ("observe", 7, _nan, "observe: maxima"),
+        ("observe", 5, lambda dense: dense.add_(9), "observe: dense entries"),
+        ("apportion", None, _one_more, "apportion"),
+        ("select", None, lambda positions: positions[..., 0].add_(1), "select"),
+        ("rank", None, _one_more, "rank"),
+        ("compact", 0, lambda pool: pool.pages.neg_(), "compact"),
+        ("layer_tables", 5, lambda out: out.block_table.add_(1), "layer_tables: pages"),
+        ("layer_tables", 5, lambda out: out.seq_lens.add_(1), "layer_tables: lengths"),
+        ("layer_tables", 5, lambda out: _one_more(out.slot_mapping), "layer_tables: slots"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_result_fails_its_row(
+    operation: str,
+    result: int | None,
+    change: Callable[[Any], Any],
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every result of every operation; ``result``: index of an argument, None: what it returns."""
+    synthetic = importlib.import_module("vl_cache_vllm.self_check.synthetic")
+    original = getattr(synthetic, operation)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        returned = original(*args, **kwargs)
+        if dispatch._forced == "cpp":
+            change(returned if result is None else args[result])
+        return returned
+
+    monkeypatch.setattr(synthetic, operation, wrong)
+    found = names(failing(check(SMALL[:1], "cpp")))
+    assert row in found
+    assert {name.partition(":")[0] for name in found} == {operation}
+
+
+@needs_cpp
+def test_an_operation_that_raises_fails() -> None:
+    (row,) = failing(check((operations.CASES[2],), "cpp"))  # heads interleaved
+    assert row.name == "compact"
+    assert "C++" in row.note
+
+
+def test_synthetic_inputs_are_copied() -> None:
+    case = Case(AttentionShape(3, 4, 2, 16), 100, 16, heads_interleaved=True, budget=0.4)
+    prompt = SyntheticPrompt(case, CPU)
+    before = prompt.pool.pages.clone()
+    copy = prompt.to(CPU)
+    with dispatch.use("torch"):
+        first, second = (
+            {name: call() for name, call in each.calls().items()} for each in (copy, prompt.to(CPU))
+        )
+    assert torch.equal(prompt.pool.pages, before)
+    assert not torch.equal(copy.pool.pages, before)
+    for operation, results in first.items():
+        for name, result in results.items():
+            assert torch.equal(result, second[operation][name])
+    assert not prompt.step[-1].seq_lens.any()
+
+
+def test_timed_calls_are_those_of_an_eviction() -> None:
+    case = Case(AttentionShape(2, 4, 2, 16), 160, 16, num_queries=8)
+    found = SyntheticPrompt(case, CPU).operations()
+    for operation in found:
+        operation.run()
+        assert operation.num_bytes > 0
+    assert {one.name.partition(",")[0] for one in found} == {
+        "observe",
+        "apportion",
+        "select",
+        "compact",
+        "layer_tables",
+    }
