@@ -235,16 +235,17 @@ class SyntheticPrompt:
         )
         dense = torch.zeros(shape.num_layers, dtype=torch.int64, device=self.device)
         self.observe_into(columns[0], columns[1], dense)
-        later = torch.zeros_like(columns[0])
-        self._observe_one(later, torch.zeros_like(dense))
+        later = torch.zeros_like(columns)
+        self._observe_one(later[0], later[1], torch.zeros_like(dense))
         return {
             "sums": columns[0],
             "maxima": columns[1],
             "dense entries": dense,
-            "sums of one query": later,
+            "sums of one query": later[0],
+            "maxima of one query": later[1],
         }
 
-    def _observe_one(self, sums: torch.Tensor, dense: torch.Tensor) -> None:
+    def _observe_one(self, sums: torch.Tensor, maxima: torch.Tensor, dense: torch.Tensor) -> None:
         case = self.case
         params = AttentionParams(case.shape.head_size**-0.5, case.softcap, case.threshold)
         pages = self.pool.block_pages(self._prompt_row())
@@ -256,6 +257,8 @@ class SyntheticPrompt:
                 params,
                 sums[layer],
                 dense[layer],
+                None,
+                maxima[layer],
                 num_keys=self.own_pages[layer] * self.block_size,
             )
 
