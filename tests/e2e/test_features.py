@@ -27,6 +27,7 @@ from tests.e2e.test_accounting import assert_pool_is_whole
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
 SETTINGS: dict[str, Any] = {"policy": "vlcache", "budget": 0.25}
+AGAIN = {**SETTINGS, "every": 32}  # also while requests decode
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_structured_output(model: Path) -> None:
     parameters = SamplingParams(
         temperature=0, max_tokens=40, structured_outputs=StructuredOutputsParams(regex=pattern)
     )
-    with harness.engine(model, SETTINGS) as llm:
+    with harness.engine(model, AGAIN) as llm:
         outputs = llm.generate(questions(4), parameters, use_tqdm=False)
         assert harness.eviction_stats(llm).evicted == 4
     for output in outputs:
@@ -86,7 +87,7 @@ def test_several_answers_to_one_prompt(model: Path) -> None:
     def sampled(n: int, seed: int) -> SamplingParams:
         return SamplingParams(n=n, temperature=1.0, seed=seed, max_tokens=40, ignore_eos=True)
 
-    with harness.engine(model, SETTINGS) as llm:
+    with harness.engine(model, AGAIN) as llm:
         several = answers(llm, requests, sampled(3, seed=7))
         assert harness.eviction_stats(llm).evicted == 9
         for number in range(3):  # vLLM gives each answer the next seed
@@ -99,7 +100,7 @@ def test_prompt_logprobs(model: Path) -> None:
     """They come out of the prefill, which is stock vLLM's to the last bit."""
     parameters = harness.greedy(20, prompt_logprobs=1)
     found = []
-    for settings in (None, SETTINGS):
+    for settings in (None, AGAIN):
         with harness.engine(model, settings) as llm:
             outputs = llm.generate(questions(3), parameters, use_tqdm=False)
             if settings:

@@ -31,6 +31,10 @@ def stock(model: Path) -> list[list[Any]]:
         pytest.param({"policy": "vlcache", "budget": 1.0}, id="budget 1"),
         pytest.param({"policy": "vlcache", "budget": 0.1, "when": "pressure"}, id="no pressure"),
         pytest.param({"policy": "vlcache", "budget": 0.1, "min_prompt_tokens": 2000}, id="short"),
+        pytest.param(
+            {"policy": "vlcache", "budget": 0.1, "min_prompt_tokens": 2000, "every": 1000},
+            id="a bound that is not reached",
+        ),
     ],
 )
 def test_identical_to_stock(

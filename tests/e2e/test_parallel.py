@@ -11,6 +11,7 @@ import pytest
 
 from testing import engine as harness
 from testing import tiny_models
+from testing.engine import read_trace_lines
 from testing.server import chat_body, image_url, running
 from tests.helpers import ray_on_cpu
 
@@ -83,6 +84,42 @@ def test_tensor_parallel(model: Path, alone: Served, tmp_path: Path, executor: s
         heads = zip(*(part["kept_positions"] for part in parts), strict=True)
         assert [[*first, *second] for first, second in heads] == whole["kept_positions"]
     assert answers == alone[1]
+
+
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_evicted_again_while_they_decode(model: Path, tmp_path: Path, size: str) -> None:
+    """Four times in all; stages divide the same blocks among their own layers."""
+    request = harness.image_request("llava", LONG, [5])
+
+    def run(name: str, **kwargs: Any) -> tuple[list[dict], list[int]]:
+        settings = {
+            "policy": "vlcache-plus",
+            "budget": 0.25,
+            "every": 32,
+            "trace": {"path": str(tmp_path / name), "positions": True},
+        }
+        with harness.engine(model, settings, **kwargs) as llm:
+            (output,) = llm.generate([request], harness.greedy(90), use_tqdm=False)
+            assert harness.eviction_stats(llm).evictions == {"prefill": 1, "every": 3}
+        records = read_trace_lines(tmp_path / name)
+        records.sort(key=lambda one: (one["eviction"], one["layers"], one["rank"]))
+        return records, harness.token_ids(output)
+
+    alone, answer = run("alone")
+    eager = size == "tensor_parallel_size"
+    records, same = run("parallel", **{size: 2}, enforce_eager=eager)
+    assert len(records) == 2 * len(alone) == 8
+    for whole, first, second in zip(alone, records[::2], records[1::2], strict=True):
+        for part in (first, second):
+            assert part["evicted_tokens"] == whole["evicted_tokens"]
+            assert part["kept_blocks"] == whole["kept_blocks"]
+        if eager:
+            heads = zip(first["kept_positions"], second["kept_positions"], strict=True)
+            assert [[*a, *b] for a, b in heads] == whole["kept_positions"]
+        else:  # uniform budgets, so that stages keep as much; scores are shared by a stage's layers
+            assert first["kept_tokens"] + second["kept_tokens"] == whole["kept_tokens"]
+    if eager:
+        assert same == answer
 
 
 def test_more_ranks_than_kv_heads(models_dir: Path, tmp_path: Path) -> None:
