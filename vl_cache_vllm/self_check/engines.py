@@ -117,6 +117,13 @@ def supported_backends() -> list[str]:
     return found
 
 
+def number_type() -> str:
+    """The type of numbers of the engines: bfloat16, where this GPU has it."""
+    from vllm.platforms import current_platform
+
+    return "bfloat16" if current_platform.has_device_capability(80) else "float16"
+
+
 def setups(backends: Sequence[str | None], graphs: bool = True) -> list[EngineSetup]:
     """The engines to compare; the first one is the reference.
 
