@@ -944,6 +944,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Called("vllm:SamplingParams", "temperature=, max_tokens=, logprobs=, extra_args="),
         Exists("vllm.platforms:current_platform"),
         Called("vllm.platforms.cuda:NvmlCudaPlatform.get_device_capability", ""),
+        Called("vllm.platforms.cuda:NvmlCudaPlatform.has_device_capability", "capability"),
         Called(
             "vllm.v1.attention.backends.fa_utils:is_flash_attn_varlen_func_available", "", "bool"
         ),

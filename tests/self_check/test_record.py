@@ -26,6 +26,9 @@ class Platform:
     def is_cuda(self) -> bool:
         return True
 
+    def has_device_capability(self, capability: int) -> bool:
+        return capability <= 90
+
 
 @pytest.fixture
 def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:

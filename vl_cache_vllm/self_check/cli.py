@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vl_cache_vllm.hooks import GPU_BACKENDS
 from vl_cache_vllm.self_check.record import COMMAND
 from vl_cache_vllm.self_check.rows import HEADER, Row, broken, failing
 
@@ -130,6 +131,11 @@ def check(report: Callable[[str], Any], seconds: float = 900) -> Result:
     except Exception as error:  # whatever a driver raises
         backends = []
         _add(result, [broken("attention backends", "this GPU", error)], report)
+    else:
+        if not backends:
+            names = ", ".join(GPU_BACKENDS)
+            rows = [broken("attention backends", "this GPU", f"none of {names} runs here")]
+            _add(result, rows, report)
     if backends:
         _preload()
         runs = {}
@@ -197,7 +203,8 @@ def _run_engine(
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return run_step(engines.run, setup, engines.Scale(), Path(folder), seconds=seconds)
+            scale = engines.Scale(dtype=engines.number_type())
+            return run_step(engines.run, setup, scale, Path(folder), seconds=seconds)
         except StepError as error:
             _add(result, [broken("engine", str(setup), error)], report)
             return None
@@ -210,7 +217,8 @@ def _compare_operations(device: str) -> list[Row]:
 
     from vl_cache_vllm.self_check import operations
 
-    return [*operations.compare(operations.CASES, torch.device(device))]
+    cases = operations.cases_for(torch.device(device))
+    return [*operations.compare(cases, torch.device(device))]
 
 
 def _times() -> list[Time]:

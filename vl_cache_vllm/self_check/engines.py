@@ -117,6 +117,13 @@ def supported_backends() -> list[str]:
     return found
 
 
+def number_type() -> str:
+    """The type of numbers of the engines: bfloat16, where this GPU has it."""
+    from vllm.platforms import current_platform
+
+    return "bfloat16" if current_platform.has_device_capability(80) else "float16"
+
+
 def setups(backends: Sequence[str | None], graphs: bool = True) -> list[EngineSetup]:
     """The engines to compare; the first one is the reference.
 
@@ -144,7 +151,9 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
 
     from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, REQUEST_BUDGET
     from vl_cache_vllm.inspector.engine import running
+    from vl_cache_vllm.plugin import register
 
+    register()  # also if VLLM_PLUGINS lists only other plugins
     write_model(folder / "model", scale.model)
     trace = folder / "trace.jsonl"
     arguments: dict[str, Any] = {
@@ -155,7 +164,7 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
         "max_model_len": 2048,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 1 << 28,
-        "gpu_memory_utilization": 0.2,
+        "gpu_memory_utilization": 0.02,  # others may use this GPU
         "enable_prefix_caching": False,
         "limit_mm_per_prompt": {"image": 2},
         "enforce_eager": not setup.graphs,

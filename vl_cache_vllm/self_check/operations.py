@@ -8,7 +8,7 @@ tolerance, and an entry at the density threshold may count or not. Everything el
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,16 @@ CASES: tuple[Case, ...] = (
     # A long prompt: keys are split over many programs, and tables have several iterations.
     Case(AttentionShape(2, 4, 2, 128), 4099, 16, num_queries=5, budget=0.15, grouped=True),
 )
+
+
+def cases_for(device: torch.device) -> tuple[Case, ...]:
+    """The cases for a device: those in bfloat16 become float16 on GPUs that have no bfloat16."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return CASES
+    return tuple(
+        replace(case, dtype=torch.float16) if case.dtype == torch.bfloat16 else case
+        for case in CASES
+    )
 
 
 def compare(
