@@ -12,7 +12,7 @@ import pytest
 
 from evaluation.accuracy import MODEL
 from testing import tiny_models
-from testing.engine import read_trace
+from testing.engine import read_trace, read_trace_lines
 from testing.server import Server, chat_body, image_url, running, stream
 
 pytestmark = pytest.mark.server
@@ -73,8 +73,8 @@ def test_chat_completion(server: Server, model: Path, trace: Path) -> None:
     assert answer["usage"]["completion_tokens"] == 32
     records = list(read_trace(trace).values())
     assert len(records) == before + 1
-    assert records[-1]["prompt_tokens"] == answer["usage"]["prompt_tokens"]
-    assert records[-1]["kept_blocks"] < records[-1]["prompt_blocks"] // 4
+    assert records[-1]["tokens"] == answer["usage"]["prompt_tokens"]
+    assert records[-1]["kept_blocks"] < records[-1]["blocks"] // 4
 
 
 def test_an_old_name_is_warned_of_once(server: Server, trace: Path) -> None:
@@ -96,14 +96,15 @@ def test_metrics(server: Server, model: Path, trace: Path) -> None:
     server.chat(ask(model, 5))
     record = list(read_trace(trace).values())[-1]
     after = {name: metric(name) - before[name] for name in (*names, *times)}
-    kept, prompt = record["kept_blocks"], record["prompt_blocks"]
+    kept, prompt = record["kept_blocks"], record["blocks"]
+    tail = record["tokens"] - record["evicted_tokens"]
     assert after["evicted_requests_total"] == 1
-    assert after["freed_blocks_total"] == prompt
+    assert after["freed_blocks_total"] == prompt - (tail > 0)
     assert after["retained_ratio_sum"] == pytest.approx(kept / prompt)
     assert 0 < after["compaction_seconds_sum"] < 5 and 0 < after["observation_seconds_sum"] < 5
     for layer, tokens in enumerate(record["kept_tokens"]):
         share = metric("layer_retained_ratio", f'layer="{layer}"')
-        assert share == pytest.approx(tokens / record["prompt_tokens"])
+        assert share == pytest.approx((tokens + tail) / record["tokens"])
     server.chat({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4})
     assert metric("skipped_requests_total", 'reason="text_only"') >= 1
     wait_until_idle(server)
@@ -151,15 +152,34 @@ def test_a_requests_own_budget(server: Server, model: Path, trace: Path) -> None
     server.chat(ask(model, 1, vllm_xargs={"kv_budget": 0.25}))
     record = list(read_trace(trace).values())[-1]
     assert record["budget"] == 0.25
-    assert record["kept_blocks"] == -(-record["prompt_blocks"] // 4)
+    assert record["kept_blocks"] == -(-record["blocks"] // 4)
     options = '{"max_observation_tokens": 16}'
     answer = server.chat(ask(model, 1, vllm_xargs={"kv_policy_options": options}))
     assert answer["usage"]["completion_tokens"] == 32
 
 
+def test_a_request_is_evicted_again_while_it_decodes(
+    server: Server, model: Path, trace: Path
+) -> None:
+    def evictions(trigger: str) -> float:
+        return server.metric("vllm:kv_compress_evictions_total", f'trigger="{trigger}"')
+
+    before = {trigger: evictions(trigger) for trigger in ("prefill", "every")}
+    answer = server.chat(ask(model, 6, max_tokens=4 * BLOCK, vllm_xargs={"kv_evict_every": BLOCK}))
+    assert answer["usage"]["completion_tokens"] == 4 * BLOCK
+    assert evictions("prefill") == before["prefill"] + 1
+    assert evictions("every") >= before["every"] + 3
+    assert evictions("pressure") == 0
+    record = read_trace_lines(trace)[-1]
+    assert record["eviction"] >= 4
+    assert max(record["cached_tokens"]) < answer["usage"]["prompt_tokens"]
+    wait_until_idle(server)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        pytest.param({"kv_evict_every": 0}, "every must be at least 1 token", id="every-0"),
         pytest.param({"kv_budget": 7}, "kv_budget must be greater than 0", id="budget-of-7"),
         pytest.param({"kv_budget": "a"}, "kv_budget must be of type float", id="text"),
         pytest.param({"kv_policy_options": "{"}, "is not valid JSON", id="broken-json"),
