@@ -5,7 +5,7 @@
     python -m evaluation.accuracy --policies vlcache random vlcache:pooling=31,uniform_mix=0.8 \\
         --budgets 0.05 0.1 1.0 --tasks lookup row
     python -m evaluation.accuracy --model MODEL --data questions.jsonl --score anls
-    python -m evaluation.accuracy --bench pretrained --budgets 0.05 0.1 0.2 1.0
+    python -m evaluation.accuracy --bench pretrained --policies vlcache-plus snapkv@0.1
 
 By default the model is the embedded page reader and the data are its held-out pages. The bench
 `pretrained` asks a pretrained language model about pages of prose, which reach it as image
@@ -109,6 +109,19 @@ def parse_policy(text: str) -> dict[str, Any]:
         raise ValueError("the full cache is measured with budget 1.0, not as a policy")
     KVCompressConfig.from_dict(settings)
     return settings
+
+
+def split_budget(text: str) -> tuple[str, float | None]:
+    """A policy and its own budget, from ``policy`` or ``policy@budget``.
+
+    Raises:
+        ValueError: if the budget is not one.
+    """
+    policy, sign, budget = text.partition("@")
+    try:
+        return policy, _budget(budget) if sign else None
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{text!r}: {error}") from None
 
 
 def _engine_arguments(
@@ -267,7 +280,8 @@ def answered(cases: Sequence[Any], full: dict[str, Cell]) -> list[Any]:
 def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> dict[str, Any]:
     """Results of all policies: ``{policy: {budget: {cell: summary}}}``, the full cache first.
 
-    If the bench `counts_answered`, the policies get only the cases that the full cache answers.
+    A policy that has a budget of its own is measured at no other one. If the bench
+    `counts_answered`, the policies get only the cases that the full cache answers.
     """
     offline = "1" if options.data is None else "0"
     set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE=offline)
@@ -275,11 +289,13 @@ def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> 
     jobs: list[tuple[dict[str, Any] | None, list[tuple[str, float, dict[str, Any]]]]] = []
     if 1.0 in options.budgets:
         jobs.append((None, [("full cache", 1.0, {})]))
-    for settings, changes in engines(options.policies) if budgets else []:
+    own = dict(map(split_budget, options.policies))
+    wanted = {policy: budgets if budget is None else [budget] for policy, budget in own.items()}
+    for settings, changes in engines([policy for policy in own if wanted[policy]]):
         requests = [
             (policy, budget, {REQUEST_BUDGET: budget, REQUEST_OPTIONS: change})
             for policy, change in changes.items()
-            for budget in budgets
+            for budget in wanted[policy]
         ]
         jobs.append((settings, requests))
     results: dict[str, Any] = {}
@@ -442,7 +458,13 @@ def _budget(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--policies", nargs="+", default=list(DEFAULT_POLICIES), metavar="NAME[:KEY=VALUE,...]")
+    add(
+        "--policies",
+        nargs="+",
+        default=list(DEFAULT_POLICIES),
+        metavar="NAME[:KEY=VALUE,...][@BUDGET]",
+        help="policies with their settings; with @BUDGET, measured at this budget only",
+    )
     add(
         "--ablation",
         action="store_true",
@@ -504,7 +526,7 @@ def _bench(
         options.policies += [p for p in ABLATION if p not in options.policies]
     try:
         for policy in options.policies:
-            parse_policy(policy)
+            parse_policy(split_budget(policy)[0])
         if options.bench != "page-reader":
             if options.data is not None or options.score is not None or options.model != MODEL:
                 raise ValueError(f"--bench {options.bench} has its own model, data and scores")

@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from evaluation.cases import (
 )
 from evaluation.scoring import anls, characters, contains, exact, interval
 from training.pages import TASKS
+from vl_cache_vllm.config import REQUEST_BUDGET
 
 
 @pytest.mark.parametrize("split", ["tune", "test"])
@@ -116,6 +118,22 @@ def test_parse_policy(text: str, settings: dict) -> None:
     assert accuracy.parse_policy(text) == settings
 
 
+def test_a_policy_with_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def record(bench, cases, settings, requests, options):
+        asked[settings and settings["policy"]] = [r.get(REQUEST_BUDGET) for r in requests]
+        return [{} for _ in requests]
+
+    monkeypatch.setattr(accuracy, "run", record)
+    policies = ["vlcache-plus", "snapkv@0.1"]
+    arguments = ["--policies", *policies, "--budgets", "0.05", "0.2", "1.0"]
+    options = accuracy._parser().parse_args(arguments)
+    results = accuracy.measure(options, SimpleNamespace(counts_answered=False), [])
+    assert asked == {None: [None], "vlcache-plus": [0.05, 0.2], "snapkv": [0.1]}
+    assert list(results["snapkv"]) == ["0.1"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -123,6 +141,7 @@ def test_parse_policy(text: str, settings: dict) -> None:
         (["--policies", "vlcache:poling=3"], "unknown KV compression setting(s) 'poling'"),
         (["--policies", "vlcache:pooling"], "expected setting=value"),
         (["--policies", "none"], "budget 1.0"),
+        (["--policies", "vlcache@7"], "'vlcache@7': 7 is not a budget"),
         (["--budgets", "7"], "7 is not a budget"),
         (["--budgets", "0"], "0 is not a budget"),
         (["--tasks", "sum"], "unknown task(s) sum"),
