@@ -56,6 +56,8 @@ WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
 ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")
 # Batches of requests for the engine: their ends leave it partly idle, their traces fill the disk.
 BATCH = 1000
+# Where the full cache scores less, a lost answer may be the model's fault rather than the policy's.
+RELIABLE = 0.95
 PRETRAINED_DEFAULTS = dict(
     budgets=[0.05, 0.1, 0.2, 1.0],
     dtype="bfloat16",
@@ -371,10 +373,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_reliable(results: dict[str, Any], cell: str) -> bool:
+    """Whether the full cache reaches `RELIABLE` in a cell."""
+    return results["full cache"]["1.0"][cell]["score"] >= RELIABLE
+
+
 def markdown(results: dict[str, Any], budget: float) -> str:
     """Markdown tables of one budget: scores in percent, the full cache first.
 
-    Each form of the pretrained bench has a table of its own.
+    Each form of the pretrained bench has a table of its own. In them, an asterisk marks the cells
+    that the model answers less often than `RELIABLE` with its full cache.
     """
     cells = next(iter(next(iter(results.values())).values()))
     forms: dict[str, list[str]] = defaultdict(list)
@@ -382,7 +390,10 @@ def markdown(results: dict[str, Any], budget: float) -> str:
         forms[cell.partition("/")[2]].append(cell)
     tables = []
     for form, names in forms.items():
-        heads = [name.partition("/")[0] for name in names]
+        heads = [
+            name.partition("/")[0] + (" *" if form and not is_reliable(results, name) else "")
+            for name in names
+        ]
         lines = [
             f"| {form} | ".replace("  ", " ") + " | ".join(heads) + " |",
             "| --- |" + " ---: |" * len(names),

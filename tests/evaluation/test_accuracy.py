@@ -244,6 +244,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Image.open(tmp_path / "merged.png").size[0] > 600
 
 
+def test_cells_that_the_model_fails_are_marked() -> None:
+    by_cell = {"fact/chat": {"score": 0.95}, "list/chat": {"score": 0.94}}
+    results = {"full cache": {"1.0": by_cell}, "snapkv": {"0.1": by_cell}}
+    head, _, full, policy = accuracy.markdown(results, 0.1).splitlines()
+    assert head == "| chat | fact | list * |"
+    assert full == "| full cache | 95.0 | 94.0 |"
+    assert policy == "| snapkv | 95.0 | 94.0 |"
+
+
 def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("tune", "test"):
         (tmp_path / split).write_text(json.dumps({"split": split, "results": {}}))
