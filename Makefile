@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained train train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-agent train train-words clean
 
 env: $(STAMP)
 
@@ -79,6 +79,8 @@ accuracy-pretrained: env
 	$(PRETRAINED) --forms completion chat --samples 20 --policies h2o@0.1 --budgets 1.0 --json $(PARTS)-h2o.json
 	$(PRETRAINED) --forms completion chat --policies vlcache-plus $(TENTH) --json $(PARTS).json
 	$(PRETRAINED) --report $(PARTS)-h2o.json $(PARTS).json --json benchmarks/results/accuracy-pretrained.json
+
+accuracy-agent: env
 	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-first.json
 	$(RUN) $(BIN)/python -m evaluation.accuracy --bench agent --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-agent.json
 
