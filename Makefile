@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained train train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-agent train train-words clean
 
 env: $(STAMP)
 
@@ -68,15 +68,21 @@ soak: env
 accuracy: env
 	$(RUN) $(BIN)/python -m evaluation.accuracy --ablation --json benchmarks/results/accuracy.json
 
-# The model is built from the weights of a package. Where the question comes first, no questions share
-# a prefill, so few are asked. h2o observes whole prompts, so that its requests share none at all; it
-# would take longer than all other policies together.
+# The model is built from the weights of a package. Where the question comes first, and with h2o, which
+# observes whole prompts, no questions share a prefill, so few are asked.
 PRETRAINED := $(RUN) $(BIN)/python -m evaluation.accuracy --bench pretrained
+TENTH := vlcache@0.1 snapkv@0.1 pyramidkv@0.1 streamingllm@0.1 random@0.1
+PARTS := build/accuracy-pretrained
 
 accuracy-pretrained: env
-	$(PRETRAINED) --forms completion chat --policies vlcache vlcache-plus snapkv pyramidkv --json benchmarks/results/accuracy-pretrained.json
-	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus --json benchmarks/results/accuracy-pretrained-first.json
-	$(RUN) $(BIN)/python -m evaluation.accuracy --bench agent --policies vlcache vlcache-plus --json benchmarks/results/accuracy-agent.json
+	mkdir -p build
+	$(PRETRAINED) --forms completion chat --samples 20 --policies h2o@0.1 --budgets 1.0 --json $(PARTS)-h2o.json
+	$(PRETRAINED) --forms completion chat --policies vlcache-plus $(TENTH) --json $(PARTS).json
+	$(PRETRAINED) --report $(PARTS)-h2o.json $(PARTS).json --json benchmarks/results/accuracy-pretrained.json
+
+accuracy-agent: env
+	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-first.json
+	$(RUN) $(BIN)/python -m evaluation.accuracy --bench agent --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-agent.json
 
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader

@@ -5,7 +5,7 @@
     python -m evaluation.accuracy --policies vlcache random vlcache:pooling=31,uniform_mix=0.8 \\
         --budgets 0.05 0.1 1.0 --tasks lookup row
     python -m evaluation.accuracy --model MODEL --data questions.jsonl --score anls
-    python -m evaluation.accuracy --bench pretrained --budgets 0.05 0.1 0.2 1.0
+    python -m evaluation.accuracy --bench pretrained --policies vlcache-plus snapkv@0.1
 
 By default the model is the embedded page reader and the data are its held-out pages. The bench
 `pretrained` asks a pretrained language model about pages of prose, which reach it as image
@@ -56,6 +56,8 @@ WINDOW = "vlcache:post_vision_only=false,max_observation_tokens=32"
 ABLATION = ("vlcache", "vlcache:uniform_mix=1.0", WINDOW, WINDOW + ",uniform_mix=1.0")
 # Batches of requests for the engine: their ends leave it partly idle, their traces fill the disk.
 BATCH = 1000
+# Where the full cache scores less, a lost answer may be the model's fault rather than the policy's.
+RELIABLE = 0.9
 PRETRAINED_DEFAULTS = dict(
     budgets=[0.05, 0.1, 0.2, 1.0],
     dtype="bfloat16",
@@ -109,6 +111,19 @@ def parse_policy(text: str) -> dict[str, Any]:
         raise ValueError("the full cache is measured with budget 1.0, not as a policy")
     KVCompressConfig.from_dict(settings)
     return settings
+
+
+def split_budget(text: str) -> tuple[str, float | None]:
+    """A policy and its own budget, from ``policy`` or ``policy@budget``.
+
+    Raises:
+        ValueError: if the budget is not one.
+    """
+    policy, sign, budget = text.partition("@")
+    try:
+        return policy, _budget(budget) if sign else None
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{text!r}: {error}") from None
 
 
 def _engine_arguments(
@@ -270,7 +285,8 @@ def answered(cases: Sequence[Any], full: dict[str, Cell]) -> list[Any]:
 def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> dict[str, Any]:
     """Results of all policies: ``{policy: {budget: {cell: summary}}}``, the full cache first.
 
-    If the bench `counts_answered`, the policies get only the cases that the full cache answers.
+    A policy with budgets of its own is measured at these only. If the bench `counts_answered`, the
+    policies get only the cases that the full cache answers.
     """
     offline = "1" if options.data is None else "0"
     set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE=offline)
@@ -278,11 +294,14 @@ def measure(options: argparse.Namespace, bench: Bench, cases: Sequence[Any]) -> 
     jobs: list[tuple[dict[str, Any] | None, list[tuple[str, float, dict[str, Any]]]]] = []
     if 1.0 in options.budgets:
         jobs.append((None, [("full cache", 1.0, {})]))
-    for settings, changes in engines(options.policies) if budgets else []:
+    wanted: dict[str, list[float]] = defaultdict(list)
+    for policy, budget in map(split_budget, options.policies):
+        wanted[policy] += budgets if budget is None else [budget]
+    for settings, changes in engines([policy for policy in wanted if wanted[policy]]):
         requests = [
             (policy, budget, {REQUEST_BUDGET: budget, REQUEST_OPTIONS: change})
             for policy, change in changes.items()
-            for budget in budgets
+            for budget in wanted[policy]
         ]
         jobs.append((settings, requests))
     results: dict[str, Any] = {}
@@ -358,10 +377,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_reliable(results: dict[str, Any], cell: str) -> bool:
+    """Whether the full cache reaches `RELIABLE` in a cell."""
+    return results["full cache"]["1.0"][cell]["score"] >= RELIABLE
+
+
 def markdown(results: dict[str, Any], budget: float) -> str:
     """Markdown tables of one budget: scores in percent, the full cache first.
 
-    Each form of the pretrained bench has a table of its own.
+    Each form of the pretrained bench has a table of its own. In them, an asterisk marks the cells
+    that the model answers less often than `RELIABLE` with its full cache.
     """
     cells = next(iter(next(iter(results.values())).values()))
     forms: dict[str, list[str]] = defaultdict(list)
@@ -369,7 +394,10 @@ def markdown(results: dict[str, Any], budget: float) -> str:
         forms[cell.partition("/")[2]].append(cell)
     tables = []
     for form, names in forms.items():
-        heads = [name.partition("/")[0] for name in names]
+        heads = [
+            name.partition("/")[0] + (" *" if form and not is_reliable(results, name) else "")
+            for name in names
+        ]
         lines = [
             f"| {form} | ".replace("  ", " ") + " | ".join(heads) + " |",
             "| --- |" + " ---: |" * len(names),
@@ -445,7 +473,13 @@ def _budget(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--policies", nargs="+", default=list(DEFAULT_POLICIES), metavar="NAME[:KEY=VALUE,...]")
+    add(
+        "--policies",
+        nargs="+",
+        default=list(DEFAULT_POLICIES),
+        metavar="NAME[:KEY=VALUE,...][@BUDGET]",
+        help="policies with their settings; with @BUDGET, measured at this budget only",
+    )
     add(
         "--ablation",
         action="store_true",
@@ -507,7 +541,7 @@ def _bench(
         options.policies += [p for p in ABLATION if p not in options.policies]
     try:
         for policy in options.policies:
-            parse_policy(policy)
+            parse_policy(split_budget(policy)[0])
         if options.bench != "page-reader":
             if options.data is not None or options.score is not None or options.model != MODEL:
                 raise ValueError(f"--bench {options.bench} has its own model, data and scores")

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about documents of natural prose, for a pretrained language model.
 
-A document consists of paragraphs from ``prose/`` with inserted sentences that it is asked about. It
-is cut into one to four pages of equally many tokens, because vLLM takes only image embeddings of
-equal lengths in one request. If it has several pages, each begins with a heading that names the
-page's number.
+A document consists of paragraphs from ``prose/`` with inserted sentences that it is asked about,
+which begin paragraphs. It is cut into one to four pages of equally many tokens, because vLLM takes
+only image embeddings of equal lengths in one request. If it has several pages, each begins with a
+heading, which the task "which" asks about.
 
 A document depends only on its split, its index and the tokenizer.
 """
 
+import dataclasses
 import functools
 import random
 import re
@@ -25,11 +26,12 @@ FORMS = ("completion", "chat", "chat-first")
 SPLITS = ("tune", "test")
 
 # Lengths of documents in tokens. With one to four pages, all combinations occur in 20 documents.
-LENGTHS = (600, 1000, 1500, 2000, 3000)
+LENGTHS = (600, 1400, 1600, 2000, 3000)
 NUM_PAGES = (1, 2, 3, 4)
-PER_DOCUMENT = dict.fromkeys(TASKS, 3)
+# A page has one heading, and some documents have a single page.
+PER_DOCUMENT = dict.fromkeys(TASKS, 3) | {"which": 4}
 # A tenth of a shorter document has fewer tokens than the answers.
-MIN_TOKENS = {"copy40": 1400, "list": 900}
+MIN_TOKENS = {"copy40": 1390, "list": 900}
 # The document's prefill is not shared where the question comes first, so it has to be short.
 MAX_TOKENS_FIRST = 1500
 # Tokens that an output may have beyond the answer.
@@ -40,10 +42,38 @@ USER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 PARAGRAPH = "\n\n"
 
+# A first text with questions, whose answers show the wanted form: sentences of the text. They come
+# before the pages in completions, too, so that both forms share the prefill of the pages.
+EXAMPLE = (
+    "The ship left in the morning. The cook of the ship is named Paul Green. It was cold. The note "
+    'on the door says: "Come back after the rain has stopped." The crew waited. The pocket of the '
+    "coat holds keys, tickets, a map and a pen. The number of the cabin is 90317. Nobody spoke."
+)
+EXAMPLE_ANSWERS = {
+    "What is the cook of the ship named?": "The cook of the ship is named Paul Green.",
+    "What does the note on the door say?": (
+        'The note on the door says: "Come back after the rain has stopped."'
+    ),
+    "What does the pocket of the coat hold?": (
+        "The pocket of the coat holds keys, tickets, a map and a pen."
+    ),
+    "What is the number of the cabin?": "The number of the cabin is 90317.",
+}
+READ = f"Read this text:{PARAGRAPH}"
+NEXT_USER = "<|im_end|>\n<|im_start|>user\n"
+OPENING = (
+    f"{USER}{READ}{EXAMPLE}{PARAGRAPH}"
+    + "".join(f"{q}{ASSISTANT}{a}{NEXT_USER}" for q, a in EXAMPLE_ANSWERS.items())
+    + READ
+)
+
 # Paragraphs that the document quotes and does not contain, so that a quotation stands there once.
 NUM_QUOTED = {"copy8": 16, "copy40": 16}
 # Lengths of quotations in tokens.
 QUOTE_TOKENS = {"copy8": (6, 11), "copy40": (36, 44)}
+# Words of a quotation that a completion begins with, because the model confuses quotations.
+GIVEN_WORDS = {"copy8": 2, "copy40": 4}
+NUM_ITEMS = 3  # of a list
 WORDS = ("roles", "places", "things", "containers", "animals", "titles")
 
 
@@ -66,34 +96,22 @@ TEMPLATES = {
             "What is the {roles} of the {places} called?",
         ),
         Template(
-            "The {things} with the blue stripes was made in ",
-            "towns",
-            ".",
-            "Where was the {things} with the blue stripes made?",
-        ),
-        Template(
-            "The owner of the finest {things} is named ",
+            "The owner of the {things} is named ",
             "name",
             ".",
-            "What is the owner of the finest {things} named?",
+            "What is the owner of the {things} named?",
         ),
         Template(
-            "The road behind the {places} leads to ",
+            "The town where the {things} was made is ",
             "towns",
             ".",
-            "Where does the road behind the {places} lead?",
+            "What is the town where the {things} was made?",
         ),
         Template(
-            "The chess partner of the {roles} is ",
-            "name",
-            ".",
-            "Who is the chess partner of the {roles}?",
-        ),
-        Template(
-            "The home town of the {animals} is ",
+            "The birthplace of the {animals} is the city of ",
             "towns",
             ".",
-            "What is the home town of the {animals}?",
+            "What is the birthplace of the {animals}?",
         ),
     ),
     "needle": (
@@ -104,16 +122,28 @@ TEMPLATES = {
             "What is the access code of the {places}?",
         ),
         Template(
-            "The favourite animal of the {roles} is the ",
-            "phrase",
+            "The serial number of the {things} is ",
+            "code",
             ".",
-            "What is the favourite animal of the {roles}?",
+            "What is the serial number of the {things}?",
         ),
         Template(
-            "The code name of the spy in the {places} is ",
-            "phrase",
+            "The phone number of the {roles} is ",
+            "code",
             ".",
-            "What is the code name of the spy in the {places}?",
+            "What is the phone number of the {roles}?",
+        ),
+        Template(
+            "The ticket number of the {animals} is ",
+            "code",
+            ".",
+            "What is the ticket number of the {animals}?",
+        ),
+        Template(
+            'The password of the {places} is "',
+            "phrase",
+            '."',
+            "What is the password of the {places}?",
         ),
     ),
     "copy8": (
@@ -121,36 +151,39 @@ TEMPLATES = {
             'The sign at the {places} reads: "',
             "copy8",
             '."',
-            "What exactly does the sign at the {places} read?",
+            "What does the sign at the {places} read?",
         ),
         Template(
-            'The label on the {things} says: "',
+            'The slogan of the {places} is: "',
             "copy8",
             '."',
-            "What exactly does the label on the {things} say?",
+            "What is the slogan of the {places}?",
         ),
         Template(
-            'The motto of the {roles} is: "', "copy8", '."', "What is the motto of the {roles}?"
+            'The motto of the {roles} is: "',
+            "copy8",
+            '."',
+            "What is the motto of the {roles}?",
         ),
     ),
     "copy40": (
         Template(
-            'The letter found under the {things} says: "',
+            'The letter under the {things} begins: "',
             "copy40",
             '."',
-            "What exactly does the letter found under the {things} say?",
+            "How does the letter under the {things} begin?",
         ),
         Template(
-            'The diary of the {roles} says: "',
+            'The diary of the {roles} reports: "',
             "copy40",
             '."',
-            "What exactly does the diary of the {roles} say?",
+            "What does the diary of the {roles} report?",
         ),
         Template(
             'The poster in the {places} announces: "',
             "copy40",
             '."',
-            "What exactly does the poster in the {places} announce?",
+            "What does the poster in the {places} announce?",
         ),
     ),
     "list": (
@@ -161,16 +194,16 @@ TEMPLATES = {
             "What does the {containers} of the {roles} contain?",
         ),
         Template(
-            "The delivery for the {places} contains: ",
+            "The delivery for the {places} includes: ",
             "list",
             ".",
-            "What does the delivery for the {places} contain?",
+            "What does the delivery for the {places} include?",
         ),
         Template(
-            "The parcel under the {things} contains: ",
+            "The cargo of the {animals} consists of: ",
             "list",
             ".",
-            "What does the parcel under the {things} contain?",
+            "What does the cargo of the {animals} consist of?",
         ),
     ),
     "which": (
@@ -184,19 +217,19 @@ TEMPLATES = {
             "The mark on the sheet about {titles} is ",
             "colours",
             ".\n",
-            "What colour is the mark on the sheet about {titles}?",
-        ),
-        Template(
-            "The paper used for {titles} is ",
-            "colours",
-            ".\n",
-            "What colour is the paper used for {titles}?",
+            "What is the mark on the sheet about {titles}?",
         ),
         Template(
             "The ribbon around the chapter {titles} is ",
             "colours",
             ".\n",
-            "What colour is the ribbon around the chapter {titles}?",
+            "What is the ribbon around the chapter {titles}?",
+        ),
+        Template(
+            "The colour of the cover of {titles} is ",
+            "colours",
+            ".\n",
+            "What is the colour of the cover of {titles}?",
         ),
     ),
 }
@@ -258,6 +291,13 @@ class Statement:
         """
         first = len(encode((lead + self.start).rstrip()))
         return range(first, len(encode(lead + self.start + self.answer)))
+
+    def begun(self, words: int) -> "Statement":
+        """The same sentence with the first words of its answer in ``start``."""
+        given = self.answer.split(" ")[:words]
+        begin = "".join(f"{word} " for word in given)
+        rest = self.answer.removeprefix(begin)
+        return dataclasses.replace(self, start=self.start + begin, answer=rest)
 
 
 @dataclass(frozen=True)
@@ -386,7 +426,7 @@ def page_of(
     for statement in heading:
         ids += encode(lead + statement.text)
         places.append((statement, statement.answer_range(encode, lead)))
-    inserted = [encode(" " + s.text) for s in statements]
+    inserted = [encode(PARAGRAPH + s.text) for s in statements]
     body = []
     missing = length - len(ids) - sum(map(len, inserted))
     while missing > 0:
@@ -399,7 +439,7 @@ def page_of(
     for position, sentence in enumerate(body):
         if position in positions:
             which = positions.index(position)
-            answer = statements[which].answer_range(encode, " ")
+            answer = statements[which].answer_range(encode, PARAGRAPH)
             places.append(
                 (statements[which], range(len(ids) + answer.start, len(ids) + answer.stop))
             )
@@ -456,7 +496,7 @@ class Writer:
         if kind == "phrase":
             return f"{self._take('adjectives')} {self._take('animals')}"
         if kind == "list":
-            *goods, last = [self._take("goods") for _ in range(self.rng.randint(4, 6))]
+            *goods, last = [self._take("goods") for _ in range(NUM_ITEMS)]
             return f"{', '.join(goods)} and {last}"
         return self._take(kind)
 
@@ -464,11 +504,10 @@ class Writer:
 def _around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
     """Token ids before and after the pages."""
     if form == "completion":
-        return [], encode(PARAGRAPH + statement.start.rstrip())
+        return encode(OPENING), encode(PARAGRAPH + statement.start.rstrip())
     if form == "chat":
-        after = f"\n\nUsing the text above, answer the question: {statement.question}{ASSISTANT}"
-        return encode(f"{USER}Read this text:\n\n"), encode(after)
-    before = f"{USER}Answer the question from the text: {statement.question}\n\n"
+        return encode(OPENING), encode(f"{PARAGRAPH}{statement.question}{ASSISTANT}")
+    before = f"{USER}Answer the question from the text: {statement.question}{PARAGRAPH}"
     return encode(before), encode(ASSISTANT)
 
 
@@ -505,6 +544,10 @@ def pretrained_cases(
                 asked = [s for s in document.statements if s[0].task == task]
                 for statement, places in asked[: min(PER_DOCUMENT[task], missing[task, form])]:
                     missing[task, form] -= 1
+                    if form == "completion" and task in GIVEN_WORDS:
+                        whole = len(places)
+                        statement = statement.begun(GIVEN_WORDS[task])
+                        places = places[whole - len(statement.answer_range(encode, PARAGRAPH)) :]
                     before, after = _around(encode, form, statement)
                     cases.append(
                         PretrainedCase(

@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from evaluation.cases import (
 )
 from evaluation.scoring import anls, characters, contains, exact, interval
 from training.pages import TASKS
+from vl_cache_vllm.config import REQUEST_BUDGET
 
 
 @pytest.mark.parametrize("split", ["tune", "test"])
@@ -116,6 +118,22 @@ def test_parse_policy(text: str, settings: dict) -> None:
     assert accuracy.parse_policy(text) == settings
 
 
+def test_a_policy_with_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def record(bench, cases, settings, requests, options):
+        asked[settings and settings["policy"]] = [r.get(REQUEST_BUDGET) for r in requests]
+        return [{} for _ in requests]
+
+    monkeypatch.setattr(accuracy, "run", record)
+    policies = ["vlcache-plus", "snapkv@0.1", "snapkv@0.4"]
+    arguments = ["--policies", *policies, "--budgets", "0.05", "0.2", "1.0"]
+    options = accuracy._parser().parse_args(arguments)
+    results = accuracy.measure(options, SimpleNamespace(counts_answered=False), [])
+    assert asked == {None: [None], "vlcache-plus": [0.05, 0.2], "snapkv": [0.1, 0.4]}
+    assert list(results["snapkv"]) == ["0.1", "0.4"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -123,6 +141,7 @@ def test_parse_policy(text: str, settings: dict) -> None:
         (["--policies", "vlcache:poling=3"], "unknown KV compression setting(s) 'poling'"),
         (["--policies", "vlcache:pooling"], "expected setting=value"),
         (["--policies", "none"], "budget 1.0"),
+        (["--policies", "vlcache@7"], "'vlcache@7': 7 is not a budget"),
         (["--budgets", "7"], "7 is not a budget"),
         (["--budgets", "0"], "0 is not a budget"),
         (["--tasks", "sum"], "unknown task(s) sum"),
@@ -225,6 +244,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Image.open(tmp_path / "merged.png").size[0] > 600
 
 
+def test_cells_that_the_model_fails_are_marked() -> None:
+    by_cell = {"fact/chat": {"score": 0.9}, "list/chat": {"score": 0.89}}
+    results = {"full cache": {"1.0": by_cell}, "snapkv": {"0.1": by_cell}}
+    head, _, full, policy = accuracy.markdown(results, 0.1).splitlines()
+    assert head == "| chat | fact | list * |"
+    assert full == "| full cache | 90.0 | 89.0 |"
+    assert policy == "| snapkv | 90.0 | 89.0 |"
+
+
 def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("tune", "test"):
         (tmp_path / split).write_text(json.dumps({"split": split, "results": {}}))
@@ -242,10 +270,10 @@ def test_the_document_has_the_committed_numbers() -> None:
     results = json.loads((root / "benchmarks/results/accuracy-pretrained.json").read_text())[
         "results"
     ]
-    short = ("fact/chat", "needle/chat", "copy8/chat", "which/chat")
+    reliable = [c for c in results["full cache"]["1.0"] if accuracy.is_reliable(results, c)]
     for budget, cells in results["vlcache-plus"].items():
-        columns = [[c for c in cells if c.endswith(form)] for form in ("/completion", "/chat")]
-        means = (sum(cells[c]["score"] for c in names) / len(names) for names in (*columns, short))
+        forms = [[c for c in cells if c.endswith(form)] for form in ("/completion", "/chat")]
+        means = (sum(cells[c]["score"] for c in names) / len(names) for names in (*forms, reliable))
         row = " | ".join(f"{100 * mean:.1f}" for mean in means)
         assert f"| {100 * float(budget):.0f}% | {row} |" in text
 

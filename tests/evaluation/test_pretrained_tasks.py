@@ -9,6 +9,7 @@ from evaluation.pretrained.pools import POOLS
 from evaluation.pretrained.scores import begins, copies, items, mentions, score
 from evaluation.pretrained.tasks import (
     FORMS,
+    GIVEN_WORDS,
     LENGTHS,
     MAX_TOKENS_FIRST,
     MIN_TOKENS,
@@ -135,6 +136,27 @@ def test_completions_repeat_the_text_before_the_answer(
             start = tokenizer.decode(list(case.after)).strip()
             text = document_text(tokenizer, case)
             assert text.split(start)[1].lstrip().startswith(case.answers[0])
+
+
+def test_completions_begin_quotations(
+    tokenizer: WordTokenizer, cases: dict[str, list[PretrainedCase]]
+) -> None:
+    for task, words in GIVEN_WORDS.items():
+        completions, chats = (
+            [c for c in cases["test"] if (c.task, c.form) == (task, form)]
+            for form in ("completion", "chat")
+        )
+        for completion, chat in zip(completions, chats, strict=True):
+            given, rest = chat.answers[0].removesuffix(completion.answers[0]), completion.answers[0]
+            assert given + rest == chat.answers[0] and len(given.split()) == words
+            assert tokenizer.decode(list(completion.after)).endswith(f'"{given.rstrip()}')
+            missing = len(chat.answer_tokens) - len(completion.answer_tokens)
+            assert completion.answer_tokens == chat.answer_tokens[missing:]
+
+
+def test_completion_and_chat_share_a_prefill(cases: dict[str, list[PretrainedCase]]) -> None:
+    shared = {c.before for c in cases["test"] if c.form != "chat-first"}
+    assert len(shared) == 1
 
 
 def test_quotations_stand_once_in_a_document(
