@@ -52,8 +52,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.entrypoints.generate.base.serving:GenerateBaseServing._check_model",
         "wrap",
-        "processes that create an engine's config; acts on HTTP requests with kv_budget or "
-        "kv_policy_options",
+        "processes that create an engine's config; acts on HTTP requests with settings "
+        "of their own",
         "checks a request's own settings before its images are processed: the front end's cache "
         "must not take images that the engine will not get; every endpoint that generates calls "
         "this method first",
@@ -61,15 +61,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.entrypoints.common.offline:OfflineInferenceMixin._render_and_add_requests",
         "wrap",
-        "processes that create an engine's config; acts on requests of LLM with kv_budget or "
-        "kv_policy_options",
+        "processes that create an engine's config; acts on requests of LLM with settings "
+        "of their own",
         "the same check before LLM processes the images of the first prompt",
     ),
     Hook(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "wrap",
-        "processes that create an engine's config; acts on requests with kv_budget or "
-        "kv_policy_options, and with eviction on prompts that vLLM refuses",
+        "processes that create an engine's config; acts on requests with settings of "
+        "their own, and with eviction on prompts that vLLM refuses",
         "the same check for callers of AsyncLLM and LLMEngine; a refused prompt's new images are "
         "taken out of the front end's cache; custom logits processors could check too, but make V1 "
         "copy every sampled token to the host",
@@ -97,7 +97,7 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",
-        "our block manager and wider block-table rows",
+        "our block manager",
     ),
     *(
         Hook(

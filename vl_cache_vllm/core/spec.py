@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache spec through which vLLM finds our block manager and sizes its block-table rows."""
+"""The KV cache spec through which vLLM finds our block manager."""
 
 from __future__ import annotations
 
