@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import vl_cache_vllm.kernels
+from vl_cache_vllm import kernels
 from vl_cache_vllm.ops import dispatch
 
-KERNELS = Path(vl_cache_vllm.kernels.__file__).parent
+KERNELS = Path(str(kernels.__file__)).parent
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def planted(fault: Fault, folder: Path) -> Iterator[None]:
     assert text.count(fault.before) == 1, f"{fault.file}: {fault.before!r} must occur once"
     path = folder / f"{fault.file}.py"
     path.write_text(text.replace(fault.before, fault.after))
-    name = f"{vl_cache_vllm.kernels.__name__}.{fault.file}"
+    name = f"{kernels.__name__}.{fault.file}"
     original = importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
