@@ -53,6 +53,18 @@ def test_without_the_flag_they_are_left_alone(model: Path) -> None:
         assert harness.eviction_stats(llm).skipped == {"text_only": 1}
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "streamingllm"])
+def test_long_answers_to_text_are_bounded_with_the_flag(model: Path, policy: str) -> None:
+    """Also where the prompt is too short to be evicted itself."""
+    short = {"prompt": "USER: Tell me a long story."}
+    for text in (True, False):
+        settings = {"policy": policy, "budget": 0.25, "text": text, "every": 2 * BLOCK}
+        with harness.engine(model, settings) as llm:
+            llm.generate([TEXT, short], harness.greedy(6 * BLOCK), use_tqdm=False)
+            evictions = harness.eviction_stats(llm).evictions
+            assert evictions == ({"prefill": 1, "every": 5} if text else {})
+
+
 @pytest.mark.both_runners
 def test_keep_text(model: Path, tmp_path: Path) -> None:
     """Text around two images stays in every layer and KV head; the scores choose visual tokens."""
