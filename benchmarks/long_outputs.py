@@ -72,7 +72,7 @@ def measure(
         generated: dict[str, int] = {}
         gaps: list[float] = []
         preemptions: dict[str, int] = {}
-        running: list[int] = []  # while requests wait
+        running: list[int] = []  # in each step
         usage = 0.0
         for number, request in enumerate(requests):
             llm.llm_engine.add_request(str(number), request, params)
@@ -86,8 +86,7 @@ def measure(
                     if output.request_id in last:
                         gaps.append(now - last[output.request_id])
                     last[output.request_id], generated[output.request_id] = now, count
-            if scheduler.waiting:
-                running.append(len(scheduler.running))
+            running.append(len(scheduler.running))
             usage = max(usage, scheduler.kv_cache_manager.usage)
             for one in scheduler.requests.values():
                 preemptions[one.request_id] = one.num_preemptions
@@ -100,8 +99,8 @@ def measure(
             "pool_blocks": pool_blocks,
             "seconds": round(seconds, 1),
             "output_throughput": round(num_requests * output_len / seconds, 1),
-            "running": round(statistics.mean(running), 2) if running else num_requests,
-            "most_running": max(running, default=num_requests),
+            "running": round(statistics.mean(running), 2),
+            "most_running": max(running),
             "preemptions": sum(preemptions.values()),
             "itl_p50_ms": round(1000 * percentiles[49], 1),
             "itl_p99_ms": round(1000 * percentiles[98], 1),
