@@ -41,6 +41,16 @@ class Request(NamedTuple):
         return image_request(self.kind, QUESTION, seeds, (self.image_size, self.image_size))
 
 
+def method_model(models_dir: Path, heads: str, image_size: int) -> Path:
+    """A tiny LLaVA with heads of the kind and images of the size."""
+    return tiny_models.build(
+        "llava",
+        models_dir / f"method-{heads}-{image_size}",
+        num_kv_heads=NUM_KV_HEADS[heads],
+        image_size=image_size,
+    )
+
+
 def images_of(request: dict[str, Any]) -> list[Image.Image]:
     images = request["multi_modal_data"]["image"]
     return images if isinstance(images, list) else [images]
@@ -155,12 +165,7 @@ def test_the_paper(
     load_oracle: Callable[[Path], Oracle],
 ) -> None:
     size = IMAGE_SIZE[block_size]
-    model = tiny_models.build(
-        "llava",
-        models_dir / f"method-{heads}-{size}",
-        num_kv_heads=NUM_KV_HEADS[heads],
-        image_size=size,
-    )
+    model = method_model(models_dir, heads, size)
     check(load_oracle(model), model, "llava", size, Settings(budget, block_size), tmp_path)
 
 
@@ -197,7 +202,7 @@ def test_beyond_the_paper(
     load_oracle: Callable[[Path], Oracle],
 ) -> None:
     size = IMAGE_SIZE[32]
-    model = tiny_models.build("llava", models_dir / f"method-gqa-{size}", image_size=size)
+    model = method_model(models_dir, "gqa", size)
     oracle = load_oracle(model)
     settings = Settings(budget=0.1, block_size=32, **parameters)
     with_parameters = check(oracle, model, "llava", size, settings, tmp_path)

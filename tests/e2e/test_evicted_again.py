@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from testing import tiny_models
 from testing.engine import engine, greedy, logprobs, read_trace_lines, token_ids
 from testing.oracle import Continuation, Decision, Eviction, Oracle, Settings
 from tests.e2e.test_against_oracle import (
     IMAGE_SIZE,
     MAX_MODEL_LEN,
     MIN_SCORE_GAP,
-    NUM_KV_HEADS,
     Request,
     images_of,
     load_oracle,  # noqa: F401  a fixture
+    method_model,
 )
 
 EVICTIONS = 3  # while the request decodes, after that of its prompt
@@ -69,12 +68,7 @@ def test_three_times_while_it_decodes(
     load_oracle: Callable[[Path], Oracle],  # noqa: F811
 ) -> None:
     size = IMAGE_SIZE[block_size]
-    model = tiny_models.build(
-        "llava",
-        models_dir / f"method-{heads}-{size}",
-        num_kv_heads=NUM_KV_HEADS[heads],
-        image_size=size,
-    )
+    model = method_model(models_dir, heads, size)
     settings = Settings(0.1, block_size, every=every)
     growth = -(-every // block_size) * block_size
     num_tokens = EVICTIONS * growth + block_size + 32
@@ -110,7 +104,7 @@ def test_a_prompt_that_is_too_short_is_evicted_when_it_has_grown(
 ) -> None:
     """Its prompt is kept whole; counting starts at its end."""
     size = IMAGE_SIZE[32]
-    model = tiny_models.build("llava", models_dir / f"method-gqa-{size}", image_size=size)
+    model = method_model(models_dir, "gqa", size)
     oracle, settings = load_oracle(model), Settings(0.1, 32, every=64)
     for seed in range(0, 400, 10):
         sent = Request("llava", 1, size).with_seed(seed)
@@ -142,7 +136,7 @@ def test_a_prompt_that_is_too_short_is_evicted_when_it_has_grown(
 def test_a_bound_that_is_never_reached_changes_nothing(models_dir: Path) -> None:
     """Bit for bit, beside the same request without one."""
     size = IMAGE_SIZE[32]
-    model = tiny_models.build("llava", models_dir / f"method-gqa-{size}", image_size=size)
+    model = method_model(models_dir, "gqa", size)
     sent = Request("llava", 1, size).with_seed(0)
     results = []
     for every in (None, 100):

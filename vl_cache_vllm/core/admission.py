@@ -41,6 +41,11 @@ class EvictionPlan:
     skip: Skip | None = None
 
 
+def whole_blocks(tokens: int, block_size: int) -> int:
+    """Tokens in whole blocks: what an eviction of the first ``tokens`` replaces."""
+    return tokens // block_size * block_size
+
+
 def visual_ranges(features: Sequence[MultiModalFeatureSpec]) -> tuple[tuple[int, int], ...]:
     """(first, end) positions of each image or video of a prompt.
 

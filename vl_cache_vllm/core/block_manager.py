@@ -33,7 +33,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import EvictionPlan
+from vl_cache_vllm.core.admission import EvictionPlan, whole_blocks
 from vl_cache_vllm.core.decisions import EvictionDecisions
 from vl_cache_vllm.core.later_evictions import (
     FULL_CACHE,
@@ -214,7 +214,7 @@ class EvictionBlockManager(FullAttentionManager):
                 self._order(
                     request_id,
                     Trigger.PREFILL,
-                    self._whole_blocks(plan.prompt_tokens),
+                    whole_blocks(plan.prompt_tokens, self.block_size),
                     # After a preemption the prefill includes generated tokens.
                     min(plan.kept_blocks, bound.kept_blocks) if bound else plan.kept_blocks,
                     safe_at=plan.prompt_tokens,
@@ -285,10 +285,6 @@ class EvictionBlockManager(FullAttentionManager):
 
     # ----------------------------------------------------------------------------------------------
     # Blocks
-
-    def _whole_blocks(self, tokens: int) -> int:
-        """Tokens in whole blocks."""
-        return tokens // self.block_size * self.block_size
 
     def _order(
         self, request_id: str, trigger: Trigger, evicted_tokens: int, num_kept: int, safe_at: int
@@ -408,7 +404,7 @@ class EvictionBlockManager(FullAttentionManager):
         if not plan.kept_blocks:
             return None
         bound = bound or self._bound_of(request_id, plan)
-        evicted_tokens = self._whole_blocks(plan.prompt_tokens)
+        evicted_tokens = whole_blocks(plan.prompt_tokens, self.block_size)
         return EvictedOutput(evicted_tokens, plan.kept_blocks, plan.prompt_blocks, bound)
 
     # ----------------------------------------------------------------------------------------------

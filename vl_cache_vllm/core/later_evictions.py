@@ -15,7 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import EvictionPlan, Skip
+from vl_cache_vllm.core.admission import EvictionPlan, Skip, whole_blocks
 
 MOST_UNDER_PRESSURE = 4
 """Evictions of running requests in one step under pressure: each delays the whole batch."""
@@ -182,7 +182,7 @@ class LaterEvictions:
             if self._last_eviction(request_id) != (0, 0):
                 continue
             evicted = self._certain_tokens(request)
-            if evicted < plan.prompt_tokens // self._block_size * self._block_size:
+            if evicted < whole_blocks(plan.prompt_tokens, self._block_size):
                 continue  # its last chunk, which may be most of its cache, is in flight
             blocks = cdiv(request.num_computed_tokens, self._block_size)
             kept = config_of(request).kept_blocks(blocks, self._block_size)
@@ -219,4 +219,4 @@ class LaterEvictions:
         certain = request.num_computed_tokens
         if self._has_drafts:
             certain = max(0, certain - request.num_in_flight_tokens)
-        return certain // self._block_size * self._block_size
+        return whole_blocks(certain, self._block_size)

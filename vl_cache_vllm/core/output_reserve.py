@@ -118,7 +118,7 @@ class OutputReserve:
         end = cdiv(beyond + max(0, coming), self._block_size)
         if output.bound is not None:
             # While it is evicted again, a request also holds the blocks that will be its kept ones.
-            end = min(end, output.bound.growth + 1 + output.bound.kept_blocks)
+            end = min(end, output.bound.most_blocks)
         return output.kept_blocks + now, max(0, end - now), output.prompt_blocks
 
 

@@ -104,6 +104,9 @@ def plan_step(
         order = orders.get(state.request_id)
         width = max(width, _most_pages(state, end, block_size, num_layers))
         needs_tables |= state.evicted_tokens > 0
+        max_pages = 0
+        if order is not None:
+            max_pages = _most_pages(state, order.evicted_tokens, block_size, num_layers)
         if row.num_computed < state.prefill_tokens:
             ends_whole = end >= state.prefill_tokens and order is None
             if ends_whole and state.attention_stats is not None:
@@ -118,9 +121,8 @@ def plan_step(
         elif order is not None:
             needs_tables = True
             tokens, num_queries = row.num_computed + 1, 1
-            observations.append(
-                _observe_decode(index, state, query_start, order, tokens, block_size, num_layers)
-            )
+            most_tokens = max_pages * block_size + tokens - order.evicted_tokens
+            observations.append(_observe_decode(index, state, query_start, most_tokens))
         if order is not None:
             pending_evictions.append(
                 PendingEviction(
@@ -131,7 +133,7 @@ def plan_step(
                     num_queries,
                     state.evicted_tokens,
                     state.kept_blocks,
-                    _most_pages(state, order.evicted_tokens, block_size, num_layers),
+                    max_pages,
                 )
             )
         query_start += row.num_scheduled
@@ -179,17 +181,9 @@ def _observe_prefill(
 
 
 def _observe_decode(
-    index: int,
-    state: RequestState,
-    query_start: int,
-    order: EvictionOrder,
-    tokens: int,
-    block_size: int,
-    num_layers: int,
+    index: int, state: RequestState, query_start: int, most_tokens: int
 ) -> ObservedQueries:
     """The first query of the step; draft tokens behind it may be rejected."""
-    pages = _most_pages(state, order.evicted_tokens, block_size, num_layers)
-    most_tokens = pages * block_size + tokens - order.evicted_tokens
     return ObservedQueries(
         index, state, query_start, query_start + 1, most_tokens - 1, 0, most_tokens
     )
