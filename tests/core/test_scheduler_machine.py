@@ -1201,7 +1201,7 @@ EVENTS = (
 
 @pytest.mark.parametrize(
     ("machine", "num_examples"),
-    [(SchedulerMachine, 250), (HybridSchedulerMachine, 60)],
+    [(SchedulerMachine, 400), (HybridSchedulerMachine, 60)],
     ids=["one-group", "sliding-window-group"],
 )
 def test_random_histories(machine: type[SchedulerMachine], num_examples: int) -> None:
