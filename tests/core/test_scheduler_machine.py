@@ -178,6 +178,7 @@ class Expected:
     first_evicted: int = 0  # E of the first: from here on nothing more is hashed
     hashed: int = 0  # tokens that may have been hashed before
     had_stale_output: bool = False  # of steps before a preemption, after it
+    has_no_room: bool = False  # the whole pool does not hold what its bound keeps beside it
 
     @property
     def num_held(self) -> int:
@@ -192,7 +193,7 @@ class Expected:
     @property
     def num_allowed(self) -> int | None:
         """The most blocks that the bound allows; None: no bound."""
-        if self.bound is None:
+        if self.bound is None or self.has_no_room:
             return None
         most = self.bound.num_kept + self.bound.growth + 1
         if self.to_free or not self.kept:
@@ -630,6 +631,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         skip = None
         if vision_end is None:
             skip = Skip.TEXT_ONLY
+        elif request.resumable:
+            skip = Skip.STREAMING_INPUT
         elif vision_end >= request.num_prompt_tokens:
             skip = Skip.NO_POST_VISION_TOKENS
         elif request.num_prompt_tokens < self.settings["min_prompt_tokens"]:
@@ -638,8 +641,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             skip = Skip.NO_SAVING
         elif num_prompt + num_kept + 1 + self.most_elsewhere(tokens + 1) > self.usable:
             skip = Skip.POOL_TOO_SMALL
-        elif request.resumable:
-            skip = Skip.STREAMING_INPUT
         elif wish.max_tokens <= 1:
             skip = Skip.NO_DECODE
         window = wish.window or policy.max_observation_tokens or tokens
@@ -901,6 +902,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             missing += due.num_kept
             if due.trigger == "every" and missing > self.usable - expected.num_held:
                 self.seen["a bound that cannot hold"] += 1
+                expected.has_no_room = True
                 missing, due = missing - due.num_kept, None
                 del self.due[request_id]
             elif due.trigger == "pressure" and missing > free:

@@ -82,8 +82,9 @@ class EvictionDecisions:
             usable_blocks=pool.num_gpu_blocks - 1 - sum(other_blocks),  # one is the null block
             num_prompt_tokens=request.num_prompt_tokens,
         )
-        if plan.kept_blocks and request.resumable:
-            return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)  # its prompt still grows
+        if request.resumable and plan.skip != Skip.TEXT_ONLY:
+            # Its prompt still grows: it is not evicted, and not bounded while it is short.
+            return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)
         if plan.kept_blocks and request.max_tokens <= 1:
             return replace(plan, kept_blocks=0, skip=Skip.NO_DECODE)
         return plan
