@@ -5,6 +5,7 @@
 | --- | --- | --- | --- |
 | admitted requests | ``SchedulerOutput.kv_compress_admitted`` | scheduler | workers |
 | eviction orders | ``SchedulerOutput.kv_compress_orders`` | scheduler | workers |
+| deferred evictions | ``SchedulerOutput.kv_compress_deferred`` | scheduler | workers |
 | eviction reports | ``ModelRunnerOutput.kv_compress_reports`` | last pipeline stage | scheduler |
 | statistics | ``SchedulerStats.kv_connector_stats["kv_compress"]`` | scheduler | front end |
 | running step | ``kv_compress_step`` of attention metadata | worker | attention layers |
@@ -26,6 +27,7 @@ SEND_STATS = "_VL_CACHE_VLLM_SEND_STATS"
 
 _ADMITTED = "kv_compress_admitted"
 _ORDERS = "kv_compress_orders"
+_DEFERRED = "kv_compress_deferred"
 _REPORTS = "kv_compress_reports"
 _STEP = "kv_compress_step"
 _STATS = "kv_compress"
@@ -63,6 +65,17 @@ def put_orders(output: SchedulerOutput, orders: Mapping[str, EvictionOrder]) -> 
 def take_orders(output: SchedulerOutput) -> dict[str, EvictionOrder]:
     """The orders of `put_orders`; most steps have none."""
     return {key: EvictionOrder(*order) for key, order in getattr(output, _ORDERS, {}).items()}
+
+
+def put_deferred(output: SchedulerOutput, request_ids: list[str]) -> None:
+    """Name the requests whose prefill ends in this step and whose eviction is still to come."""
+    if request_ids:
+        setattr(output, _DEFERRED, request_ids)
+
+
+def take_deferred(output: SchedulerOutput) -> list[str]:
+    """The ids of `put_deferred`."""
+    return getattr(output, _DEFERRED, [])
 
 
 # --------------------------------------------------------------------------------------------------

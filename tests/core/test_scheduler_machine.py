@@ -51,11 +51,12 @@ from tests.helpers.simulated_workers import (
 )
 from vl_cache_vllm.config import KVCompressConfig, PressureConfig
 from vl_cache_vllm.core.admission import Skip
-from vl_cache_vllm.messages import EvictionOrder, take_orders
+from vl_cache_vllm.messages import EvictionOrder, take_deferred, take_orders
 from vl_cache_vllm.policy import EvictionPolicy
 from vl_cache_vllm.policy.h2o import H2OPolicy
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.policy.vlcache_plus import VLCachePlusPolicy
 from vl_cache_vllm.worker.step import BatchRow
 
 BLOCK_SIZE = 4
@@ -70,6 +71,8 @@ POLICIES = (
     VLCachePolicy(max_observation_tokens=3),
     SnapKVPolicy(max_observation_tokens=5),
     H2OPolicy(),
+    VLCachePolicy(evict_after=5),
+    VLCachePlusPolicy(min_kept_tokens=0, evict_after=2),
 )
 
 
@@ -172,6 +175,9 @@ class Expected:
     evicted: int = 0  # E; 0: none
     kept: tuple[int, ...] = ()  # blocks
     num_freed: int = 0  # columns of the row
+    # Of a first eviction that waits for the answer to begin.
+    evict_at: int = 0  # tokens; 0: it does not wait
+    reserved: tuple[int, ...] = ()  # blocks that it will keep
     # Until their steps are processed, for each eviction: the number of processed tokens from which
     # on its blocks are freed, E, and the kept blocks of the eviction before.
     to_free: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
@@ -183,7 +189,8 @@ class Expected:
     @property
     def num_held(self) -> int:
         """Blocks, with those that an eviction has replaced."""
-        return self.num_blocks - self.num_freed + len(self.kept) + len(self.replaced)
+        others = len(self.kept) + len(self.replaced) + len(self.reserved)
+        return self.num_blocks - self.num_freed + others
 
     @property
     def replaced(self) -> tuple[int, ...]:
@@ -198,8 +205,13 @@ class Expected:
         most = self.bound.num_kept + self.bound.growth + 1
         if self.to_free or not self.kept:
             # The prefill itself holds more, after a preemption with generated tokens.
-            whole = max(self.num_prompt, self.bound.start // BLOCK_SIZE + self.bound.growth)
+            whole = max(
+                self.num_prompt,
+                self.bound.start // BLOCK_SIZE + self.bound.growth,
+                cdiv(self.evict_at, BLOCK_SIZE),
+            )
             most = max(most, whole + 1)
+        most += len(self.reserved)
         return most + (len(self.kept) + len(self.replaced) if self.to_free else 0)
 
 
@@ -270,7 +282,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_freed = 0
         self.num_evictions: Counter[str] = Counter()  # by trigger
         self.due: dict[str, Due] = {}
-        self.orders: dict[str, EvictionOrder] = {}  # of the step that is being scheduled
+        # Of the step that is being scheduled.
+        self.orders: dict[str, EvictionOrder] = {}
+        self.deferred: list[str] = []
+        self.waited: dict[str, bool] = {}  # whether the eviction of this step was deferred
+        self.order_of_deferral: dict[str, int] = {}
+        self.num_deferred = 0
         self.answers: list[Fraction] = []  # complete ones, as shares of their longest
         self.reported: Counter[str] = Counter()
         self.watch()
@@ -321,6 +338,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             self.due.pop(request.request_id, None)
             self.seen["order withdrawn"] += self.orders.pop(request.request_id, None) is not None
+            if request.request_id in self.deferred:
+                self.deferred.remove(request.request_id)
+            if expected and expected.reserved and request.is_finished():
+                self.num_skipped[Skip.SHORT_OUTPUT] += 1
+                self.seen["skip short_output"] += 1
             if expected and expected.evicted:
                 share = Fraction(request.num_output_tokens, request.max_tokens)
                 self.answers += [share] * request.is_finished()
@@ -466,10 +488,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.manager.decisions.pressure.is_on == load
         assert take_orders(output) == self.orders
         assert self.manager.take_orders() == {}, "taken once"
+        assert take_deferred(output) == self.deferred
+        assert self.manager.take_deferred() == [], "taken once"
         assert self.orders.keys() <= output.num_scheduled_tokens.keys()
         self.seen["two orders in a step"] += len(self.orders) > 1
         self.run(output)
         self.orders.clear()
+        self.deferred.clear()
 
     @precondition(lambda self: self.in_flight)
     @rule()
@@ -601,11 +626,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             row, state = rows[eviction.row], eviction.state
             expected = self.expected[state.request_id]
             evicted[state.request_id] = eviction.order
+            window = list(range(expected.observed_from, expected.prompt_tokens))
             if row.num_computed >= expected.prompt_tokens:
                 assert eviction.tokens == row.num_computed + 1
+                waited = self.waited[state.request_id]
+                assert not waited or self.observed[state] == window
+                assert eviction.num_queries == 1 + waited * len(window)
+                assert eviction.unobserved == waited * (row.num_computed - expected.prompt_tokens)
                 continue
             assert eviction.tokens == expected.prompt_tokens
-            window = list(range(expected.observed_from, expected.prompt_tokens))
             assert self.observed[state] == window
             self.seen["finished after chunks"] += row.num_scheduled < expected.prompt_tokens
         assert evicted == self.orders
@@ -641,7 +670,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             skip = Skip.NO_SAVING
         elif num_prompt + num_kept + 1 + self.most_elsewhere(tokens + 1) > self.usable:
             skip = Skip.POOL_TOO_SMALL
-        elif wish.max_tokens <= 1:
+        elif wish.max_tokens <= 1 + policy.evict_after:
             skip = Skip.NO_DECODE
         window = wish.window or policy.max_observation_tokens or tokens
         first = (vision_end or 0) if policy.post_vision_only else 0
@@ -661,10 +690,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def expected_due(self) -> dict[str, Due]:
         """Who is to be evicted while it decodes, in the step that begins."""
-        due: dict[str, Due] = {}
+        due = self.due_deferred()
         for request_id, expected in self.expected.items():
             bound, tokens = expected.bound, self.certain(expected.request)
-            if bound is None or not expected.is_decided:
+            if bound is None or not expected.is_decided or expected.reserved:
                 continue
             if tokens - (expected.evicted or bound.start) >= bound.growth * BLOCK_SIZE:
                 present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
@@ -673,6 +702,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.by_pressure:
             due |= self.due_by_pressure(due)
         return due
+
+    def due_deferred(self) -> dict[str, Due]:
+        """Those whose answer has begun; if there are none, one early where blocks may run out."""
+        due: dict[str, Due] = {}
+        early: dict[str, Due] = {}
+        free = self.pool.get_num_free_blocks()
+        needed = sum(-r.num_computed_tokens % BLOCK_SIZE < 3 for r in self.scheduler.running)
+        returning = any(expected.to_free for expected in self.expected.values())
+        for request_id in self.awaiting:
+            expected = self.expected[request_id]
+            request = expected.request
+            in_flight = request.num_in_flight_tokens if self.setup.num_drafts else 0
+            certain = request.num_computed_tokens - in_flight
+            eviction = Due("prefill", self.certain(request), len(expected.reserved))
+            if certain >= expected.evict_at - 1:
+                due[request_id] = eviction
+            elif needed > free and not returning and certain >= expected.prompt_tokens:
+                early.setdefault(request_id, eviction)
+        if due or not early:
+            return due
+        self.seen["evicted early"] += 1
+        return dict([next(iter(early.items()))])
+
+    @property
+    def awaiting(self) -> list[str]:
+        """Ids of the requests whose eviction waits, the longest first."""
+        waiting = [i for i, expected in self.expected.items() if expected.reserved]
+        return sorted(waiting, key=self.order_of_deferral.__getitem__)
 
     def due_by_pressure(self, due: dict[str, Due]) -> dict[str, Due]:
         """At most four of those with all of their cache, until the excess is gone."""
@@ -768,7 +825,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """How often each block is held."""
         rows = Counter(b for i in self.scheduler.requests for row in self.rows(i) for b in row if b)
         for expected in self.expected.values():
-            rows.update([*expected.kept, *expected.replaced])
+            rows.update([*expected.kept, *expected.replaced, *expected.reserved])
         return rows
 
     def asks_for(self, request: Request) -> int:
@@ -832,7 +889,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return None
             bound, expected = expected.bound, self.begin(expected.request)
             expected.bound = bound
-        elif expected.is_decided:
+        elif expected.is_decided and not expected.reserved:
             return None
         if not expected.num_kept:
             return None
@@ -898,7 +955,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_fresh = max(0, cdiv(end, BLOCK_SIZE) - held)
         missing = num_fresh + revived
         due = self.due.get(request_id)
-        if due is not None:
+        if due is not None and due.trigger != "prefill":
             missing += due.num_kept
             if due.trigger == "every" and missing > self.usable - expected.num_held:
                 self.seen["a bound that cannot hold"] += 1
@@ -910,7 +967,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 missing, due = missing - due.num_kept, None
                 if not self.others:
                     del self.due[request_id]
-        elif end >= expected.prompt_tokens:
+        elif due is None and end >= expected.prompt_tokens:
             missing += reserve
         fits = fits and missing <= free
         cached = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
@@ -952,7 +1009,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_kept = expected.num_kept
                 if expected.bound is not None:
                     num_kept = min(num_kept, expected.bound.num_kept)
-                self.check_order(expected, order, "prefill", tokens, num_kept, safe_at)
+                evict_at = request.num_prompt_tokens + self.config.policy.evict_after
+                if evict_at > expected.prompt_tokens:
+                    assert order is None
+                    self.check_deferral(expected, num_kept, evict_at)
+                else:
+                    self.check_order(expected, order, "prefill", tokens, num_kept, safe_at)
                 self.seen["evicted after preemption"] += request.num_preemptions > 0
             else:
                 assert order is None
@@ -976,6 +1038,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected.num_freed, expected.to_free = end, tuple(others)
         return last
 
+    def check_deferral(self, expected: Expected, num_kept: int, evict_at: int) -> None:
+        """The prefill that is being scheduled ends, and the eviction waits for the answer."""
+        request_id = expected.request.request_id
+        reserved = tuple(block.block_id for block in self.manager._reserved[request_id])
+        assert len(reserved) == len(set(reserved)) == num_kept
+        expected.evict_at, expected.reserved = evict_at, reserved
+        self.deferred.append(request_id)
+        self.order_of_deferral[request_id] = self.num_deferred
+        self.num_deferred += 1
+        self.seen["deferred"] += 1
+
     def check_order(
         self,
         expected: Expected,
@@ -989,6 +1062,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = expected.request
         assert order is not None
         assert order.evicted_tokens == tokens
+        self.waited[request.request_id] = bool(expected.reserved)
+        if expected.reserved:
+            assert order.kept_blocks == expected.reserved
+            expected.reserved = ()
+            self.seen["evicted after it was deferred"] += 1
         assert len(order.kept_blocks) == num_kept
         assert tokens <= safe_at
         self.orders[request.request_id] = order
@@ -1031,6 +1109,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             allowed = expected.num_allowed
             if allowed is not None and expected.is_decided:
                 assert expected.num_held <= allowed + self.num_ahead(expected), "beyond its bound"
+            for block in expected.reserved:
+                assert self.pool.blocks[block].ref_cnt == 1
+                assert self.pool.blocks[block].block_hash is None
             if expected.evicted:
                 for block in expected.kept + expected.replaced:
                     assert self.pool.blocks[block].ref_cnt == 1
@@ -1131,6 +1212,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not manager.decisions._decided
         assert not manager._evicted
         assert not manager._orders
+        assert not manager._reserved
+        assert not manager._newly_deferred
+        assert not manager.later._deferred
         assert not manager.later._bounds
         assert not any(len(worker.evictor.requests) for worker in self.workers)
         assert self.scheduler.reset_prefix_cache()
@@ -1173,14 +1257,17 @@ EVENTS = (
     "allocation failed",
     "cached block reused",
     "cached elsewhere",
+    "deferred",
     "draft accepted",
     "draft rejected",
+    "evicted after it was deferred",
     "evicted after preemption",
     "evicted again",
     "evicted beside drafts",
     "evicted by every",
     "evicted by prefill",
     "evicted by pressure",
+    "evicted early",
     "finished after chunks",
     "freeing waits for a step in flight",
     "id reused",

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from tests.helpers.pools import make_pool
 from tests.helpers.schedulers import Setup
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.messages import take_orders
+from vl_cache_vllm.messages import take_deferred, take_orders
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
 from vl_cache_vllm.worker.requests import RequestState
@@ -159,7 +159,8 @@ class SimulatedWorker:
             tokens_of: known and draft tokens of a request.
         """
         ended = output.finished_req_ids | (output.preempted_req_ids or set())
-        self.evictor.begin_output(ended, None, take_orders(output))
+        orders, deferred = take_orders(output), take_deferred(output)
+        self.evictor.begin_output(ended, None, orders, deferred)
         self.evictor.rows, self.evictor.step = (), None
         rows, tables = self.update(output)
         if not rows:

@@ -29,6 +29,7 @@ class Skip(Enum):
     STREAMING_INPUT = "streaming_input"
     NO_PRESSURE = "no_pressure"
     NO_OBSERVATION_ROOM = "no_observation_room"
+    SHORT_OUTPUT = "short_output"
 
 
 @dataclass(frozen=True)

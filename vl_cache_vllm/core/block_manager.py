@@ -33,11 +33,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import EvictionPlan, whole_blocks
+from vl_cache_vllm.core.admission import EvictionPlan, Skip, whole_blocks
 from vl_cache_vllm.core.decisions import EvictionDecisions
 from vl_cache_vllm.core.later_evictions import (
     FULL_CACHE,
     AnswerBound,
+    DeferredEviction,
     LaterEvictions,
     Trigger,
 )
@@ -46,6 +47,9 @@ from vl_cache_vllm.core.output_reserve import EvictedOutput, OutputReserve
 from vl_cache_vllm.core.pressure import PrefillDemand
 from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.messages import EvictionOrder
+
+STEPS_UNTIL_FREED = 3
+"""Steps from the decision to evict to the one that can use the freed blocks, at most."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,11 @@ class EvictionBlockManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._config: KVCompressConfig = kv_cache_spec.kv_compress
         self._evicted: dict[str, EvictedBlocks] = {}
-        self._orders: dict[str, EvictionOrder] = {}  # of the step that is being scheduled
+        # Of requests whose first eviction is deferred: the blocks that will be their kept ones.
+        self._reserved: dict[str, list[KVCacheBlock]] = {}
+        # Of the step that is being scheduled.
+        self._orders: dict[str, EvictionOrder] = {}
+        self._newly_deferred: list[str] = []
         self._output_reserve = OutputReserve(self.block_size)
         self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report without news would say
@@ -126,6 +134,8 @@ class EvictionBlockManager(FullAttentionManager):
             demands: blocks that unfinished prefills still ask for.
         """
         budget = self.decisions.observation_budget
+        is_short = bool(self._reserved) and self._is_short(running)
+        self.later.plan_deferred(self._lookup, is_short)
         self.later.plan_every(self._lookup, budget.has_room)
         if self.decisions.by_pressure:
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
@@ -150,6 +160,11 @@ class EvictionBlockManager(FullAttentionManager):
         orders, self._orders = self._orders, {}
         return orders
 
+    def take_deferred(self) -> list[str]:
+        """The requests whose prefill ends in the scheduled step and whose eviction follows."""
+        deferred, self._newly_deferred = self._newly_deferred, []
+        return deferred
+
     # ----------------------------------------------------------------------------------------------
     # What vLLM's coordinator calls
 
@@ -159,6 +174,8 @@ class EvictionBlockManager(FullAttentionManager):
             return self.block_pool.num_gpu_blocks  # more than there are
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
         if (later := self.later.due.get(request_id)) is not None:
+            if request_id in self._reserved:
+                return num_blocks
             with_kept = num_blocks + later.kept_blocks
             if later.trigger is Trigger.PRESSURE:  # nobody is preempted so that another is evicted
                 room = self.block_pool.get_num_free_blocks() - self._num_others
@@ -190,7 +207,7 @@ class EvictionBlockManager(FullAttentionManager):
         """vLLM's, plus the M kept blocks in a step that evicts the request."""
         self.decisions.admit_to_observation(request_id, num_tokens_main_model)
         plan = self.decisions.plan_of(request_id)
-        if later := self.later.due.pop(request_id, None):
+        if later := self.later.take(request_id):
             request = self._lookup(request_id)
             assert request is not None
             self._order(
@@ -211,14 +228,9 @@ class EvictionBlockManager(FullAttentionManager):
             if plan.skip is not None:
                 self._stats.skipped[plan.skip.value] += 1
             else:
-                self._order(
-                    request_id,
-                    Trigger.PREFILL,
-                    whole_blocks(plan.prompt_tokens, self.block_size),
-                    # After a preemption the prefill includes generated tokens.
-                    min(plan.kept_blocks, bound.kept_blocks) if bound else plan.kept_blocks,
-                    safe_at=plan.prompt_tokens,
-                )
+                # After a preemption the prefill includes generated tokens.
+                kept = min(plan.kept_blocks, bound.kept_blocks) if bound else plan.kept_blocks
+                self._evict_prompt(request_id, plan, kept)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(
@@ -258,7 +270,11 @@ class EvictionBlockManager(FullAttentionManager):
         Full attention itself skips nothing, so there is no call of the base.
         """
         plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
-        if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
+        if (
+            plan is not None
+            and processed_computed_tokens >= plan.prompt_tokens
+            and not self.later.is_deferred(request_id)
+        ):
             self.decisions.observation_budget.release(request_id)
         if evicted is None or not evicted.to_free:
             return
@@ -272,11 +288,15 @@ class EvictionBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """vLLM's, with the kept blocks, and forgets the request."""
+        evicted, request = self._evicted.pop(request_id, None), self._lookup(request_id)
+        if self.later.is_deferred(request_id) and request and request.is_finished():
+            self._stats.skipped[Skip.SHORT_OUTPUT.value] += 1
         self.decisions.forget(request_id)
         self.later.forget(request_id)
         self._orders.pop(request_id, None)
-        evicted, request = self._evicted.pop(request_id, None), self._lookup(request_id)
-        blocks = super().pop_blocks_for_free(request_id)
+        if request_id in self._newly_deferred:
+            self._newly_deferred.remove(request_id)
+        blocks = [*self._reserved.pop(request_id, ()), *super().pop_blocks_for_free(request_id)]
         if evicted is None:
             return blocks
         if request and request.is_finished():
@@ -285,6 +305,24 @@ class EvictionBlockManager(FullAttentionManager):
 
     # ----------------------------------------------------------------------------------------------
     # Blocks
+
+    def _evict_prompt(self, request_id: str, plan: EvictionPlan, num_kept: int) -> None:
+        """The prefill of a request ends in this step: evict it now, or after some tokens."""
+        request = self._lookup(request_id)
+        assert request is not None
+        policy = self._config.for_request(request.sampling_params).policy
+        evict_at = request.num_prompt_tokens + policy.evict_after
+        if evict_at > plan.prompt_tokens:
+            # Taken now, so that there is room for them then.
+            self._reserved[request_id] = self.block_pool.get_new_blocks(num_kept)
+            deferred = DeferredEviction(plan.prompt_tokens, evict_at, num_kept)
+            self.later.defer(request_id, deferred)
+            self._newly_deferred.append(request_id)
+            return
+        evicted_tokens = whole_blocks(plan.prompt_tokens, self.block_size)
+        self._order(
+            request_id, Trigger.PREFILL, evicted_tokens, num_kept, safe_at=plan.prompt_tokens
+        )
 
     def _order(
         self, request_id: str, trigger: Trigger, evicted_tokens: int, num_kept: int, safe_at: int
@@ -299,7 +337,8 @@ class EvictionBlockManager(FullAttentionManager):
         self._stats.add_eviction(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
         end = evicted_tokens // self.block_size
         evicted.to_free.append(ReplacedBlocks(safe_at, end, evicted.kept))
-        evicted.kept = self.block_pool.get_new_blocks(num_kept)
+        reserved = self._reserved.pop(request_id, None)
+        evicted.kept = reserved or self.block_pool.get_new_blocks(num_kept)
         evicted.evicted_tokens = evicted_tokens
         ids = tuple(block.block_id for block in evicted.kept)
         self._orders[request_id] = EvictionOrder(evicted_tokens, ids)
@@ -313,6 +352,16 @@ class EvictionBlockManager(FullAttentionManager):
         """Blocks that would return to the pool with the first tokens of a full cache."""
         blocks = self.req_to_blocks.get(request_id, ())[: evicted_tokens // self.block_size]
         return sum(block.ref_cnt == 1 for block in blocks)
+
+    def _is_short(self, running: Sequence[Request]) -> bool:
+        """Whether blocks may run out in the steps that an eviction takes to return some."""
+        if self._blocks_to_free():
+            return False
+        needed = sum(
+            -request.num_computed_tokens % self.block_size < STEPS_UNTIL_FREED
+            for request in running
+        )
+        return needed > self.block_pool.get_num_free_blocks()
 
     def _blocks_to_free(self) -> int:
         """Blocks that evictions have replaced and that are not free yet."""
@@ -332,6 +381,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _num_held(self, request_id: str) -> int:
         """Blocks of a request, without the null blocks in its row."""
         num_blocks = len(self.req_to_blocks.get(request_id, ()))
+        num_blocks += len(self._reserved.get(request_id, ()))
         if (evicted := self._evicted.get(request_id)) is None:
             return num_blocks
         kept = len(evicted.kept) + len(evicted.blocks_to_free)

@@ -74,8 +74,9 @@ class EvictionDecisions:
         """The plan as far as the request alone determines it, whatever the load is."""
         pool = self._manager.block_pool
         other_blocks = (max_blocks(other, request.num_tokens + 1) for other in self._others)
+        config = self._config.for_request(request.sampling_params)
         plan = plan_eviction(
-            self._config.for_request(request.sampling_params),
+            config,
             self._manager.block_size,
             request.num_tokens,
             post_vision_start(self._config, request.mm_features),
@@ -85,7 +86,8 @@ class EvictionDecisions:
         if request.resumable and plan.skip != Skip.TEXT_ONLY:
             # Its prompt still grows: it is not evicted, and not bounded while it is short.
             return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)
-        if plan.kept_blocks and request.max_tokens <= 1:
+        # The token that is sampled in the step of the eviction needs no cache.
+        if plan.kept_blocks and request.max_tokens <= 1 + config.policy.evict_after:
             return replace(plan, kept_blocks=0, skip=Skip.NO_DECODE)
         return plan
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which running requests are evicted while they decode, and to how many blocks.
 
-Two triggers: a request has generated as many tokens since its last eviction as ``every`` allows, or
-blocks are scarce and it still holds its full cache (``--kv-compress-when pressure``).
+For one of three reasons: a request's first eviction was deferred into its answer (``evict_after``);
+it has generated as many tokens since its last eviction as ``every`` allows; or blocks are scarce
+and it still holds its full cache (``--kv-compress-when pressure``).
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class LaterEviction:
     trigger: Trigger
     evicted_tokens: int  # E, whole blocks
     kept_blocks: int  # M
+
+
+@dataclass(frozen=True)
+class DeferredEviction:
+    """The first eviction of a request that first generates some tokens (``evict_after``)."""
+
+    prompt_tokens: int  # computed when the prefill ended
+    at: int  # tokens that are computed when the step of the eviction ends, or more
+    kept_blocks: int  # M, which the request already holds
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class LaterEvictions:
         self._freed_by = freed_by
         self._has_drafts = has_drafts
         self._bounds: dict[str, AnswerBound] = {}
+        self._deferred: dict[str, DeferredEviction] = {}
         self.due: dict[str, LaterEviction] = {}
         """Requests to evict if they are scheduled in the coming step, by id."""
 
@@ -119,28 +130,66 @@ class LaterEvictions:
         if bound is not None:
             self._bounds[request_id] = bound
 
+    def defer(self, request_id: str, deferred: DeferredEviction) -> None:
+        """The request's prefill ends, and its eviction is to follow."""
+        self._deferred[request_id] = deferred
+
+    def is_deferred(self, request_id: str) -> bool:
+        """Whether the request's first eviction is still to come."""
+        return request_id in self._deferred
+
+    def take(self, request_id: str) -> LaterEviction | None:
+        """The eviction of a request that is scheduled; None if none is due."""
+        later = self.due.pop(request_id, None)
+        if later is not None:
+            self._deferred.pop(request_id, None)
+        return later
+
     def forget(self, request_id: str) -> None:
         """The request has ended or was preempted; unknown ids are fine."""
         self._bounds.pop(request_id, None)
+        self._deferred.pop(request_id, None)
         self.due.pop(request_id, None)
+
+    def plan_deferred(self, lookup: Callable[[str], Request | None], is_short: bool) -> None:
+        """Start a step: find the requests whose answers have begun.
+
+        Args:
+            lookup: finds the scheduler's requests by id.
+            is_short: whether a request may soon find no block. The request that has waited longest
+                is then evicted early, before vLLM would preempt another.
+        """
+        self.due = {}
+        early: dict[str, LaterEviction] = {}
+        for request_id, deferred in self._deferred.items():
+            request = lookup(request_id)
+            if request is None:
+                continue
+            certain = self._certain_tokens(request)
+            evicted = whole_blocks(certain, self._block_size)
+            later = LaterEviction(Trigger.PREFILL, evicted, deferred.kept_blocks)
+            if certain + 1 >= deferred.at:
+                self.due[request_id] = later
+            elif is_short and not early and certain >= deferred.prompt_tokens:
+                early[request_id] = later
+        self.due = self.due or early
 
     def plan_every(
         self, lookup: Callable[[str], Request | None], has_room: Callable[[int], bool]
     ) -> None:
-        """Start a step: find the requests that have reached their bound.
+        """Add the requests that have reached their bound.
 
         Args:
             lookup: finds the scheduler's requests by id.
             has_room: whether so many more tokens may be under observation.
         """
-        self.due = {}
         observed = 0
         for request_id, bound in self._bounds.items():
             request = lookup(request_id)
-            if request is None:
+            if request is None or request_id in self._deferred:
                 continue
             evicted_before, kept_before = self._last_eviction(request_id)
-            evicted = self._certain_tokens(request)
+            evicted = whole_blocks(self._certain_tokens(request), self._block_size)
             grown = (evicted - (evicted_before or bound.start)) // self._block_size
             present = kept_before + (evicted - evicted_before) // self._block_size
             if grown < bound.growth or bound.kept_blocks >= present:
@@ -181,7 +230,7 @@ class LaterEvictions:
                 continue
             if self._last_eviction(request_id) != (0, 0):
                 continue
-            evicted = self._certain_tokens(request)
+            evicted = whole_blocks(self._certain_tokens(request), self._block_size)
             if evicted < whole_blocks(plan.prompt_tokens, self._block_size):
                 continue  # its last chunk, which may be most of its cache, is in flight
             blocks = cdiv(request.num_computed_tokens, self._block_size)
@@ -215,8 +264,6 @@ class LaterEvictions:
         return later.evicted_tokens + 2 * self._block_size
 
     def _certain_tokens(self, request: Request) -> int:
-        """Whole blocks of tokens that no rejected draft can take back, in tokens."""
-        certain = request.num_computed_tokens
-        if self._has_drafts:
-            certain = max(0, certain - request.num_in_flight_tokens)
-        return whole_blocks(certain, self._block_size)
+        """Computed tokens that no rejected draft can take back."""
+        in_flight = request.num_in_flight_tokens if self._has_drafts else 0
+        return max(0, request.num_computed_tokens - in_flight)

@@ -19,7 +19,14 @@ from vl_cache_vllm.core.block_manager import EvictionBlockManager
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.core.stats import EvictionStats
-from vl_cache_vllm.messages import SEND_STATS, put_admitted, put_orders, put_stats, take_reports
+from vl_cache_vllm.messages import (
+    SEND_STATS,
+    put_admitted,
+    put_deferred,
+    put_orders,
+    put_stats,
+    take_reports,
+)
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -58,6 +65,7 @@ class EvictionSchedulerMixin(_Base):
         self._eviction_manager.plan_later_evictions(self.running, lambda: sum(self._demands()))
         output = super().schedule(*args, **kwargs)
         put_orders(output, self._eviction_manager.take_orders())
+        put_deferred(output, self._eviction_manager.take_deferred())
         budget = self._decisions.observation_budget
         if not budget.is_unbounded:
             put_admitted(output, budget.take_new())

@@ -68,6 +68,12 @@ class EvictionPolicy(ABC):
         "Minimum number of tokens of a prompt to keep, whatever the budget is; rounded up to whole "
         "blocks, so that short prompts keep room for the answer. 0: the budget alone decides.",
     )
+    evict_after: int = setting(
+        0,
+        "Number of generated tokens after which a request is evicted. Until then it has its full "
+        "cache. A reply that has begun knows better what it needs: its last token is observed with "
+        "the prompt. Shorter replies are never evicted. 0: evict when the prefill ends.",
+    )
     keep_text: bool = setting(
         False,
         "Keep text tokens before visual tokens, next in priority to sink_tokens. Useful if clients "
@@ -79,6 +85,8 @@ class EvictionPolicy(ABC):
             raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if self.min_kept_tokens < 0:
             raise ValueError(f"min_kept_tokens must be at least 0, got {self.min_kept_tokens}")
+        if self.evict_after < 0:
+            raise ValueError(f"evict_after must be at least 0, got {self.evict_after}")
         if not 0.0 <= self.recent_ratio <= 1.0:
             raise ValueError(f"recent_ratio must be in [0, 1], got {self.recent_ratio}")
         if self.max_observation_tokens is not None and self.max_observation_tokens < 1:
@@ -119,7 +127,10 @@ class EvictionPolicy(ABC):
 
     @property
     def summed_queries(self) -> int | None:
-        """Number of last observed queries that `Attention.sums` adds up; None: all of them."""
+        """Number of last observed queries that `Attention.sums` adds up; None: all of them.
+
+        With `evict_after`, the last one is a generated token's, and the prompt's do not count.
+        """
         return None
 
     @abstractmethod

@@ -38,7 +38,13 @@ class ExperimentalOptions:
                 )
 
     def check(self, policy: EvictionPolicy) -> None:
-        """Raise ValueError if ``policy`` does not bound the queries that elite_window holds."""
+        """Raise ValueError if an option does not work with ``policy``."""
+        used = [name for name, value in vars(self).items() if value]
+        if used and policy.evict_after:
+            raise ValueError(
+                f"experimental.{used[0]} needs evict_after 0, got {policy.evict_after}: it reads "
+                "the last queries of the prompt"
+            )
         if self.elite_window and (policy.wants_maxima or policy.summed_queries is not None):
             raise ValueError(
                 f"experimental.elite_window does not work with {policy.name}, which does not rank "

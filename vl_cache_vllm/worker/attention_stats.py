@@ -2,6 +2,7 @@
 """How a request's observed queries attend, collected layer by layer and chunk by chunk."""
 
 import torch
+from torch.nn.functional import pad
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.device import Stopwatch
@@ -46,6 +47,22 @@ class AttentionStats:
         self._last_weights: tuple[tuple[int, int], torch.Tensor] | None = None
         # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    def extend(self, tokens: int) -> None:
+        """Make room for tokens that were generated; the last query is one of theirs.
+
+        Args:
+            tokens: up to the last observed query, more than before.
+        """
+        more = tokens - self.tokens
+        sums, maxima = self.attention.sums, self.attention.maxima
+        if self._summed_queries is not None:
+            sums = torch.zeros_like(sums)  # of queries that are no longer the last
+        if maxima is not None:
+            maxima = pad(maxima, (0, more))
+        self.attention = Attention(pad(sums, (0, more)), maxima)
+        self.tokens = tokens
+        self._last_weights = None
 
     def add(
         self,

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vl_cache_vllm.attention import registration
 from vl_cache_vllm.config import get_kv_compress_config
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
-from vl_cache_vllm.messages import put_reports, take_admitted, take_orders
+from vl_cache_vllm.messages import put_reports, take_admitted, take_deferred, take_orders
 from vl_cache_vllm.worker.build import build_evictor
 
 
@@ -52,7 +52,10 @@ class EvictionWorkerMixin(Worker):
         """vLLM's, with the scheduler's messages before it and the eviction reports after it."""
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         self.evictor.begin_output(
-            ended, take_admitted(scheduler_output), take_orders(scheduler_output)
+            ended,
+            take_admitted(scheduler_output),
+            take_orders(scheduler_output),
+            take_deferred(scheduler_output),
         )
         self.evictor.cached_requests = scheduler_output.scheduled_cached_reqs
         return self._with_reports(super().execute_model(scheduler_output))

@@ -6,7 +6,7 @@ Called by the runner adapters (`v1`, `v2`) once per step and by the attention la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,6 +110,8 @@ class Evictor:
         """Ids of the requests that may be observed; None: all (`vl_cache_vllm.messages`)."""
         self.orders: Mapping[str, EvictionOrder] = {}
         """The requests to evict in this step, by id."""
+        self.deferred: Collection[str] = ()
+        """Ids of the requests whose prefill ends in this step and whose eviction follows."""
         self._trace = (
             Trace(config, tp_group.rank, self._layer_numbers, pool.block_size)
             if config.trace.path is not None
@@ -122,6 +124,7 @@ class Evictor:
         ended: Iterable[str],
         admitted: Iterable[str] | None,
         orders: Mapping[str, EvictionOrder],
+        deferred: Collection[str] = (),
     ) -> None:
         """Take in a scheduler's output before the model runner does.
 
@@ -129,8 +132,9 @@ class Evictor:
             ended: requests that ended or were preempted, whose scores are no longer needed.
             admitted: requests that may be observed from now on; None: observation is not bounded.
             orders: requests to evict in this step, by id.
+            deferred: requests whose prefill ends in this step and whose eviction is still to come.
         """
-        self.orders = orders
+        self.orders, self.deferred = orders, deferred
         for request_id in ended:
             self.requests.drop(request_id)
         if admitted is not None:
@@ -159,7 +163,12 @@ class Evictor:
         """
         evicted = evicted_rows([row.state for row in rows])  # before the plan evicts more
         plan = plan_step(
-            rows, self.pool.block_size, self.pool.num_layers, self.admitted, self.orders
+            rows,
+            self.pool.block_size,
+            self.pool.num_layers,
+            self.admitted,
+            self.orders,
+            self.deferred,
         )
         for state in plan.kept_whole:
             assert state.attention_stats is not None
@@ -213,6 +222,8 @@ class Evictor:
                     observation.tokens,
                     query.device,
                 )
+            elif state.attention_stats.tokens < observation.tokens:
+                state.attention_stats.extend(observation.tokens)
             num_keys = None
             if observation.num_blocks:
                 row = step.block_table[observation.row, : observation.num_blocks]
@@ -279,6 +290,7 @@ class Evictor:
                 eviction.num_queries,
                 len(eviction.order.kept_blocks),
                 source,
+                eviction.unobserved,
             )
             kept_row = to_device(eviction.order.kept_blocks, pool.device)
             compact(pool, page_ids, kept_row, selection.kept_pages, selection.positions)

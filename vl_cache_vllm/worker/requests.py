@@ -29,6 +29,7 @@ class RequestState:
     grids: Callable[[], tuple[PatchGrid, ...]] = tuple
 
     attention_stats: AttentionStats | None = None  # from the first observed query to the eviction
+    is_deferred: bool = False  # the prefill has ended, and the first eviction is still to come
 
     # Of the last eviction; 0 before the first.
     evicted_tokens: int = 0  # E: tokens that the kept blocks replace, whole blocks
@@ -74,10 +75,12 @@ class RequestTable:
     ) -> RequestState:
         """`start` from what a model runner knows of a request; ``config`` is the engine's."""
         features = features or ()
-        decodes = params is not None and (params.max_tokens is None or params.max_tokens > 1)
+        own = config.for_request(params)
+        least = 1 + own.policy.evict_after
+        decodes = params is not None and (params.max_tokens is None or params.max_tokens > least)
         return self.start(
             request_id,
-            config.for_request(params),
+            own,
             post_vision_start(config, features) if decodes else None,
             prefill_tokens,
             visual_ranges(features),

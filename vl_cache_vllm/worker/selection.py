@@ -39,6 +39,7 @@ def select_kept(
     num_queries: int,
     kept_blocks: int,
     source: EvictionSource,
+    unobserved: int = 0,
 ) -> Selection:
     """The layers' pages and each KV head's tokens.
 
@@ -49,6 +50,7 @@ def select_kept(
         prompt: what the tokens are.
         num_heads: query heads of a layer, of all ranks.
         num_queries: number of observed queries, the last of `EvictionSource.cached_tokens`.
+        unobserved: tokens between the last of them and the one before it.
         kept_blocks: of the request.
         source: what is chosen from.
     """
@@ -56,6 +58,7 @@ def select_kept(
     total_pages = kept_blocks * len(dense_entries)
     # The last query has as many causal entries as tokens are cached, the one before it one less.
     entries = num_queries * (2 * source.cached_tokens - num_queries + 1) // 2
+    entries = entries - unobserved * (num_queries - 1)
     density = dense_entries.double() / (entries * num_heads)
     budget = config.budget
     if policy.min_kept_tokens:  # which may keep more than the budget

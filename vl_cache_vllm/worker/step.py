@@ -49,6 +49,7 @@ class PendingEviction:
     order: EvictionOrder
     tokens: int  # logical tokens up to the last observed query
     num_queries: int  # observed
+    unobserved: int  # tokens between the last observed query and the one before it
     evicted_before: int  # E of the eviction before; 0: this is the first
     kept_before: int  # M of the eviction before
     max_pages: int  # bound of the pages of any layer that this eviction replaces
@@ -81,11 +82,13 @@ def plan_step(
     num_layers: int,
     admitted: Container[str] | None = None,
     orders: Mapping[str, EvictionOrder] | None = None,
+    deferred: Container[str] = (),
 ) -> StepPlan:
     """Find the rows to observe, the rows to evict, and whether layers need tables of their own.
 
     A prefill is observed from its first observed query on. A request that is evicted later, while
-    it decodes, is observed in that step alone, by its first query of the step.
+    it decodes, is observed in that step alone, by its first query of the step; what its prompt's
+    queries attended to counts as well if the eviction was deferred.
 
     The states of the rows to evict are updated, so that the next step sees them evicted.
 
@@ -95,6 +98,7 @@ def plan_step(
         num_layers: layers of the pool.
         admitted: ids of the requests that may be observed; None: all.
         orders: by id, the requests to evict in this step.
+        deferred: ids of the requests whose prefill ends in this step, but which are evicted later.
     """
     orders = orders or {}
     observations, pending_evictions, kept_whole = [], [], []
@@ -107,8 +111,11 @@ def plan_step(
         max_pages = 0
         if order is not None:
             max_pages = _most_pages(state, order.evicted_tokens, block_size, num_layers)
+        unobserved = 0
         if row.num_computed < state.prefill_tokens:
-            ends_whole = end >= state.prefill_tokens and order is None
+            ends = end >= state.prefill_tokens
+            state.is_deferred = ends and state.request_id in deferred
+            ends_whole = ends and order is None and not state.is_deferred
             if ends_whole and state.attention_stats is not None:
                 kept_whole.append(state)
             if not ends_whole and (admitted is None or state.request_id in admitted):
@@ -121,6 +128,10 @@ def plan_step(
         elif order is not None:
             needs_tables = True
             tokens, num_queries = row.num_computed + 1, 1
+            if state.is_deferred:
+                num_queries += state.prefill_tokens - _observation_start(state)
+                unobserved = row.num_computed - state.prefill_tokens
+                state.is_deferred = False
             most_tokens = max_pages * block_size + tokens - order.evicted_tokens
             observations.append(_observe_decode(index, state, query_start, most_tokens))
         if order is not None:
@@ -131,6 +142,7 @@ def plan_step(
                     order,
                     tokens,
                     num_queries,
+                    unobserved,
                     state.evicted_tokens,
                     state.kept_blocks,
                     max_pages,
