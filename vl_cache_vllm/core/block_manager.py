@@ -138,14 +138,18 @@ class EvictionBlockManager(FullAttentionManager):
         self.later.plan_deferred(self._lookup, is_short)
         self.later.plan_every(self._lookup, budget.has_room)
         if self.decisions.by_pressure:
+            is_on = self.decisions.pressure.is_on
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
             free = self.block_pool.get_num_free_blocks()
-            excess = 0
-            if self.decisions.pressure.is_on:
-                used = usable - free - self._blocks_to_free()
-                excess = used + demands() - int(self._config.pressure.high * usable)
-            elif free > usable // 2:  # whatever the requests are, there is room for evictions
+            if not is_on and free > usable // 2:  # there is room for evictions, whoever runs
                 return
+
+            def excess() -> int:
+                if not is_on:
+                    return 0
+                used = usable - free - self._blocks_to_free()
+                return used + demands() - int(self._config.pressure.high * usable)
+
             self.later.plan_pressure(
                 running,
                 self.decisions.decided,

@@ -204,7 +204,7 @@ class LaterEvictions:
         running: Sequence[Request],
         decided: Callable[[str], EvictionPlan | None],
         config_of: Callable[[Request], KVCompressConfig],
-        excess: int,
+        excess: Callable[[], int],
         free: int,
         has_room: Callable[[int], bool],
     ) -> None:
@@ -218,7 +218,8 @@ class LaterEvictions:
             running: in vLLM's order.
             decided: the decision at the end of a request's prefill; None while it runs.
             config_of: a request's settings.
-            excess: blocks to free, more or less; 0 if the load is low.
+            excess: blocks to free, more or less; 0 if the load is low. Only called if somebody can
+                be evicted, because it asks for the prefix-cache hits of all waiting requests.
             free: blocks of the pool, of which evictions take their kept ones.
             has_room: whether so many more tokens may be under observation.
         """
@@ -244,18 +245,18 @@ class LaterEvictions:
         # What an eviction frees returns some steps later. Until then running requests take blocks,
         # and further evictions their kept ones.
         most_kept = max(later.kept_blocks for _, _, later in candidates)
-        excess = max(excess, 2 * (len(running) + most_kept) - free)
+        missing = max(excess(), 2 * (len(running) + most_kept) - free)
         candidates.sort(key=lambda candidate: -candidate[0])
         chosen = 0
         observed = sum(self._observed(later) for later in self.due.values())
         for gain, request_id, later in candidates:
-            if excess <= 0 or chosen == MOST_UNDER_PRESSURE:
+            if missing <= 0 or chosen == MOST_UNDER_PRESSURE:
                 break
             if later.kept_blocks > free or not has_room(observed + self._observed(later)):
                 continue
             self.due[request_id] = later
             chosen += 1
-            excess -= gain
+            missing -= gain
             free -= later.kept_blocks
             observed += self._observed(later)
 
