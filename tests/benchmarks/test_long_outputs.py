@@ -15,10 +15,8 @@ def test_bounded_outputs_hold_fewer_blocks(
 ) -> None:
     out = tmp_path / "long.json"
     arms = ["stock", "pressure-every"]
-    long_outputs.main(
-        ["--output-len", "100", "--requests", "5", "--every", "32", "--json", str(out), "--arms"]
-        + arms
-    )
+    options = ["--output-len", "100", "--requests", "5", "--every", "32"]
+    long_outputs.main([*options, "--json", str(out), "--arms", *arms])
     report = json.loads(out.read_text())
     (stock,), (ours,) = (report["results"][arm] for arm in arms)
     assert stock["output_len"] == ours["output_len"] == 100
@@ -27,7 +25,7 @@ def test_bounded_outputs_hold_fewer_blocks(
     assert ours["evictions"]["prefill"] == 5
     assert ours["evictions"]["every"] >= 5
     assert ours["running"] > stock["running"]
-    assert 0 < ours["step_p50_ms"] and 0 < ours["eviction_step_p50_ms"]
+    assert ours["step_p50_ms"] > 0 and ours["eviction_step_p50_ms"] > 0
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0].startswith("| output tokens | engine |")
     assert table[3].startswith("| 100 | pressure-every |")
