@@ -158,4 +158,5 @@ def test_each_eviction_can_be_selected_and_shows_its_layers(page: Path) -> None:
     longest = max(layer.before for layer in made.history[1].layers)
     assert sum(width for _, width in found.bars[0]) == pytest.approx(100 * 15 / longest, abs=0.02)
     html = page.read_text(encoding="utf-8")
+    assert "With 3 evictions" in html
     assert "After 47 tokens, 8 blocks became 2 and the last one, which is not full." in html
