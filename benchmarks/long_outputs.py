@@ -74,12 +74,20 @@ def measure(
         preemptions: dict[str, int] = {}
         running: list[int] = []  # in each step
         usage = 0.0
+        # Durations of steps, which delay every request of the batch, without and with an eviction.
+        steps: dict[bool, list[float]] = {False: [], True: []}
+        evictions = 0
         for number, request in enumerate(requests):
             llm.llm_engine.add_request(str(number), request, params)
         start = time.perf_counter()
         while llm.llm_engine.has_unfinished_requests():
+            began = time.perf_counter()
             outputs = llm.llm_engine.step()
             now = time.perf_counter()
+            if settings is not None:
+                before, evictions = evictions, scheduler.eviction_stats.evictions.total()
+                if all(len(output.outputs[0].token_ids) > 1 for output in outputs):  # no prefill
+                    steps[evictions > before].append(now - began)
             for output in outputs:
                 count = len(output.outputs[0].token_ids)
                 if count > generated.get(output.request_id, 0):
@@ -109,6 +117,10 @@ def measure(
         if settings is not None:
             stats = harness.eviction_stats(llm)
             row["evictions"] = {name: stats.evictions[name] for name in sorted(stats.evictions)}
+            for name, durations in zip(
+                ("step_p50_ms", "eviction_step_p50_ms"), steps.values(), strict=True
+            ):
+                row[name] = round(1000 * statistics.median(durations), 1) if durations else None
         return row
 
 

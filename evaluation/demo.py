@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         eviction = (
             f"--kv-compress={POLICY}",
             f"--kv-compress-budget={BUDGET}",
-            "--kv-compress-config=" + json.dumps({"trace": {"path": str(trace)}}),
+            # Most answers are shorter than what the policy lets a request generate first.
+            "--kv-compress-config=" + json.dumps({"evict_after": 0, "trace": {"path": str(trace)}}),
         )
         log = Path(folder) / "server.log"
         full = completions(log, (), questions, pictures)

@@ -2,7 +2,7 @@
 """The models of the benches in float32 without vLLM, with access to queries, keys and values."""
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +34,9 @@ class PrefilledPrompt:
     pages: int  # tokens up to and including the last visual one
     visual: tuple[tuple[int, int], ...]  # (first, end) positions of each page
     grids: tuple[PatchGrid, ...]  # patch grid of each page, if it has one
-    first: int  # the first output token
-    expected: list[int]  # output tokens that score; empty if the case does not count
+    first: int  # the next output token
+    expected: list[int]  # output tokens from it on that score; empty if the case does not count
+    generated: int = 0  # output tokens before it, which are in the cache
 
     @property
     def tokens(self) -> int:
@@ -54,8 +55,11 @@ class Prefill(Protocol):
     def ask(self, pages: Cache, case: Any) -> PrefilledPrompt:
         """Prefill the rest of a case's prompt."""
 
-    def score(self, prompt: PrefilledPrompt, cache: Cache, case: Any) -> float:
-        """The score of the output that is decoded from ``cache``, the kept part of the prompt's."""
+    def begin(self, prompt: PrefilledPrompt, tokens: int) -> PrefilledPrompt:
+        """Decode the first expected tokens from the full cache."""
+
+    def correct(self, prompt: PrefilledPrompt, cache: Cache) -> Tensor:
+        """Which expected tokens are decoded from ``cache``, the kept part of the prompt's."""
 
 
 class OfflineModel:
@@ -69,15 +73,35 @@ class OfflineModel:
         return self.language.embed_tokens(torch.tensor(tokens, dtype=torch.long))
 
     @torch.no_grad()
-    def score(self, prompt: PrefilledPrompt, cache: Cache, case: Any) -> float:
-        """The score of the output that is decoded from ``cache``, the kept part of the prompt's.
+    def begin(self, prompt: PrefilledPrompt, tokens: int) -> PrefilledPrompt:
+        """Decode the first expected tokens from the full cache, at least one less than there are.
 
-        Decoding is teacher-forced. For dumps the score is the fraction of correct tokens.
+        The result is a prompt that goes on after these tokens, which are observed, too.
+        """
+        assert 0 < tokens < len(prompt.expected)
+        begun = prompt.expected[:tokens]
+        hidden, cache, queries = self.run(self.embed(begun), prompt.cache)
+        return replace(
+            prompt,
+            cache=cache,
+            queries=[torch.cat(pair) for pair in zip(prompt.queries, queries, strict=True)],
+            first=int(self.next_tokens(hidden[-1])),
+            expected=prompt.expected[tokens:],
+            generated=tokens,
+        )
+
+    @torch.no_grad()
+    def correct(self, prompt: PrefilledPrompt, cache: Cache) -> Tensor:
+        """Which expected tokens are decoded from ``cache``, the kept part of the prompt's.
+
+        Decoding is teacher-forced.
+
+        Returns:
+            bool ``[expected tokens]``.
         """
         hidden = self.run(self.embed(prompt.expected[:-1]), cache, prompt.tokens)[0]
         output = torch.cat([torch.tensor([prompt.first]), self.next_tokens(hidden)])
-        correct = (output == torch.tensor(prompt.expected)).float()
-        return float(correct.mean() if case.task == "dump" else correct.min())
+        return output == torch.tensor(prompt.expected)
 
     def next_tokens(self, hidden: Tensor) -> Tensor:
         """The most likely token after each position, int64 [tokens]."""

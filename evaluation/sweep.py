@@ -45,17 +45,25 @@ def evict(
             are not recorded.
     """
     policy, tokens, num_layers = config.policy, prompt.tokens, len(prompt.cache)
-    plan = plan_eviction(config, block_size, tokens, prompt.pages)
+    asked = tokens - prompt.generated
+    plan = plan_eviction(config, block_size, asked, prompt.pages)
     if not plan.kept_blocks:
         return None
-    start = policy.observation_start(prompt.pages, tokens)
+    start = policy.observation_start(prompt.pages, asked)
     if start < prompt.pages:
         raise ValueError(f"{policy.name}: the observation window must not include the pages")
     num_kv_heads = prompt.cache[0][0].shape[0]
-    observed = AttentionStats(config, num_layers, num_kv_heads, tokens, torch.device("cpu"))
-    for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
-        scale = keys.shape[-1] ** -0.5
-        observed.add(i, queries[start - prompt.pages :], keys, start, scale, 0.0)
+    observed = AttentionStats(config, num_layers, num_kv_heads, asked, torch.device("cpu"))
+    scale = prompt.cache[0][0].shape[-1] ** -0.5
+    ranges = [(start, asked)]
+    if prompt.generated:
+        ranges.append((tokens - 1, tokens))
+    for first, end in ranges:
+        if end > observed.tokens:
+            observed.extend(end)
+        for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
+            seen = queries[first - prompt.pages : end - prompt.pages]
+            observed.add(i, seen, keys, first, scale, 0.0)
     num_heads = prompt.queries[0].shape[1]
     selection = select_kept(
         config,
@@ -63,9 +71,10 @@ def evict(
         observed.dense_entries,
         Prompt(tokens, prompt.visual, prompt.grids),
         num_heads,
-        tokens - start,
+        sum(end - first for first, end in ranges),
         plan.kept_blocks,
         EvictionSource.of_prompt(tokens, num_layers, block_size),
+        max(0, prompt.generated - 1),
     )
     sizes = (selection.kept_pages * block_size).tolist()
     tail = torch.arange(tokens // block_size * block_size, tokens).expand(num_kv_heads, -1)
@@ -99,18 +108,30 @@ def sweep(
         prompt = reader.ask(pages, case)
         if not prompt.expected:
             continue
-        full = reader.score(prompt, prompt.cache, case)
-        scores["full cache"][case.cell].append(full)
+        full = reader.correct(prompt, prompt.cache)
+        scores["full cache"][case.cell].append(score(case, full))
+        begun = {0: prompt}
         for name, config in configs.items():
-            positions = evict(prompt, config, block_size)
-            score = full
-            if positions is not None:
-                score = reader.score(prompt, kept(prompt.cache, positions), case)
-            scores[name][case.cell].append(score)
+            correct, after = full, config.policy.evict_after
+            if after < len(prompt.expected):  # shorter outputs are never evicted
+                if after not in begun:
+                    begun[after] = reader.begin(prompt, after)
+                positions = evict(begun[after], config, block_size)
+                if positions is not None:
+                    cache = kept(begun[after].cache, positions)
+                    later = reader.correct(begun[after], cache)
+                    correct = torch.cat([full[:after], later])
+            scores[name][case.cell].append(score(case, correct))
     return {
         name: {cell: sum(values) / len(values) for cell, values in by_cell.items()}
         for name, by_cell in scores.items()
     }
+
+
+def score(case: Any, correct: Tensor) -> float:
+    """Whether all tokens of an output are correct; for dumps the fraction that are."""
+    correct = correct.float()
+    return float(correct.mean() if case.task == "dump" else correct.min())
 
 
 def settings(policies: Sequence[str], grid: Sequence[str]) -> list[str]:

@@ -46,6 +46,8 @@ class Settings:
     """Use only this many of the last post-vision tokens as P; None: all."""
     every: int | None = None
     """Evict again when so many tokens have been generated, in whole blocks; None: never."""
+    evict_after: int = 0
+    """Generated tokens before the first eviction; the last of them is observed with the prompt."""
 
 
 def _whole(tokens: int, block_size: int) -> int:
@@ -73,6 +75,7 @@ class Eviction(Decision):
 
     prompt_token_ids: list[int]
     block_size: int
+    attention: list[torch.Tensor]  # for each layer, probabilities [H, P, E]
     logits: torch.Tensor  # [vocabulary], of the first generated token
     cache: DynamicCache  # of the whole prompt
 
@@ -91,17 +94,17 @@ class Continuation:
 # Decisions, from attention probabilities
 
 
-def layer_density(attention: torch.Tensor, first: int) -> float:
+def layer_density(attention: torch.Tensor, positions: Sequence[int]) -> float:
     """Fraction of causal entries that pass the row filter.
 
     Args:
-        attention: probabilities [H, P, E] of the queries at positions first, first + 1, ...
-        first: position of the first post-vision token.
+        attention: probabilities [H, queries, tokens].
+        positions: of the queries.
     """
     kept = causal = 0
     for head in attention:
-        for offset, row in enumerate(head):
-            visible = row[: first + offset + 1]
+        for position, row in zip(positions, head, strict=True):
+            visible = row[: position + 1]
             kept += int((visible >= ROW_FILTER * visible.max()).sum())
             causal += len(visible)
     return kept / causal
@@ -199,18 +202,25 @@ def decide(
     settings: Settings,
     blocks: int,
     tail: int,
+    unobserved: int = 0,
 ) -> Decision:
     """Decide what to keep.
 
     Args:
         attention: for each layer, probabilities [H, queries, tokens]. The queries are the layer's
-            last tokens.
+            last tokens, without those that are not observed.
         num_kv_heads: see `token_scores`.
         settings: of the method.
         blocks: to keep.
         tail: last tokens, which stay.
+        unobserved: tokens between the last query and the one before it.
     """
-    density = [layer_density(a, a.shape[2] - a.shape[1]) for a in attention]
+    density = []
+    for a in attention:
+        _, queries, tokens = a.shape
+        first = tokens - queries - unobserved
+        positions = [*range(first, first + queries - 1), tokens - 1]
+        density.append(layer_density(a, positions))
     weights = layer_weights(density, settings.budget, settings.uniform_mix)
     full_pages = [(a.shape[2] - tail) // settings.block_size for a in attention]
     assert blocks * len(attention) < sum(full_pages), "nothing would be evicted"
@@ -285,6 +295,7 @@ class Oracle:
             **vars(decision),
             prompt_token_ids=ids,
             block_size=settings.block_size,
+            attention=attention,
             logits=logits,
             cache=cache,
         )
@@ -297,8 +308,11 @@ class Oracle:
         Args:
             eviction: of the prompt.
             num_tokens: to generate.
-            settings: with ``every``, to evict again; None: never.
+            settings: with ``every``, to evict again; None: never. With ``evict_after``, the first
+                eviction is made here.
         """
+        if settings is not None and settings.evict_after:
+            return self.decode_full(eviction, num_tokens, settings)
         prompt_tokens = len(eviction.prompt_token_ids)
         visible = with_tail(eviction.kept_positions, prompt_tokens, eviction.block_size)
         return self._generate(eviction, num_tokens, visible, settings)
@@ -354,7 +368,16 @@ class Oracle:
                 self._recorded_attention(0) as attention,  # [H, 1, positions]
             ):
                 logits = self.model(input_ids=last, past_key_values=cache).logits[0, -1]
-            if settings is None or settings.every is None:
+            if settings is None:
+                continue
+            if settings.evict_after and not result.evictions:
+                if computed == prompt_tokens + settings.evict_after:
+                    result.evictions.append(
+                        self._evict_with_prompt(eviction, attention, visible, settings)
+                    )
+                    start = whole
+                continue
+            if settings.every is None:
                 continue
             growth = math.ceil(settings.every / size)
             if whole - start < growth * size:
@@ -369,6 +392,32 @@ class Oracle:
             )
             result.evictions.append(decision)
             start = whole
+
+    def _evict_with_prompt(
+        self,
+        eviction: Eviction,
+        attention: Sequence[torch.Tensor],
+        visible: list[list[list[int]]],
+        settings: Settings,
+    ) -> Decision:
+        """Evict for the first time, by the prompt's queries and one more, [H, 1, positions]."""
+        prompt_tokens, tokens = len(eviction.prompt_token_ids), attention[0].shape[2]
+        observed = [
+            torch.cat((F.pad(of_prompt, (0, tokens - prompt_tokens)), last), dim=1)
+            for of_prompt, last in zip(eviction.attention, attention, strict=True)
+        ]
+        whole = _whole(tokens - 1, settings.block_size)  # before this step
+        decision = decide(
+            observed,
+            self.num_kv_heads,
+            settings,
+            kept_blocks(prompt_tokens, settings),
+            tokens - whole,
+            tokens - 1 - prompt_tokens,
+        )
+        for layer, kept in zip(visible, decision.kept_positions, strict=True):
+            layer[:] = [[*positions, *range(whole, tokens)] for positions in kept]
+        return decision
 
     def _evict_again(
         self,

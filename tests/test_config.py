@@ -50,6 +50,7 @@ EVERY_SETTING = {
     "post_vision_only": False,
     "sink_tokens": 4,
     "min_kept_tokens": 96,
+    "evict_after": 0,  # elite_window needs it
     "keep_text": True,
     "pooling": 3,
     "pooling_2d": True,
@@ -113,6 +114,7 @@ def test_every_setting_is_parsed() -> None:
             post_vision_only=False,
             sink_tokens=4,
             min_kept_tokens=96,
+            evict_after=0,
             keep_text=True,
             pooling=3,
             pooling_2d=True,

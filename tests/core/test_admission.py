@@ -112,6 +112,7 @@ def test_reasons_have_names_for_metrics() -> None:
         "streaming_input",
         "no_pressure",
         "no_observation_room",
+        "short_output",
     }
 
 

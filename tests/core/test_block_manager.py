@@ -37,10 +37,13 @@ class Engine:
         enable_caching: bool = True,
         max_observation_tokens: int | None = None,
         output_reserve: bool = True,
+        evict_after: int = 0,
         **settings: Any,
     ) -> None:
         config = KVCompressConfig(
-            policy=VLCachePolicy(max_observation_tokens=max_observation_tokens),
+            policy=VLCachePolicy(
+                max_observation_tokens=max_observation_tokens, evict_after=evict_after
+            ),
             budget=budget,
             output_reserve=output_reserve,
             **settings,

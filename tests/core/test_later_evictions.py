@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from vllm.utils.math_utils import cdiv
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from tests.core.test_block_manager import BLOCK_SIZE, GENERATED, Engine
 from tests.core.test_scheduler_machine import SchedulerMachine, story, wish
@@ -207,6 +207,114 @@ def test_bounds() -> None:
 )
 def test_who_could_never_be_evicted_has_no_bound(skip: Skip) -> None:
     assert bound_of(skip, budget=0.25, every=EVERY) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# The first eviction, after some tokens of the answer
+
+
+def test_a_request_is_evicted_when_its_answer_has_begun() -> None:
+    engine = Engine(evict_after=5)
+    request = engine.add()
+    engine.prefill(request)
+    manager = engine.harness.manager
+    assert engine.orders() == {}
+    assert manager.take_deferred() == [request.request_id]
+    assert engine.num_held == 7 + 2  # with the blocks that it will keep
+    for _ in range(4):
+        assert schedule(engine, request) == {}
+    assert manager.take_deferred() == []
+    assert request.num_computed_tokens == PROMPT + 4
+    ((evicted, kept),) = schedule(engine, request).values()  # the fifth token
+    assert (evicted, len(kept)) == (28, 2)
+    assert engine.num_held == 8 + 2  # none of them new
+    assert schedule(engine, request) == {}
+    assert engine.row(request)[:7] == [0] * 7
+    assert engine.num_held == 2 + 1
+    stats = engine.harness.eviction_stats
+    assert (stats.evictions, stats.evicted, stats.skipped) == ({"prefill": 1}, 1, {})
+    engine.free(request)
+    assert engine.num_held == 0
+
+
+def test_blocks_before_a_deferred_eviction_are_hashed() -> None:
+    engine = Engine(evict_after=8)
+    request = started(engine)
+    for _ in range(20):
+        schedule(engine, request)
+    assert sum(engine.hashed(list(range(engine.usable + 1)))) == 32 // BLOCK_SIZE
+
+
+@pytest.mark.parametrize(("max_tokens", "evicts"), [(6, False), (7, True)])
+def test_an_output_that_ends_before_the_eviction_helps(max_tokens: int, evicts: bool) -> None:
+    """The token that is sampled in the step of the eviction is the last that needs no cache."""
+    engine = Engine(evict_after=5)
+    started(engine, max_tokens=max_tokens)
+    skipped = engine.harness.eviction_stats.skipped
+    assert skipped == ({} if evicts else {"no_decode": 1})
+    assert engine.num_held == 7 + 2 * evicts
+
+
+def test_a_request_that_ends_before_its_eviction() -> None:
+    engine = Engine(evict_after=5)
+    request = started(engine)
+    schedule(engine, request)
+    request.status = RequestStatus.FINISHED_STOPPED
+    engine.free(request)
+    assert engine.num_held == 0
+    assert engine.harness.eviction_stats.skipped == {"short_output": 1}
+    assert engine.harness.eviction_stats.evicted == 0
+
+
+def test_a_request_that_is_preempted_before_its_eviction_waits_for_the_rest() -> None:
+    engine = Engine(evict_after=5)
+    request = started(engine)
+    for _ in range(2):
+        schedule(engine, request)
+    engine.free(request)
+    assert engine.num_held == 0
+    engine.prefill(request)  # with three generated tokens
+    assert request.num_computed_tokens == PROMPT + 3
+    assert engine.orders() == {}
+    assert schedule(engine, request) == {}
+    assert len(schedule(engine, request)) == 1
+    assert engine.harness.eviction_stats.skipped == {}
+
+
+def test_a_request_whose_answer_had_begun_is_evicted_with_its_prefill() -> None:
+    engine = Engine(evict_after=2)
+    request = started(engine)
+    schedule(engine, request)
+    engine.free(request)
+    engine.prefill(request)
+    assert request.num_computed_tokens == PROMPT + 2
+    assert [evicted for evicted, _ in engine.orders().values()] == [28]
+
+
+def test_a_deferred_eviction_comes_early_where_blocks_run_out() -> None:
+    """Before vLLM would preempt somebody; the one that has waited longest."""
+    engine = Engine(evict_after=50, num_blocks=1 + 21, output_reserve=False)
+    first, second = started(engine), started(engine, variant=1)
+    running = [first, second]
+    assert engine.usable - engine.num_held == 3
+    assert due(engine, running, 0) == []
+    other = started(engine, image=0, after=6, variant=2)  # two blocks more
+    running.append(other)
+    assert engine.usable - engine.num_held == 1
+    # The last blocks of two have room for two tokens, that of the third is full.
+    assert [request.num_computed_tokens % BLOCK_SIZE for request in running] == [2, 2, 0]
+    assert due(engine, running, 0) == [first.request_id]
+    orders = schedule(engine, *running)
+    assert list(orders) == [first.request_id]
+    assert due(engine, running, 0) == []  # its blocks are on their way back
+
+
+def test_a_bound_counts_from_the_deferred_eviction() -> None:
+    engine = Engine(evict_after=10, every=EVERY)
+    request = started(engine)
+    evicted = [e for _ in range(36) for e, _ in schedule(engine, request).values()]
+    assert evicted == [32, 40, 48, 56]
+    assert engine.harness.eviction_stats.evictions == {"prefill": 1, "every": 3}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 """What is expected of running answers."""
 
 import math
+from collections import Counter
+from collections.abc import Container, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.core.later_evictions import AnswerBound
 from vl_cache_vllm.core.output_reserve import (
     EvictedOutput,
+    Growth,
     OutputLengths,
     OutputReserve,
     peak_blocks,
@@ -66,28 +70,56 @@ def test_expected_is_that_of_the_latest(values: list[tuple[int, int]], generated
     assert answers.expected(generated, 70) == expected
 
 
-NUMBER = st.integers(0, 20)
-ANSWERS = st.lists(st.tuples(NUMBER, NUMBER, NUMBER), max_size=12)
+NUMBER = st.integers(0, 40)
+GROWTHS = st.builds(Growth, NUMBER, NUMBER, NUMBER, NUMBER, st.just(0))
+BOUNDED = st.builds(Growth, NUMBER, NUMBER, NUMBER, NUMBER, st.sampled_from([0, 8, 12]))
+
+
+def blocks_of(output: Growth) -> Iterator[int]:
+    """After each token that is still to come, from now on."""
+    tokens, most = output.tokens, 0
+    while output.period and tokens > output.period:
+        tokens -= output.period
+    for coming in range(output.coming + 1):
+        size = output.kept_blocks + cdiv(tokens, 4)
+        if coming == 0:
+            most = max(size, output.most_blocks)
+        yield min(size, most)
+        if output.period and tokens == output.period:
+            tokens = 0
+        tokens += 1
+
+
+def peak_of(outputs: list[Growth], moments: Container[int]) -> int:
+    """Token by token: an output ends after the moment in which it got the last."""
+    sizes: Counter[int] = Counter()
+    for output in outputs:
+        sizes.update(dict(enumerate(blocks_of(output))))
+    return max((size for moment, size in sizes.items() if moment in moments), default=0)
 
 
 @settings(deadline=None)
-@given(ANSWERS)
-def test_peak_is_that_of_the_answers_played_out(answers: list[tuple[int, int, int]]) -> None:
-    """Step by step: whoever has all its blocks ends after the moment in which it got the last."""
-    most = 0
-    for moment in range(21):
-        sizes = (
-            min(holds + moment, max(holds, limit))
-            for holds, growth, limit in answers
-            if growth >= moment
-        )
-        most = max(most, sum(sizes))
-    assert peak_blocks(answers) == most
+@given(st.lists(GROWTHS, max_size=12))
+def test_peak_is_that_of_the_answers_played_out(outputs: list[Growth]) -> None:
+    assert peak_blocks(outputs, 4) == peak_of(outputs, range(41))
 
 
-def expected_output(
-    num_tokens: int, generated: int, bound: AnswerBound | None
-) -> tuple[int, int, int]:
+@settings(deadline=None)
+@given(st.lists(BOUNDED, max_size=12))
+def test_outputs_that_are_evicted_again_shrink(outputs: list[Growth]) -> None:
+    """At their ends and at the next two evictions of each; a peak in between is not missed."""
+    moments = {output.coming for output in outputs}
+    for output in outputs:
+        if output.period:
+            until = -output.tokens % output.period
+            moments |= {until, until + output.period}
+    assert peak_blocks(outputs, 4) == peak_of(outputs, moments)
+    if len({output.period for output in outputs} - {0}) == 1:  # all later ones are like these
+        near = range(min(moments, default=0) + 12)
+        assert peak_blocks(outputs, 4) >= peak_of(outputs, near)
+
+
+def expected_output(num_tokens: int, generated: int, bound: AnswerBound | None) -> Growth:
     """Of a request with blocks of 4 whose first 24 tokens were evicted to 2 of 7 blocks."""
     request: Any = SimpleNamespace(
         num_tokens=num_tokens, num_output_tokens=generated, max_tokens=40
@@ -98,15 +130,23 @@ def expected_output(
 @pytest.mark.parametrize(
     ("num_tokens", "generated", "bound", "expected"),
     [
-        pytest.param(26, 0, None, (2 + 1, 10, 7), id="prompt-and-answer"),
-        pytest.param(36, 10, None, (2 + 3, 8, 7), id="halfway"),
-        pytest.param(66, 40, None, (2 + 11, 0, 7), id="at-its-end"),
-        # At most growth and one block, and the kept ones of the coming eviction.
-        pytest.param(26, 0, AnswerBound(28, 2, 3), (2 + 1, 2 + 1 + 3 - 1, 7), id="bounded"),
-        pytest.param(26, 0, AnswerBound(28, 20, 3), (2 + 1, 10, 7), id="ends-before-its-bound"),
+        pytest.param(26, 0, None, Growth(2, 2, 40, 7), id="prompt-and-answer"),
+        pytest.param(36, 10, None, Growth(2, 12, 30, 7), id="halfway"),
+        pytest.param(66, 40, None, Growth(2, 42, 0, 7), id="at-its-end"),
+        # Later evictions keep three blocks.
+        pytest.param(26, 0, AnswerBound(28, 2, 3), Growth(3, 2, 40, 7, 8), id="bounded"),
     ],
 )
 def test_growth_of_an_evicted_request(
-    num_tokens: int, generated: int, bound: AnswerBound | None, expected: tuple[int, int, int]
+    num_tokens: int, generated: int, bound: AnswerBound | None, expected: Growth
 ) -> None:
     assert expected_output(num_tokens, generated, bound) == expected
+
+
+def test_one_request_at_a_time_is_evicted_again() -> None:
+    """Beside what all hold, there is room for what the next one keeps."""
+    bound = AnswerBound(28, 2, 3)
+    request: Any = SimpleNamespace(num_tokens=26, num_output_tokens=0, max_tokens=40, priority=0)
+    holders = [(request, EvictedOutput(24, 2, 7, bound), 9) for _ in range(4)]
+    reserve = OutputReserve(4).free_blocks_for(request, holders, lambda _: 0, 36)
+    assert reserve + 36 == 4 * (3 + 2) + 3

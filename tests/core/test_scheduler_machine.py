@@ -153,6 +153,7 @@ class Due:
     trigger: str
     tokens: int  # E
     num_kept: int  # M
+    is_early: bool = False
 
 
 @dataclass(eq=False)
@@ -213,6 +214,30 @@ class Expected:
             most = max(most, whole + 1)
         most += len(self.reserved)
         return most + (len(self.kept) + len(self.replaced) if self.to_free else 0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How an evicted request goes on."""
+
+    num_kept: int
+    tokens: int  # behind what is evicted
+    coming: int
+    most: int  # blocks that are counted at most
+    period: int  # tokens between later evictions; 0: there are none
+
+    def blocks(self, moment: int) -> int:
+        """After so many more tokens."""
+        if moment > self.coming:
+            return 0
+        tokens = self.tokens + moment
+        while self.period and tokens > self.period:
+            tokens -= self.period
+        now = self.tokens
+        while self.period and now > self.period:
+            now -= self.period
+        now = self.num_kept + cdiv(now, BLOCK_SIZE)
+        return min(self.num_kept + cdiv(tokens, BLOCK_SIZE), max(now, self.most))
 
 
 def ceil_share(share: Fraction, number: int) -> int:
@@ -288,8 +313,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.counted: dict[str, tuple[str, bool, int]] = {}  # trigger, first, freed tokens
         self.deferred: list[str] = []
         self.waited: dict[str, bool] = {}  # whether the eviction of this step was deferred
-        self.order_of_deferral: dict[str, int] = {}
-        self.num_deferred = 0
+        self.order_of_decision: dict[str, int] = {}
+        self.num_decided = 0
         self.answers: list[Fraction] = []  # complete ones, as shares of their longest
         self.reported: Counter[str] = Counter()
         self.watch()
@@ -376,7 +401,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.due = self.expected_due()
             plan_later(*args)
             found = {
-                request_id: Due(later.trigger.value, later.evicted_tokens, later.kept_blocks)
+                request_id: Due(
+                    later.trigger.value, later.evicted_tokens, later.kept_blocks, later.is_early
+                )
                 for request_id, later in self.manager.later.due.items()
             }
             assert found == self.due
@@ -698,26 +725,48 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def expected_due(self) -> dict[str, Due]:
         """Who is to be evicted while it decodes, in the step that begins."""
-        due = self.due_deferred()
+        is_short = self.is_short()
+        due = self.due_deferred(is_short)
+        early: list[tuple[int, int, str, Due]] = []
         for request_id, expected in self.expected.items():
             bound, tokens = expected.bound, self.certain(expected.request)
             if bound is None or not expected.is_decided or expected.reserved:
                 continue
-            if tokens - (expected.evicted or bound.start) >= bound.growth * BLOCK_SIZE:
-                present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
-                if bound.num_kept < present:
-                    due[request_id] = Due("every", tokens, bound.num_kept)
+            grown = (tokens - (expected.evicted or bound.start)) // BLOCK_SIZE
+            present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
+            if bound.num_kept >= present:
+                continue
+            if grown >= bound.growth:
+                due[request_id] = Due("every", tokens, bound.num_kept)
+            elif grown > 0:
+                order = -self.order_of_decision[request_id]
+                eviction = Due("every", tokens, bound.num_kept, is_early=True)
+                early.append((grown, order, request_id, eviction))
+        if is_short and early and not due:
+            *_, request_id, eviction = max(early)
+            due[request_id] = eviction
+            self.seen["evicted early again"] += 1
         if self.by_pressure:
             due |= self.due_by_pressure(due)
         return due
 
-    def due_deferred(self) -> dict[str, Due]:
+    def is_short(self) -> bool:
+        """Whether blocks may run out before an eviction's come back."""
+        decided = [e for e in self.expected.values() if e.is_decided]
+        kept = max((e.bound.num_kept for e in decided if e.bound is not None), default=0)
+        needed = sum(-r.num_computed_tokens % BLOCK_SIZE < 3 for r in self.scheduler.running)
+        for expected in decided:
+            if expected.to_free:
+                row = self.rows(expected.request.request_id)[GROUP]
+                if self.last_of(row[: expected.evicted // BLOCK_SIZE]) or expected.replaced:
+                    return False
+        can_evict = kept or any(expected.reserved for expected in decided)
+        return bool(can_evict) and needed + kept > self.pool.get_num_free_blocks()
+
+    def due_deferred(self, is_short: bool) -> dict[str, Due]:
         """Those whose answer has begun; if there are none, one early where blocks may run out."""
         due: dict[str, Due] = {}
         early: dict[str, Due] = {}
-        free = self.pool.get_num_free_blocks()
-        needed = sum(-r.num_computed_tokens % BLOCK_SIZE < 3 for r in self.scheduler.running)
-        returning = any(expected.to_free for expected in self.expected.values())
         for request_id in self.awaiting:
             expected = self.expected[request_id]
             request = expected.request
@@ -726,7 +775,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eviction = Due("prefill", self.certain(request), len(expected.reserved))
             if certain >= expected.evict_at - 1:
                 due[request_id] = eviction
-            elif needed > free and not returning and certain >= expected.prompt_tokens:
+            elif is_short and certain >= expected.prompt_tokens:
                 early.setdefault(request_id, eviction)
         if due or not early:
             return due
@@ -737,7 +786,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def awaiting(self) -> list[str]:
         """Ids of the requests whose eviction waits, the longest first."""
         waiting = [i for i, expected in self.expected.items() if expected.reserved]
-        return sorted(waiting, key=self.order_of_deferral.__getitem__)
+        return sorted(waiting, key=self.order_of_decision.__getitem__)
 
     def due_by_pressure(self, due: dict[str, Due]) -> dict[str, Due]:
         """At most four of those with all of their cache, until the excess is gone."""
@@ -856,7 +905,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.settings["output_reserve"]:
             return False
         lasting = self.usable - self.pool.get_num_free_blocks()
-        answers = []  # blocks now, blocks at the end, blocks that are counted at most
+        answers: list[Answer] = []
+        kept_again = 0
         for expected in [*self.expected.values(), newcomer]:
             request = expected.request
             self.decide_by_pressure(expected)
@@ -873,19 +923,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             most = request.max_tokens
             longer = [share for share in self.answers[-256:] if share > Fraction(generated, most)]
             length = ceil(most * sum(longer) / len(longer)) if len(longer) >= 8 else most
-            length = max(generated, length)
             here = max(0, request.num_tokens - evicted)
-            now = cdiv(here, BLOCK_SIZE)
-            end = cdiv(here + length - generated, BLOCK_SIZE)
+            period = 0
             if bound is not None:
-                end = max(now, min(end, bound.growth + 1 + bound.num_kept))
-            most = max(num_prompt, num_kept + now)
-            answers.append((num_kept + now, num_kept + end, most))
+                num_kept = max(num_kept, bound.num_kept)
+                kept_again = max(kept_again, bound.num_kept)
+                period = bound.growth * BLOCK_SIZE
+            answers.append(Answer(num_kept, here, max(0, length - generated), num_prompt, period))
+        moments = {answer.coming for answer in answers}
+        for answer in answers:
+            if answer.period:
+                until = -answer.tokens % answer.period
+                moments |= {until, until + answer.period}
         return bool(answers) and any(
-            max(0, lasting)
-            + sum(min(now + moment, most) for now, end, most in answers if now + moment <= end)
+            max(0, lasting) + sum(answer.blocks(moment) for answer in answers) + kept_again
             > self.usable
-            for moment in range(cdiv(MAX_MODEL_LEN, BLOCK_SIZE) + 1)
+            for moment in moments
         )
 
     def evicted_output(self, expected: Expected) -> tuple[int, int, int, Bound | None] | None:
@@ -962,16 +1015,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["freeing waits for a step in flight"] += bool(expected.to_free)
         num_fresh = max(0, cdiv(end, BLOCK_SIZE) - held)
         missing = num_fresh + revived
-        due = self.due.get(request_id)
+        due, may_wait = self.due.get(request_id), False
         if due is not None and due.trigger != "prefill":
+            may_wait = due.trigger == "pressure" or due.is_early or missing == 0
             missing += due.num_kept
-            if due.trigger == "every" and missing > self.usable - expected.num_held:
+            if not may_wait and missing > self.usable - expected.num_held:
                 self.seen["a bound that cannot hold"] += 1
                 expected.has_no_room = True
                 missing, due = missing - due.num_kept, None
                 del self.due[request_id]
-            elif due.trigger == "pressure" and missing > free:
+            elif may_wait and missing > free:
                 self.seen["nobody is preempted for an eviction"] += not self.others
+                waits = due.trigger == "every" and not due.is_early and not self.others
+                self.seen["a bound waits while the last block has room"] += waits
                 missing, due = missing - due.num_kept, None
                 if not self.others:
                     del self.due[request_id]
@@ -1004,12 +1060,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected.num_blocks = held + num_fresh
         if self.others and (later := self.due.pop(request_id, None)):
             # What other groups freed in this call decides whether there was room.
-            due = later if order is not None or later.trigger == "every" else None
+            due = later if order is not None or not may_wait else None
         self.due.pop(request_id, None)
         if due is not None:
             self.check_order(expected, order, due.trigger, due.tokens, due.num_kept, computed + 1)
         elif not expected.is_decided and end >= expected.prompt_tokens:
             expected.is_decided = True
+            self.order_of_decision[request_id] = self.num_decided
+            self.num_decided += 1
             expected.bound = self.bound_of(expected)
             if expected.skip is None:
                 tokens = expected.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
@@ -1053,8 +1111,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(reserved) == len(set(reserved)) == num_kept
         expected.evict_at, expected.reserved = evict_at, reserved
         self.deferred.append(request_id)
-        self.order_of_deferral[request_id] = self.num_deferred
-        self.num_deferred += 1
         self.seen["deferred"] += 1
 
     def check_order(

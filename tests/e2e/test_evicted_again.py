@@ -97,6 +97,60 @@ def test_three_times_while_it_decodes(
     assert logprobs(output) != close(once.logprobs, abs=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("heads", "block_size", "num_images", "settings"),
+    [
+        pytest.param("gqa", 32, 1, {"evict_after": 40}, id="gqa-block32", marks=both_runners),
+        pytest.param("mha", 32, 2, {"evict_after": 1}, id="mha-block32-two-images-after-one"),
+        pytest.param(
+            "gqa",
+            32,
+            2,
+            {"evict_after": 16, "max_observation_tokens": 5, "every": 32},
+            id="gqa-block32-two-images-and-again",
+            marks=both_runners,
+        ),
+        pytest.param("mha", 128, 1, {"evict_after": 20}, id="mha-block128"),
+    ],
+)
+def test_after_some_tokens_of_the_answer(
+    heads: str,
+    block_size: int,
+    num_images: int,
+    settings: dict[str, int],
+    models_dir: Path,
+    tmp_path: Path,
+    load_oracle: Callable[[Path], Oracle],  # noqa: F811
+) -> None:
+    """The prompt's queries and the answer's last one decide."""
+    size = IMAGE_SIZE[block_size]
+    model = method_model(models_dir, heads, size)
+    wanted = Settings(0.1, block_size, **settings)
+    num_tokens = wanted.evict_after + 64
+    oracle = load_oracle(model)
+    sent, eviction, expected = next(
+        candidates(oracle, Request("llava", num_images, size), wanted, num_tokens)
+    )
+    assert len(expected.evictions) >= 1 + ("every" in settings)
+    kv_compress = {
+        "policy": "vlcache",
+        "budget": wanted.budget,
+        **settings,
+        "trace": {"path": str(tmp_path / "trace.jsonl"), "positions": True},
+    }
+    with engine(model, kv_compress, block_size=block_size, max_model_len=MAX_MODEL_LEN) as llm:
+        (output,) = llm.generate([sent], greedy(num_tokens), use_tqdm=False)
+    for record, decision in zip(
+        read_trace_lines(tmp_path / "trace.jsonl"), expected.evictions, strict=True
+    ):
+        assert_same_decision(record, decision)
+    assert token_ids(output) == expected.token_ids
+    assert logprobs(output) == pytest.approx(expected.logprobs, rel=0, abs=1e-3)
+    # The case tells this eviction from one at the end of the prefill.
+    early = oracle.decode(eviction, num_tokens)
+    assert logprobs(output) != pytest.approx(early.logprobs, rel=0, abs=1e-2)
+
+
 def test_a_prompt_that_is_too_short_is_evicted_when_it_has_grown(
     models_dir: Path,
     tmp_path: Path,

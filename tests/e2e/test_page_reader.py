@@ -46,7 +46,7 @@ def test_a_tenth_of_the_cache() -> None:
     """Every task at 10 %, kept shares and the order of policies, as the benchmark reports them."""
     cases = page_reader_cases("test", TASKS, 24)
     found = {}
-    for policy in ("vlcache-plus", "vlcache", "random"):
+    for policy in ("vlcache-plus:evict_after=0", "vlcache", "random"):
         settings = accuracy.parse_policy(policy)
         (cells,) = accuracy.run(BENCH, cases, settings, [{"kv_budget": 0.1}], options())
         found[policy] = {task: cell.summary() for task, cell in cells.items()}
@@ -81,7 +81,8 @@ def test_budgets_of_one_run_are_those_of_runs_of_their_own() -> None:
 
 @pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
 def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) -> None:
-    settings = {"policy": policy, "trace": {"path": str(tmp_path / "trace"), "positions": True}}
+    of_policy = {"policy": policy, "evict_after": 0}
+    settings = of_policy | {"trace": {"path": str(tmp_path / "trace"), "positions": True}}
     cases = page_reader_cases("tune", TASKS, 2)
     arguments = accuracy._engine_arguments(
         BENCH, settings, options(dtype="float32", max_num_seqs=1)
@@ -96,7 +97,7 @@ def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) ->
     records = list(read_trace(tmp_path / "trace").values())
     assert len(records) == len(cases)
     reader = sweep.OfflineReader(accuracy.MODEL)
-    config = KVCompressConfig.from_dict({"policy": policy})
+    config = KVCompressConfig.from_dict(of_policy)
     assert config is not None
     for case, record in zip(cases, records, strict=True):
         found = sweep.evict(reader.ask(reader.read(case), case), config, 32)

@@ -73,7 +73,7 @@ def test_image_embeddings_are_the_text(bench: PretrainedBench, cases: list[Pretr
 def test_the_offline_sweep_keeps_and_answers_like_vllm(
     bench: PretrainedBench, cases: list[PretrainedCase], tmp_path: Path
 ) -> None:
-    """A fifth of the cache."""
+    """A fifth of the cache; of every other case after some tokens of the answer."""
     trace = tmp_path / "trace"
     settings = {
         "policy": "vlcache-plus",
@@ -81,21 +81,35 @@ def test_the_offline_sweep_keeps_and_answers_like_vllm(
         "trace": {"path": str(trace), "positions": True},
     }
     arguments = accuracy._engine_arguments(bench, settings, options(dtype="float32"))
+    sampling = [greedy(case.max_tokens, None) for case in cases]
+    begun = [4 * (number % 2) for number in range(len(cases))]
+    for params, after in zip(sampling, begun, strict=True):
+        params.extra_args = {"kv_policy_options": {"evict_after": after}}
     with running_llm(**arguments) as llm:
-        found = bench.outputs(llm, cases, [greedy(case.max_tokens, None) for case in cases])
+        found = bench.outputs(llm, cases, sampling)
     records = {key.split("-")[0]: record for key, record in read_trace(trace).items()}
     reader = OfflinePretrained(Path(bench.model))
     config = KVCompressConfig.from_dict({"policy": "vlcache-plus", "budget": 0.2})
     assert config is not None
     read = {case.before: reader.read(case) for case in {c.before: c for c in cases}.values()}
     alike = counted = 0
-    for case, output in zip(cases, found, strict=True):
+    for case, output, after in zip(cases, found, begun, strict=True):
+        if len(token_ids(output)) <= after:
+            assert output.request_id not in records
+            continue
         record = records[output.request_id]
         text = [*case.before, *(token for page in case.pages for token in page), *case.after]
         answer = reader.tokenizer.decode([text[i] for i in bench.answer(case, output, llm)])
         assert case.answers[0] in answer
-        assert record["kept_blocks"] == math.ceil(0.2 * record["blocks"])
         prompt = reader.ask(read[case.before], case)
+        assert record["kept_blocks"] == math.ceil(0.2 * math.ceil(prompt.tokens / 32))
+        if after:
+            if (
+                token_ids(output)[:after] != prompt.expected[:after]
+                or len(prompt.expected) <= after
+            ):
+                continue
+            prompt = reader.begin(prompt, after)
         positions = sweep.evict(prompt, config, 32)
         assert positions is not None
         for layer, expected in zip(positions, held_positions(record), strict=True):
@@ -104,8 +118,10 @@ def test_the_offline_sweep_keeps_and_answers_like_vllm(
                 assert len(head) == len(kept)
                 assert len({*head} - {*kept}) <= 0.02 * len(head)
         if prompt.expected:
-            score = reader.score(prompt, sweep.kept(prompt.cache, positions), case)
+            correct = reader.correct(prompt, sweep.kept(prompt.cache, positions))
             counted += 1
-            alike += score == (token_ids(output)[: len(prompt.expected)] == prompt.expected)
-    assert counted >= 0.8 * len(cases)
+            alike += bool(correct.all()) == (
+                token_ids(output)[after : after + len(prompt.expected)] == prompt.expected
+            )
+    assert counted >= 0.6 * len(cases)
     assert alike >= counted - 1

@@ -32,7 +32,20 @@ def test_keeping_all_tokens_is_the_full_cache(reader: sweep.OfflineReader) -> No
     cache = sweep.kept(prompt.cache, [everything] * len(prompt.cache))
     for (keys, values), (all_keys, all_values) in zip(cache, prompt.cache, strict=True):
         assert torch.equal(keys, all_keys) and torch.equal(values, all_values)
-    assert reader.score(prompt, cache, case) == reader.score(prompt, prompt.cache, case) == 1.0
+    assert reader.correct(prompt, cache).all()
+    assert reader.correct(prompt, prompt.cache).all()
+
+
+def test_a_prompt_whose_answer_has_begun(reader: sweep.OfflineReader) -> None:
+    case = page_reader_cases("tune", ["dump"], 1)[0]
+    prompt = reader.ask(reader.read(case), case)
+    begun = reader.begin(prompt, 5)
+    assert begun.tokens == prompt.tokens + 5
+    assert torch.equal(reader.correct(begun, begun.cache), reader.correct(prompt, prompt.cache)[5:])
+    positions = sweep.evict(begun, config(policy="vlcache", budget=0.1), 32)
+    assert positions is not None
+    tail = begun.tokens % 32
+    assert sum(row.shape[1] - tail for row in positions) == 6 * 32 * 6
 
 
 def test_scores_and_order(reader: sweep.OfflineReader) -> None:

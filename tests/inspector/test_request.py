@@ -28,6 +28,8 @@ def test_texts_of_tokens_add_up() -> None:
     ("settings", "tokens", "has_images", "max_tokens", "expected"),
     [
         ({}, 500, True, 1, "--max-tokens 1"),
+        ({"evict_after": 8}, 500, True, 9, "so --max-tokens must be at least 10, got 9"),
+        ({"evict_after": 8}, 500, True, 20, "and the output has 7"),
         ({}, 500, False, 8, "the prompt has no image"),
         ({"min_prompt_tokens": 600}, 500, True, 8, "fewer than min_prompt_tokens, 600"),
         ({}, 40, True, 8, "40 prompt tokens are 2 blocks of 32, and a budget of 0.1 keeps 1"),
@@ -46,7 +48,7 @@ def test_reason_why_a_request_was_not_evicted(
     )
     config = KVCompressConfig.from_dict({"policy": "vlcache", **settings})
     assert config is not None
-    reason = _reason(llm, config, tokens, has_images, max_tokens)
+    reason = _reason(llm, config, tokens, has_images, max_tokens, 7)
     assert "kept its full cache" in reason
     assert expected in reason
 

@@ -39,3 +39,9 @@ def test_elite_queries_need_the_sum_over_all_observed_queries() -> None:
     with pytest.raises(ValueError, match=message):
         ExperimentalOptions(elite_window=0.9).check(VLCachePlusPolicy())
     ExperimentalOptions(diversity=0.5).check(VLCachePlusPolicy())
+
+
+def test_elite_queries_need_an_eviction_at_the_end_of_the_prefill() -> None:
+    elite = ExperimentalOptions(elite_window=0.9)
+    with pytest.raises(ValueError, match="elite_window needs evict_after 0, got 3"):
+        elite.check(VLCachePolicy(max_observation_tokens=16, evict_after=3))

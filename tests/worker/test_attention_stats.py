@@ -78,6 +78,29 @@ def test_sums_of_the_last_query_and_maxima_of_all(chunks: list[int]) -> None:
         torch.testing.assert_close(observed.attention.maxima[layer], grouped.amax((1, 2)))
 
 
+@pytest.mark.parametrize("config", [PLAIN, PLUS], ids=["plain", "plus"])
+def test_a_later_query_counts_as_well(config: KVCompressConfig) -> None:
+    """Of a request that is evicted after some tokens of its answer, here seven."""
+    prompt, observed = collect(config, [12]), collect(config, [12])
+    keys = torch.randn(LAYERS, KV_HEADS, TOKENS + 7, 8)
+    query, only = torch.randn(LAYERS, 1, 4, 8), torch.zeros(KV_HEADS, TOKENS + 7)
+    observed.extend(TOKENS + 7)
+    for layer in range(LAYERS):
+        dense = torch.zeros((), dtype=torch.int64)
+        params = AttentionParams(scale=0.3, softcap=0.0, threshold=0.01)
+        most = torch.zeros_like(only) if config is PLUS else None
+        observe(query[layer], keys[layer], TOKENS + 6, params, only.zero_(), dense, None, most)
+        observed.add(layer, query[layer], keys[layer], TOKENS + 6, 0.3, 0.0)
+        before = torch.nn.functional.pad(prompt.attention.sums[layer], (0, 7))
+        expected = only if config is PLUS else before + only  # the sums are the last query's
+        torch.testing.assert_close(observed.attention.sums[layer], expected)
+        assert observed.dense_entries[layer] == prompt.dense_entries[layer] + dense
+        if most is not None:
+            assert observed.attention.maxima is not None and prompt.attention.maxima is not None
+            before = torch.nn.functional.pad(prompt.attention.maxima[layer], (0, 7))
+            torch.testing.assert_close(observed.attention.maxima[layer], before.maximum(most))
+
+
 def test_elite_queries_score_alone() -> None:
     elite, plain = collect(ELITE, [12]), collect(PLAIN, [12])
     assert torch.equal(elite.dense_entries, plain.dense_entries)

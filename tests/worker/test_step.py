@@ -130,6 +130,24 @@ def test_an_order_while_a_full_cache_decodes() -> None:
     assert numbers.needs_tables  # the keys are found through them
 
 
+def test_an_order_after_some_tokens_of_the_answer() -> None:
+    """What the prompt's queries attended to is kept until then, and counts."""
+    state = fresh(63)
+    state.attention_stats = AttentionStats(state.config, 2, 1, 63, torch.device("cpu"))
+    numbers = plan_step([BatchRow(state, 0, 63)], BLOCK_SIZE, NUM_LAYERS, deferred=["request-1"])
+    assert (numbers.kept_whole, numbers.pending_evictions) == ([], [])
+    assert len(numbers.observations) == 1
+    for computed in range(63, 70):
+        assert plan([BatchRow(state, computed, 1)]).is_plain
+    numbers = plan([BatchRow(state, 70, 3)], {0: 2})
+    (observation,), (finish,) = numbers.observations, numbers.pending_evictions
+    assert (observation.query_end, observation.first_position, observation.tokens) == (1, 70, 71)
+    assert (finish.tokens, finish.num_queries, finish.unobserved) == (71, 23 + 1, 7)
+    # The next one is observed by its own query alone.
+    (later,) = plan([BatchRow(state, 80, 1)], {0: 2}).pending_evictions
+    assert (later.num_queries, later.unobserved) == (1, 0)
+
+
 def test_an_order_for_a_request_that_was_evicted_before() -> None:
     state = evicted(56, 2)
     numbers = plan([BatchRow(state, 81, 1)], {0: 1})

@@ -134,18 +134,22 @@ class EvictionBlockManager(FullAttentionManager):
             demands: blocks that unfinished prefills still ask for.
         """
         budget = self.decisions.observation_budget
-        is_short = bool(self._reserved) and self._is_short(running)
+        is_short = self._is_short(running)
         self.later.plan_deferred(self._lookup, is_short)
-        self.later.plan_every(self._lookup, budget.has_room)
+        self.later.plan_every(self._lookup, budget.has_room, is_short)
         if self.decisions.by_pressure:
+            is_on = self.decisions.pressure.is_on
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
             free = self.block_pool.get_num_free_blocks()
-            excess = 0
-            if self.decisions.pressure.is_on:
-                used = usable - free - self._blocks_to_free()
-                excess = used + demands() - int(self._config.pressure.high * usable)
-            elif free > usable // 2:  # whatever the requests are, there is room for evictions
+            if not is_on and free > usable // 2:  # there is room for evictions, whoever runs
                 return
+
+            def excess() -> int:
+                if not is_on:
+                    return 0
+                used = usable - free - self._blocks_to_free()
+                return used + demands() - int(self._config.pressure.high * usable)
+
             self.later.plan_pressure(
                 running,
                 self.decisions.decided,
@@ -182,7 +186,9 @@ class EvictionBlockManager(FullAttentionManager):
             if request_id in self._reserved:
                 return num_blocks
             with_kept = num_blocks + later.kept_blocks
-            if later.trigger is Trigger.PRESSURE:  # nobody is preempted so that another is evicted
+            if later.trigger is Trigger.PRESSURE or later.is_early or num_blocks == 0:
+                # Nobody is preempted so that another is evicted. A bound does not need it while the
+                # last block has room.
                 room = self.block_pool.get_num_free_blocks() - self._num_others
             else:  # others are, so that a bound holds, but the request itself is not
                 room = self.block_pool.num_gpu_blocks - 1 - self._num_held(request_id)
@@ -360,13 +366,14 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _is_short(self, running: Sequence[Request]) -> bool:
         """Whether blocks may run out in the steps that an eviction takes to return some."""
-        if self._blocks_to_free():
+        kept = self.later.most_kept
+        if not (self._reserved or kept) or self._blocks_to_free():
             return False
         needed = sum(
             -request.num_computed_tokens % self.block_size < STEPS_UNTIL_FREED
             for request in running
         )
-        return needed > self.block_pool.get_num_free_blocks()
+        return needed + kept > self.block_pool.get_num_free_blocks()
 
     def _blocks_to_free(self) -> int:
         """Blocks that evictions have replaced and that are not free yet."""

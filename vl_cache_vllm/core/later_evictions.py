@@ -49,6 +49,7 @@ class LaterEviction:
     trigger: Trigger
     evicted_tokens: int  # E, whole blocks
     kept_blocks: int  # M
+    is_early: bool = False  # because blocks may run out, before it had to be
 
 
 @dataclass(frozen=True)
@@ -174,16 +175,27 @@ class LaterEvictions:
                 early[request_id] = later
         self.due = self.due or early
 
+    @property
+    def most_kept(self) -> int:
+        """The most blocks that the next eviction of a bounded request keeps."""
+        return max((bound.kept_blocks for bound in self._bounds.values()), default=0)
+
     def plan_every(
-        self, lookup: Callable[[str], Request | None], has_room: Callable[[int], bool]
+        self,
+        lookup: Callable[[str], Request | None],
+        has_room: Callable[[int], bool],
+        is_short: bool,
     ) -> None:
         """Add the requests that have reached their bound.
 
         Args:
             lookup: finds the scheduler's requests by id.
             has_room: whether so many more tokens may be under observation.
+            is_short: as for `plan_deferred`. If nobody is evicted otherwise, the request that has
+                grown most is.
         """
-        observed = 0
+        observed, most_grown = 0, 0
+        early: tuple[str, LaterEviction] | None = None
         for request_id, bound in self._bounds.items():
             request = lookup(request_id)
             if request is None or request_id in self._deferred:
@@ -192,19 +204,25 @@ class LaterEvictions:
             evicted = whole_blocks(self._certain_tokens(request), self._block_size)
             grown = (evicted - (evicted_before or bound.start)) // self._block_size
             present = kept_before + (evicted - evicted_before) // self._block_size
-            if grown < bound.growth or bound.kept_blocks >= present:
+            if bound.kept_blocks >= present:
                 continue
-            later = LaterEviction(Trigger.EVERY, evicted, bound.kept_blocks)
+            later = LaterEviction(Trigger.EVERY, evicted, bound.kept_blocks, grown < bound.growth)
+            if later.is_early:
+                if grown > most_grown:
+                    most_grown, early = grown, (request_id, later)
+                continue
             observed += self._observed(later)
             if has_room(observed):
                 self.due[request_id] = later
+        if is_short and not self.due and early is not None and has_room(self._observed(early[1])):
+            self.due[early[0]] = early[1]
 
     def plan_pressure(
         self,
         running: Sequence[Request],
         decided: Callable[[str], EvictionPlan | None],
         config_of: Callable[[Request], KVCompressConfig],
-        excess: int,
+        excess: Callable[[], int],
         free: int,
         has_room: Callable[[int], bool],
     ) -> None:
@@ -218,7 +236,8 @@ class LaterEvictions:
             running: in vLLM's order.
             decided: the decision at the end of a request's prefill; None while it runs.
             config_of: a request's settings.
-            excess: blocks to free, more or less; 0 if the load is low.
+            excess: blocks to free, more or less; 0 if the load is low. Only called if somebody can
+                be evicted, because it asks for the prefix-cache hits of all waiting requests.
             free: blocks of the pool, of which evictions take their kept ones.
             has_room: whether so many more tokens may be under observation.
         """
@@ -244,18 +263,18 @@ class LaterEvictions:
         # What an eviction frees returns some steps later. Until then running requests take blocks,
         # and further evictions their kept ones.
         most_kept = max(later.kept_blocks for _, _, later in candidates)
-        excess = max(excess, 2 * (len(running) + most_kept) - free)
+        missing = max(excess(), 2 * (len(running) + most_kept) - free)
         candidates.sort(key=lambda candidate: -candidate[0])
         chosen = 0
         observed = sum(self._observed(later) for later in self.due.values())
         for gain, request_id, later in candidates:
-            if excess <= 0 or chosen == MOST_UNDER_PRESSURE:
+            if missing <= 0 or chosen == MOST_UNDER_PRESSURE:
                 break
             if later.kept_blocks > free or not has_room(observed + self._observed(later)):
                 continue
             self.due[request_id] = later
             chosen += 1
-            excess -= gain
+            missing -= gain
             free -= later.kept_blocks
             observed += self._observed(later)
 

@@ -10,11 +10,10 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import numpy
-from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
 from vl_cache_vllm.core.later_evictions import AnswerBound
@@ -64,6 +63,17 @@ class EvictedOutput:
     bound: AnswerBound | None = None
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How a running output grows."""
+
+    kept_blocks: int
+    tokens: int  # beside the kept blocks
+    coming: int  # tokens, until the output ends
+    most_blocks: int  # it is not counted with more, unless it holds more now
+    period: int = 0  # tokens between later evictions; 0: there are none
+
+
 class OutputReserve:
     """The free blocks that admission asks for.
 
@@ -98,42 +108,55 @@ class OutputReserve:
             0 where none of the requests is evicted: admission is then vLLM's alone.
         """
         lasting = used
-        outputs = []
+        outputs: list[Growth] = []
+        kept_again = 0
         for request, output, held in holders:
             if request.priority > newcomer.priority:
                 lasting -= held
             elif output is not None:
                 lasting -= held
                 outputs.append(self._expected_output(request, output))
+                if output.bound is not None:
+                    # While one is evicted again, it also holds what will be its kept blocks.
+                    kept_again = max(kept_again, output.bound.kept_blocks)
             else:
                 lasting += prefill_demand(request)
-        return max(0, lasting) + peak_blocks(outputs) - used if outputs else 0
+        peak = max(0, lasting) + peak_blocks(outputs, self._block_size) + kept_again
+        return peak - used if outputs else 0
 
-    def _expected_output(self, request: Request, output: EvictedOutput) -> tuple[int, int, int]:
-        """Blocks of an evicted request now, blocks still expected, and the most to count."""
+    def _expected_output(self, request: Request, output: EvictedOutput) -> Growth:
         generated = request.num_output_tokens
         coming = self.lengths.expected(generated, request.max_tokens) - generated
-        beyond = max(0, request.num_tokens - output.evicted_tokens)
-        now = cdiv(beyond, self._block_size)
-        end = cdiv(beyond + max(0, coming), self._block_size)
+        tokens = max(0, request.num_tokens - output.evicted_tokens)
+        kept, period = output.kept_blocks, 0
         if output.bound is not None:
-            # While it is evicted again, a request also holds the blocks that will be its kept ones.
-            end = min(end, output.bound.most_blocks)
-        return output.kept_blocks + now, max(0, end - now), output.prompt_blocks
+            kept = max(kept, output.bound.kept_blocks)
+            period = output.bound.growth * self._block_size
+        return Growth(kept, tokens, max(0, coming), output.prompt_blocks, period)
 
 
-def peak_blocks(outputs: Sequence[tuple[int, int, int]]) -> int:
+def peak_blocks(outputs: Sequence[Growth], block_size: int) -> int:
     """The most blocks that running outputs hold at once, simulated to completion.
 
-    Each output allocates one block per block interval and frees all its blocks at its end.
-
-    Args:
-        outputs: for each, the blocks that it holds, the blocks that it will still allocate, and
-            the most that it is counted with.
+    Each output frees all its blocks at its end. The moments that are looked at are the ends, and
+    the next two later evictions of each output: in between, blocks are only allocated.
     """
     if not outputs:
         return 0
-    holds, growth, limit = numpy.array(outputs).T[:, :, None]
-    ends = numpy.unique(growth)  # in between, nothing is freed
-    sizes = numpy.minimum(holds + ends, numpy.maximum(holds, limit))
-    return int((sizes * (growth >= ends)).sum(0).max())
+    kept, tokens, coming, most, period = numpy.array([astuple(output) for output in outputs]).T
+    is_bounded = period > 0
+    until = -tokens[is_bounded] % period[is_bounded]
+    again = until + period[is_bounded]
+    moments = numpy.unique(numpy.concatenate((coming, until, again)))
+
+    def blocks(moments: numpy.ndarray) -> numpy.ndarray:
+        """Of each output at each moment, ``[outputs, moments]``."""
+        grown = tokens[:, None] + moments
+        # What it has at an eviction counts; before it, there were none.
+        evictions = numpy.maximum(0, -(-grown // numpy.maximum(1, period)[:, None]) - 1)
+        left = grown - evictions * period[:, None]
+        return kept[:, None] + -(-left // block_size)
+
+    limit = numpy.maximum(blocks(numpy.zeros(1, int)), most[:, None])
+    sizes = numpy.minimum(blocks(moments), limit)
+    return int((sizes * (coming[:, None] >= moments)).sum(0).max())

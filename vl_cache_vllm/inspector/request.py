@@ -105,7 +105,8 @@ def inspect_request(
     ids = output.prompt_token_ids
     assert ids is not None
     if not lines:
-        raise NotEvicted(_reason(llm, config, len(ids), bool(images), max_tokens))
+        generated = len(output.outputs[0].token_ids)
+        raise NotEvicted(_reason(llm, config, len(ids), bool(images), max_tokens, generated))
     records = [json.loads(line) for line in lines]
     eviction, evictions = Eviction.from_records(records), history(records, len(ids))
     # A request may be evicted only when it has generated some tokens.
@@ -139,7 +140,12 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
 
 
 def _reason(
-    llm: LLM, config: KVCompressConfig, prompt_tokens: int, has_images: bool, max_tokens: int
+    llm: LLM,
+    config: KVCompressConfig,
+    prompt_tokens: int,
+    has_images: bool,
+    max_tokens: int,
+    generated: int,
 ) -> str:
     """The reason why a request was not evicted, derived without access to the engine core."""
     cache = llm.llm_engine.vllm_config.cache_config
@@ -166,12 +172,18 @@ def _reason(
         Skip.POOL_TOO_SMALL: f"{prompt}, too many for a pool of {blocks}: increase "
         "--kv-cache-memory-bytes",
     }
+    after = config.policy.evict_after
+    waits = f"policy {config.policy.name} evicts after {after} generated tokens (evict_after)"
     if max_tokens < 2:
         why = "with --max-tokens 1 there are no decode steps"
+    elif max_tokens < 2 + after:
+        why = f"{waits}, so --max-tokens must be at least {2 + after}, got {max_tokens}"
     elif plan.skip is not None:
         why = reasons[plan.skip]
     elif config.when == "pressure":
         why = "--kv-compress-when pressure evicts only while blocks are scarce: remove the flag"
+    elif generated <= after:
+        why = f"{waits}, and the output has {generated}"
     else:
         why = "no text follows the image in this model's chat template, so the window is empty"
     return f"the request kept its full cache, so there is nothing to show: {why}"

@@ -39,16 +39,15 @@ class ExperimentalOptions:
 
     def check(self, policy: EvictionPolicy) -> None:
         """Raise ValueError if an option does not work with ``policy``."""
-        used = [name for name, value in vars(self).items() if value]
-        if used and policy.evict_after:
-            raise ValueError(
-                f"experimental.{used[0]} needs evict_after 0, got {policy.evict_after}: it reads "
-                "the last queries of the prompt"
-            )
         if self.elite_window and (policy.wants_maxima or policy.summed_queries is not None):
             raise ValueError(
                 f"experimental.elite_window does not work with {policy.name}, which does not rank "
                 "by the sum over all observed queries"
+            )
+        if self.elite_window and policy.evict_after:
+            raise ValueError(
+                f"experimental.elite_window needs evict_after 0, got {policy.evict_after}: the "
+                "prompt's last query shows which queries are elite"
             )
         limit = policy.max_observation_tokens
         if self.elite_window and not 1 < (limit or 0) <= MAX_HELD_QUERIES:

@@ -61,6 +61,8 @@ class AttentionStats:
         if maxima is not None:
             maxima = pad(maxima, (0, more))
         self.attention = Attention(pad(sums, (0, more)), maxima)
+        if self.similarity is not None:
+            self.similarity = pad(self.similarity, (0, more))
         self.tokens = tokens
         self._last_weights = None
 
