@@ -19,6 +19,7 @@ from tests.helpers.blocks import (
 )
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import Skip
+from vl_cache_vllm.core.stats import EvictionStats
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 BLOCK_SIZE = 4
@@ -358,6 +359,7 @@ def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
     engine = Engine()
     request = engine.add()
     engine.prefill(request)
+    engine.orders()
     engine.decode(request, 9)
     assert engine.row(request)[:6] == [0] * 6
     engine.free(request)
@@ -372,7 +374,21 @@ def test_a_preempted_request_starts_over_with_all_its_tokens() -> None:
     engine.decode(request)
     assert engine.row(request)[:9] == [0] * 9
     assert engine.num_held == 3 + 1
+    engine.orders()
     assert engine.harness.eviction_stats.evicted == 2
+
+
+def test_an_order_that_a_preemption_withdraws_is_not_counted() -> None:
+    engine = Engine()
+    request = engine.add()
+    engine.prefill(request)
+    engine.free(request)  # later in the same step
+    assert engine.orders() == {}
+    assert engine.harness.eviction_stats == EvictionStats()
+    engine.prefill(request)
+    assert len(engine.orders()) == 1
+    stats = engine.harness.eviction_stats
+    assert (stats.evicted, stats.evictions, stats.retained.count) == (1, {"prefill": 1}, 1)
 
 
 def test_admission_asks_for_prompt_and_kept_blocks() -> None:
@@ -403,6 +419,7 @@ def test_a_failed_allocation_changes_nothing() -> None:
     assert engine.harness.eviction_stats.evicted == 0
     engine.free(other)
     assert engine.step(request, 10)
+    assert len(engine.orders()) == 1
     assert engine.harness.eviction_stats.evicted == 1
 
 

@@ -46,6 +46,7 @@ def test_others_wait_until_the_first_is_evicted() -> None:
     assert engine.row(second) == []
     engine.decode(first)  # its eviction is processed
     assert engine.step(second, PROMPT)
+    assert len(engine.orders()) == 2
     assert engine.harness.eviction_stats.evicted == 2
     assert engine.harness.manager.decisions.observation_budget.take_new() == [second.request_id]
 

@@ -306,9 +306,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_skipped: Counter[Skip] = Counter()
         self.num_freed = 0
         self.num_evictions: Counter[str] = Counter()  # by trigger
+        self.num_freed_tokens = 0
         self.due: dict[str, Due] = {}
         # Of the step that is being scheduled.
         self.orders: dict[str, EvictionOrder] = {}
+        self.counted: dict[str, tuple[str, bool, int]] = {}  # trigger, first, freed tokens
         self.deferred: list[str] = []
         self.waited: dict[str, bool] = {}  # whether the eviction of this step was deferred
         self.order_of_decision: dict[str, int] = {}
@@ -363,6 +365,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             self.due.pop(request.request_id, None)
             self.seen["order withdrawn"] += self.orders.pop(request.request_id, None) is not None
+            self.counted.pop(request.request_id, None)
             if request.request_id in self.deferred:
                 self.deferred.remove(request.request_id)
             if expected and expected.reserved and request.is_finished():
@@ -520,7 +523,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.orders.keys() <= output.num_scheduled_tokens.keys()
         self.seen["two orders in a step"] += len(self.orders) > 1
         self.run(output)
+        for trigger, is_first, freed_tokens in self.counted.values():
+            self.num_evicted += is_first
+            self.num_evictions[trigger] += 1
+            self.num_freed_tokens += freed_tokens
         self.orders.clear()
+        self.counted.clear()
         self.deferred.clear()
 
     @precondition(lambda self: self.in_flight)
@@ -1039,7 +1047,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert after[GROUP] == before[GROUP]
             return None
         fresh = allocated.get_block_ids()[GROUP]
-        order = self.manager._orders.get(request_id)
+        order, _ = self.manager._orders.get(request_id, (None, None))
         kept = order.kept_blocks if order is not None else ()
         assert len(fresh) == len(set(fresh)) == num_fresh
         assert len(kept) == len(set(kept))
@@ -1129,8 +1137,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not expected.evicted:
             expected.first_evicted = tokens
             expected.hashed = max(tokens, request.num_tokens)
-        self.num_evicted += not expected.evicted
-        self.num_evictions[trigger] += 1
+        present = len(expected.kept) + (tokens - expected.evicted) // BLOCK_SIZE
+        freed_tokens = (present - num_kept) * BLOCK_SIZE
+        self.counted[request.request_id] = trigger, not expected.evicted, freed_tokens
         self.seen[f"evicted by {trigger}"] += 1
         self.seen["evicted again"] += expected.evicted > 0
         self.seen["evicted beside drafts"] += self.setup.num_drafts > 0
@@ -1234,6 +1243,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         totals = self.scheduler.eviction_stats
         assert totals.evicted == self.num_evicted
         assert totals.evictions == self.num_evictions
+        assert totals.retained.count == self.num_evictions.total()
+        assert totals.freed_tokens == self.num_freed_tokens
         assert totals.skipped == {skip.value: n for skip, n in self.num_skipped.items()}
         assert totals.freed_blocks == self.num_freed
         evicted = [expected for expected in self.expected.values() if expected.evicted]

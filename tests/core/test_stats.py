@@ -9,7 +9,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vl_cache_vllm.core.later_evictions import Trigger
-from vl_cache_vllm.core.stats import EvictionStats, Samples
+from vl_cache_vllm.core.stats import EvictionStats, OrderedEviction, Samples
 from vl_cache_vllm.messages import EvictionReport, put_stats, take_stats
 
 REPORT = {
@@ -22,7 +22,7 @@ REPORT = {
 def some_stats() -> EvictionStats:
     stats = EvictionStats(blocks_held=5, pressure=True)
     stats.skipped.update(text_only=2, no_post_vision_tokens=1)
-    stats.add_eviction(Trigger.PREFILL, True, kept_blocks=2, blocks=7, freed_tokens=16)
+    stats.add_eviction(OrderedEviction(Trigger.PREFILL, True, 2, blocks=7, freed_tokens=16))
     stats.add_reports([REPORT])
     return stats
 
@@ -40,8 +40,8 @@ def test_evictions_are_counted() -> None:
 
 def test_a_request_that_is_evicted_again_is_one_request() -> None:
     stats = some_stats()
-    stats.add_eviction(Trigger.EVERY, False, kept_blocks=3, blocks=5, freed_tokens=8)
-    stats.add_eviction(Trigger.PRESSURE, True, kept_blocks=1, blocks=4, freed_tokens=12)
+    stats.add_eviction(OrderedEviction(Trigger.EVERY, False, 3, blocks=5, freed_tokens=8))
+    stats.add_eviction(OrderedEviction(Trigger.PRESSURE, True, 1, blocks=4, freed_tokens=12))
     assert stats.evicted == 2
     assert stats.evictions == {"prefill": 1, "every": 1, "pressure": 1}
     assert stats.retained.values == [2 / 7, 3 / 5, 1 / 4]
@@ -56,7 +56,7 @@ def test_a_prompt_observed_for_nothing_counts_its_observation() -> None:
 
 def test_a_sum_has_the_counts_of_both_and_the_state_of_the_later() -> None:
     later = EvictionStats(skipped=Counter(text_only=1), freed_blocks=7, blocks_held=3)
-    later.add_eviction(Trigger.EVERY, False, kept_blocks=1, blocks=2, freed_tokens=4)
+    later.add_eviction(OrderedEviction(Trigger.EVERY, False, 1, blocks=2, freed_tokens=4))
     later.add_reports([REPORT | {"layers_retained": {1: 0.5, 2: 0.25}}])
     total, before = some_stats(), some_stats()
     total += later

@@ -183,18 +183,25 @@ def test_sleep(model: Path) -> None:
 
     vLLM's CPU workers keep their memory in any case, and say so.
     """
-    requests, parameters = questions(3), harness.greedy(40)
-    with harness.engine(model, SETTINGS) as llm:
+    requests, parameters = questions(3), harness.greedy(128)
+    with harness.engine(model, AGAIN) as llm:
         engine = llm.llm_engine
+
+        def evicted_again() -> int:
+            return harness.eviction_stats(llm).evictions["every"]
+
         expected = answers(llm, requests, parameters)
+        again = evicted_again()
+        assert again >= 6
 
         def run_half() -> None:
             for number, request in enumerate(requests):
                 engine.add_request(str(number), request, parameters)
-            for _ in range(20):
+            for _ in range(70):
                 assert not any(output.finished for output in engine.step())
 
         run_half()
+        assert again + 3 <= evicted_again() <= 2 * again - 3
         engine.sleep(0, "keep")
         assert engine.is_sleeping()
         engine.wake_up()
@@ -202,6 +209,8 @@ def test_sleep(model: Path) -> None:
         while engine.has_unfinished_requests():
             found |= {o.request_id: [harness.token_ids(o)] for o in engine.step() if o.finished}
         assert [found[str(number)] for number in range(3)] == expected
+        assert evicted_again() == 2 * again
+        assert_pool_is_whole(llm)
         run_half()
         engine.sleep(1, "abort")
         assert_pool_is_whole(llm)
@@ -276,12 +285,16 @@ def test_adapters(model: Path, tmp_path: Path) -> None:
     ]
     request = questions(1)[0]
     trace = tmp_path / "trace"
-    settings = {**SETTINGS, "trace": {"path": str(trace), "positions": True}}
+    settings = {**AGAIN, "trace": {"path": str(trace), "positions": True}}
     with harness.engine(model, settings, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
-        alone = [answers(llm, [request], harness.greedy(40), lora_request=[one]) for one in loras]
-        together = answers(llm, [request] * 2, harness.greedy(40), lora_request=loras)
+        alone = [answers(llm, [request], harness.greedy(128), lora_request=[one]) for one in loras]
+        together = answers(llm, [request] * 2, harness.greedy(128), lora_request=loras)
     assert [[one] for one in together] == alone
     assert together[0] != together[1]
-    kept = [json.loads(line)["kept_positions"] for line in trace.read_text().splitlines()]
-    assert kept[:2] == kept[2:]
-    assert kept[0] != kept[1]
+    kept: dict[str, list[Any]] = {}  # by each eviction of a request
+    for record in harness.read_trace_lines(trace):
+        kept.setdefault(record["request_id"], []).append(record["kept_positions"])
+    first, second, *both = kept.values()
+    assert both == [first, second]
+    assert len(first) == len(second) >= 3
+    assert all(one != other for one, other in zip(first, second, strict=True))

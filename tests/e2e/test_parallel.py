@@ -13,6 +13,7 @@ from testing import engine as harness
 from testing import tiny_models
 from testing.engine import read_trace_lines
 from testing.server import chat_body, image_url, running
+from tests.e2e.test_server import wait_until_idle
 from tests.helpers import ray_on_cpu
 
 LONG = "Describe everything that you can see in the picture, from left to right. " * 4
@@ -156,22 +157,32 @@ def test_pipeline_parallel(model: Path, alone: Served, tmp_path: Path) -> None:
 
 @pytest.mark.server
 def test_data_parallel(model: Path, tmp_path: Path) -> None:
-    """Two engines behind one front end; each evicts and counts for itself."""
+    """Two engines behind one front end; each evicts and counts for itself, as one alone does."""
+    urls = [image_url(tiny_models.random_image(seed)) for seed in range(8)]
+    bodies = [chat_body(model, LONG, url, max_tokens=80, ignore_eos=True) for url in urls]
+    with harness.engine(model, {"policy": "vlcache", "every": 32}) as llm:
+        alone = [
+            output.outputs[0].text
+            for output in llm.chat(
+                [body["messages"] for body in bodies], harness.greedy(80), use_tqdm=False
+            )
+        ]
+        evictions = harness.eviction_stats(llm).evictions
+    assert evictions["every"] >= 2 * len(bodies)
     arguments = (
         "--kv-compress=vlcache",
+        "--kv-compress-every=32",
         "--data-parallel-size=2",
         "--dtype=float32",
+        "--block-size=32",
         "--enforce-eager",
         "--max-model-len=2048",
         "--kv-cache-memory-bytes=16M",
     )
     with running(model, tmp_path / "log", *arguments) as server:
-        urls = [image_url(tiny_models.random_image(seed)) for seed in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            answers = list(
-                pool.map(server.chat, (chat_body(model, LONG, url, max_tokens=32) for url in urls))
-            )
-        assert all(a["choices"][0]["finish_reason"] == "length" for a in answers)
+            answers = list(pool.map(server.chat, bodies))
+        assert [a["choices"][0]["message"]["content"] for a in answers] == alone
         # A request's own settings: each API server, one an engine, must know of eviction.
         whole = {"max_tokens": 32, "vllm_xargs": {"kv_budget": 1.0}}
         for url in urls[:4]:
@@ -182,3 +193,7 @@ def test_data_parallel(model: Path, tmp_path: Path) -> None:
         ]
         assert sum(evicted) == 8
         assert min(evicted) > 0
+        for trigger, count in evictions.items():
+            name = "vllm:kv_compress_evictions_total"
+            assert server.metric(name, f'trigger="{trigger}"') == count
+        wait_until_idle(server)

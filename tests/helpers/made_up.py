@@ -4,6 +4,7 @@
 import base64
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,44 @@ def record(
     }
 
 
-def inspection(**changes: Any) -> Inspection:
-    """Of one image of 80 x 40 pixels, unless the record says otherwise."""
+def record_again(
+    before: dict[str, Any], tokens: int, kept_pages: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """The line of the eviction that follows another one."""
+    rng = np.random.default_rng(seed)
+    evicted = tokens // BLOCK * BLOCK
+    since = evicted - before["evicted_tokens"]
+    sizes = [kept + since for kept in before["kept_tokens"]]
+    kept = [BLOCK * pages for pages in kept_pages]
+    return before | {
+        "eviction": before["eviction"] + 1,
+        "tokens": tokens,
+        "evicted_tokens": evicted,
+        "cached_tokens": [size + tokens - evicted for size in sizes],
+        "density": rng.random(len(sizes)).tolist(),
+        "kept_tokens": kept,
+        "visual": [],
+        "kept_positions": [
+            [
+                sorted(rng.permutation(size)[:count].tolist())
+                for _ in before["kept_positions"][layer]
+            ]
+            for layer, (size, count) in enumerate(zip(sizes, kept, strict=True))
+        ],
+    }
+
+
+def inspection(later: Sequence[tuple[int, Sequence[int]]] = (), **changes: Any) -> Inspection:
+    """Of one image of 80 x 40 pixels, unless the record says otherwise.
+
+    Args:
+        later: tokens and kept pages by layer of each eviction after the first.
+        changes: of the first one's record.
+    """
     line = record(**changes)
+    lines = [line]
+    for seed, (tokens, kept_pages) in enumerate(later):
+        lines.append(record_again(lines[-1], tokens, kept_pages, seed))
     eviction = Eviction.from_records([line])
     images = tuple(Image.new("RGB", (80, 40), "white") for _ in eviction.visual)
     config = KVCompressConfig.from_dict({"policy": "vlcache", "budget": 0.3, "pooling": 3})
@@ -79,7 +115,7 @@ def inspection(**changes: Any) -> Inspection:
         images=images,
         areas=tuple(seen_area(*image.size, None) for image in images),
         eviction=eviction,
-        history=history([line], line["tokens"]),
+        history=history(lines, line["tokens"]),
         tokens=tuple(f"<{i}>\n" for i in range(eviction.prompt_tokens)),
     )
 

@@ -85,13 +85,25 @@ def test_a_look_up_shows_the_record_among_the_kept_tokens(
 
 
 @pytest.mark.slow
-def test_rectangular_grids_of_several_images(tmp_path: Path) -> None:
+def test_rectangular_grids_of_several_images_and_several_evictions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_models.build("qwen2-vl", tmp_path / "model")
     sizes = [(448, 336), (300, 500)]
     images = [tiny_models.random_image(i, size) for i, size in enumerate(sizes)]
     prefix = run(
-        tmp_path, model, images, "--prompt=What is it?", "--max-tokens=6", "--kv-compress-budget=.3"
+        tmp_path,
+        model,
+        images,
+        "--prompt=What is it?",
+        "--max-tokens=70",
+        "--kv-compress-budget=.3",
+        "--kv-compress-every=32",
     )
+    page = prefix.with_suffix(".html").read_text(encoding="utf-8")
+    assert 'data-eviction="3"' in page and 'data-eviction="5"' not in page
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[:1] == ["2"] for line in printed) == 1
     data = page_data(prefix.with_suffix(".html"))
     for panel, size, (first, end) in zip(data["panels"], sizes, data["visual"], strict=True):
         assert panel["kind"] == "overlay"
@@ -99,7 +111,7 @@ def test_rectangular_grids_of_several_images(tmp_path: Path) -> None:
         ((_, rows, columns, _),) = [cells["grid"] for cells in panel["cells"]]
         assert rows * columns == end - first
         assert (rows < columns) == (size[1] < size[0])
-    assert "vlcache" in prefix.with_suffix(".html").read_text(encoding="utf-8")
+    assert "vlcache" in page
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from tests.helpers.made_up import inspection, page_data, token_at
-from vl_cache_vllm.inspector.history import Held
 from vl_cache_vllm.inspector.page import MAX_SIDE, _uri, write_page
 
 
@@ -82,12 +82,81 @@ def test_images_are_shrunk_and_take_the_smaller_format() -> None:
     assert noise.size == (64, 64)
 
 
-def test_later_evictions_are_a_table(tmp_path: Path) -> None:
-    once = inspection()
-    again = Held(2, 47, 8, 2, 3.0, 2.0, 6.0)
-    write_page(once, tmp_path / "once.html")
-    write_page(dataclasses.replace(once, history=(*once.history, again)), tmp_path / "again.html")
-    assert "All evictions" not in (tmp_path / "once.html").read_text(encoding="utf-8")
-    html = (tmp_path / "again.html").read_text(encoding="utf-8")
-    row = "<td>47</td><td>8 → 2</td><td>11</td><td>3</td><td>2</td><td>6</td>"
-    assert f'<tr><th scope="row">2</th>{row}</tr>' in html
+class Tables(HTMLParser):
+    """The page's tables as rows of texts, by the ``data-eviction`` of the element around them."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tables: dict[str | None, list[list[str]]] = {}
+        self.bars: list[list[tuple[str, float]]] = []  # kind and width of each part, by row
+        self.selectable: list[str] = []
+        self._part: str | None = None
+        self._is_cell = False
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        if tag in ("section", "form"):
+            self._part = attributes.get("data-eviction")
+            self.tables.setdefault(self._part, [])
+        elif tag == "tr":
+            self.tables[self._part].append([])
+        elif tag in ("th", "td"):
+            self.tables[self._part][-1].append("")
+            self._is_cell = True
+            if tag == "td" and attributes.get("class") == "bar":
+                self.bars.append([])
+        elif tag == "input" and attributes.get("name") == "eviction":
+            self.selectable.append(attributes["value"])
+        elif tag == "i" and self._is_cell:
+            width = attributes["style"].removeprefix("width: ").removesuffix("%")
+            self.bars[-1].append((attributes["class"], float(width)))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_cell = self._is_cell and tag not in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self._is_cell:
+            self.tables[self._part][-1][-1] += data.strip()
+
+
+def test_one_eviction_needs_no_selector(page: Path) -> None:
+    write_page(inspection(), page)
+    tables = Tables(page)
+    assert tables.selectable == []
+    assert "Evictions of the request" not in page.read_text(encoding="utf-8")
+    assert tables.tables.keys() == {None, "1"}
+
+
+def test_each_eviction_can_be_selected_and_shows_its_layers(page: Path) -> None:
+    made = inspection(later=[(47, [3, 1, 2]), (66, [1, 1, 4])])
+    write_page(made, page)
+    found = Tables(page)
+    assert found.selectable == ["1", "2", "3"]
+    assert found.tables.keys() == {None, "1", "2", "3"}
+    first, *_ = found.tables[None][1:]
+    assert first[:4] == ["1", "26", "7 → 2", "10"]
+    # 2 kept blocks and 23 tokens since position 24, of which 3 stay behind the whole blocks.
+    assert found.tables[None][2][:4] == ["2", "47", "8 → 2", "11"]
+    for held in made.history[1:]:
+        header, *rows = found.tables[str(held.number)]
+        assert header[:4] == ["layer", "before", "kept", "share"]
+        assert len(rows) == len(held.layers) == 3
+        for row, layer in zip(rows, held.layers, strict=True):
+            kept = [layer.visual, layer.text, layer.generated]
+            assert row[:8] == [
+                str(layer.layer),
+                str(layer.before),
+                f"{sum(kept):.0f}",
+                f"{100 * sum(kept) / layer.before:.1f}%",
+                *(f"{count:.1f}" for count in kept),
+                f"{layer.density:.3f}",
+            ]
+    # Layer 0 held 4 tokens and 23 since then, and keeps 3 pages and 3 tokens.
+    assert found.tables["2"][1][:4] == ["0", "27", "15", "55.6%"]
+    assert [kind for kind, _ in found.bars[0]] == ["visual", "text", "generated"]
+    longest = max(layer.before for layer in made.history[1].layers)
+    assert sum(width for _, width in found.bars[0]) == pytest.approx(100 * 15 / longest, abs=0.02)
+    html = page.read_text(encoding="utf-8")
+    assert "With 3 evictions" in html
+    assert "After 47 tokens, 8 blocks became 2 and the last one, which is not full." in html

@@ -45,7 +45,7 @@ from vl_cache_vllm.core.later_evictions import (
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import EvictedOutput, OutputReserve
 from vl_cache_vllm.core.pressure import PrefillDemand
-from vl_cache_vllm.core.stats import EvictionStats
+from vl_cache_vllm.core.stats import EvictionStats, OrderedEviction
 from vl_cache_vllm.messages import EvictionOrder
 
 STEPS_UNTIL_FREED = 3
@@ -87,7 +87,7 @@ class EvictionBlockManager(FullAttentionManager):
         # Of requests whose first eviction is deferred: the blocks that will be their kept ones.
         self._reserved: dict[str, list[KVCacheBlock]] = {}
         # Of the step that is being scheduled.
-        self._orders: dict[str, EvictionOrder] = {}
+        self._orders: dict[str, tuple[EvictionOrder, OrderedEviction]] = {}
         self._newly_deferred: list[str] = []
         self._output_reserve = OutputReserve(self.block_size)
         self._stats = EvictionStats()  # since the last report
@@ -160,9 +160,14 @@ class EvictionBlockManager(FullAttentionManager):
             )
 
     def take_orders(self) -> dict[str, EvictionOrder]:
-        """The evictions of the step that has been scheduled, by request id."""
+        """The evictions of the step that has been scheduled, by request id.
+
+        They are counted here: a preemption later in the same step withdraws its victim's.
+        """
         orders, self._orders = self._orders, {}
-        return orders
+        for _, counted in orders.values():
+            self._stats.add_eviction(counted)
+        return {request_id: order for request_id, (order, _) in orders.items()}
 
     def take_deferred(self) -> list[str]:
         """The requests whose prefill ends in the scheduled step and whose eviction follows."""
@@ -340,14 +345,14 @@ class EvictionBlockManager(FullAttentionManager):
         present = len(evicted.kept) + columns
         blocks = present + (safe_at > evicted_tokens)  # the last block may stay where it is
         freed_tokens = (present - num_kept) * self.block_size
-        self._stats.add_eviction(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
+        counted = OrderedEviction(trigger, not evicted.kept, num_kept, blocks, freed_tokens)
         end = evicted_tokens // self.block_size
         evicted.to_free.append(ReplacedBlocks(safe_at, end, evicted.kept))
         reserved = self._reserved.pop(request_id, None)
         evicted.kept = reserved or self.block_pool.get_new_blocks(num_kept)
         evicted.evicted_tokens = evicted_tokens
         ids = tuple(block.block_id for block in evicted.kept)
-        self._orders[request_id] = EvictionOrder(evicted_tokens, ids)
+        self._orders[request_id] = EvictionOrder(evicted_tokens, ids), counted
 
     def _last_eviction(self, request_id: str) -> tuple[int, int]:
         """E and M of a request's last eviction; zeros if it has not been evicted."""

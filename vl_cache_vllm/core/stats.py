@@ -36,6 +36,17 @@ class Samples:
         return Samples(self.count + other.count, self.total + other.total)
 
 
+@dataclass(frozen=True)
+class OrderedEviction:
+    """An eviction of one request, as it is counted."""
+
+    trigger: Trigger
+    is_first: bool  # of the request
+    kept_blocks: int
+    blocks: int  # that the request held before
+    freed_tokens: int
+
+
 @dataclass
 class EvictionStats:
     """Counts of decisions and evictions: of one step, of a log interval, or since start-up."""
@@ -56,14 +67,12 @@ class EvictionStats:
     blocks_held: int = 0  # by evicted requests at the end of the period
     pressure: bool | None = None  # at the end of the period; None without --kv-compress-when
 
-    def add_eviction(
-        self, trigger: Trigger, is_first: bool, kept_blocks: int, blocks: int, freed_tokens: int
-    ) -> None:
-        """Count an eviction of a request that held ``blocks`` blocks, its first or a later one."""
-        self.evicted += is_first
-        self.evictions[trigger.value] += 1
-        self.retained.record(kept_blocks / blocks)
-        self.freed_tokens += freed_tokens
+    def add_eviction(self, eviction: OrderedEviction) -> None:
+        """Count an eviction that the workers were told to carry out."""
+        self.evicted += eviction.is_first
+        self.evictions[eviction.trigger.value] += 1
+        self.retained.record(eviction.kept_blocks / eviction.blocks)
+        self.freed_tokens += eviction.freed_tokens
 
     def add_reports(self, reports: Sequence[dict[str, Any]]) -> None:
         """Count evictions that a worker has done (`vl_cache_vllm.messages.EvictionReport`)."""

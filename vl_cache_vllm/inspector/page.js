@@ -1,5 +1,6 @@
 "use strict";
-// Draws the page from the JSON in it. A selection is a layer and a KV head; -1 selects all.
+// Draws the first eviction from the JSON in the page. A selection is a layer and a KV head; -1
+// selects all. Later evictions are tables of the page, which are shown or hidden.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const { heads, tokens } = data;
@@ -11,7 +12,7 @@
   const measures = { attention: measure(data.attention), scores: measure(data.scores) };
   const imageOf = new Int16Array(tokens).fill(-1);
   data.visual.forEach(([first, end], i) => imageOf.fill(i, first, end));
-  const state = { layer: -1, head: -1, view: "kept" };
+  const state = { eviction: 1, layer: -1, head: -1, view: "kept" };
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)}%`;
   const short = (x) => (x === 0 ? "0" : x >= 1e-3 && x < 1e4 ? x.toPrecision(3) : x.toExponential(1));
@@ -102,6 +103,7 @@
   function draw(panel) {
     const { canvas, image, picture, kind, cells, size } = panel;
     const width = Math.round(canvas.clientWidth * devicePixelRatio);
+    if (!width) return; // another eviction is shown
     const scale = width / size[0];
     const height = Math.round(size[1] * scale);
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
@@ -416,7 +418,12 @@
 
   // ------------------------------------------------------------------------------------ state
 
+  const evictions = [...document.querySelectorAll("[name=eviction]")];
+  const parts = [...document.querySelectorAll("[data-eviction]")];
+
   function update() {
+    for (const radio of evictions) radio.checked = Number(radio.value) === state.eviction;
+    for (const part of parts) part.hidden = Number(part.dataset.eviction) !== state.eviction;
     select();
     const layer = byId("layer");
     layer.value = state.layer + 1;
@@ -437,13 +444,15 @@
     histogram("attention");
     histogram("scores");
     promptTokens();
-    const hash = `#layer=${layerName}&head=${state.head < 0 ? "all" : state.head}&view=${state.view}`;
+    const eviction = state.eviction === 1 ? "" : `eviction=${state.eviction}&`;
+    const hash = `#${eviction}layer=${layerName}&head=${state.head < 0 ? "all" : state.head}&view=${state.view}`;
     if (location.hash !== hash) history.replaceState(null, "", hash);
   }
 
   function readHash() {
     const given = new URLSearchParams(location.hash.slice(1));
     const index = (name, numbers) => numbers.map(String).indexOf(given.get(name));
+    state.eviction = Math.max(1, 1 + evictions.findIndex(({ value }) => value === given.get("eviction")));
     state.layer = index("layer", data.layers);
     state.head = index("head", [...Array(heads).keys()]);
     state.view = ["kept", "attention", "scores"].includes(given.get("view")) ? given.get("view") : "kept";
@@ -454,6 +463,8 @@
   byId("selection").addEventListener("submit", (event) => event.preventDefault());
   for (const radio of document.querySelectorAll("[name=view]"))
     radio.addEventListener("change", (event) => { state.view = event.target.value; update(); });
+  for (const radio of evictions)
+    radio.addEventListener("change", () => { state.eviction = Number(radio.value); update(); });
   addEventListener("hashchange", () => { readHash(); update(); });
   const redraw = () => { panels.forEach(draw); legend(); };
 
