@@ -92,7 +92,7 @@ def test_accuracy_numbers() -> None:
     expected = accuracy.markdown(results["results"], 0.1).splitlines()
     committed = {line.split("|")[1].strip(): line for line in expected}
     rows = [committed["full cache"] + " 100 | 100 |"]
-    for policy in ("vlcache-plus", "vlcache", "random"):
+    for policy in ("vlcache-plus", "vlcache-plus:evict_after=0", "vlcache", "random"):
         row = committed[policy]
         for form in ("completion", "chat"):
             mean = mean_of_answered(policy, form)
@@ -100,7 +100,7 @@ def test_accuracy_numbers() -> None:
         rows.append(row)
     assert table[2:] == rows
     full = results["results"]["full cache"]["1.0"]
-    tenth = results["results"]["vlcache-plus"]["0.1"]
+    tenth = results["results"]["vlcache-plus:evict_after=0"]["0.1"]
     loss = max(100 * (full[task]["score"] - tenth[task]["score"]) for task in full)
     assert f"**{loss:.1f} points**" in TEXT
     assert len(full) == 5 and "over five tasks" in TEXT

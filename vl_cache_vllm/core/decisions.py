@@ -127,16 +127,16 @@ class EvictionDecisions:
         request = self._lookup(request_id)
         if request is None or request.status == RequestStatus.RUNNING:
             return False
-        plan = self._needs_observation(request_id, num_tokens)
-        return plan is not None and not self.observation_budget.has_room(plan.prompt_tokens)
+        observed = self._needs_observation(request_id, num_tokens)
+        return observed is not None and not self.observation_budget.has_room(observed)
 
     def admit_to_observation(self, request_id: str, num_tokens: int) -> None:
         """Admit a request whose first observed query is scheduled, or note that it had no room."""
-        plan = self._needs_observation(request_id, num_tokens)
-        if plan is None:
+        observed = self._needs_observation(request_id, num_tokens)
+        if observed is None:
             return
-        if self.observation_budget.has_room(plan.prompt_tokens):
-            self.observation_budget.admit(request_id, plan.prompt_tokens)
+        if self.observation_budget.has_room(observed):
+            self.observation_budget.admit(request_id, observed)
         else:
             self._unobserved.add(request_id)
 
@@ -147,8 +147,11 @@ class EvictionDecisions:
         policy = self._config.for_request(request.sampling_params).policy
         return policy.observation_start(vision_end, plan.prompt_tokens)
 
-    def _needs_observation(self, request_id: str, num_tokens: int) -> EvictionPlan | None:
-        """The plan of a request whose first observed query is among ``num_tokens``."""
+    def _needs_observation(self, request_id: str, num_tokens: int) -> int | None:
+        """The tokens that are scored of a request whose first observed query is now scheduled.
+
+        None if it has none among ``num_tokens``, or was admitted before.
+        """
         if self.observation_budget.is_unbounded or request_id in self._decided:
             return None
         request = self._lookup(request_id)
@@ -159,4 +162,5 @@ class EvictionDecisions:
         plan = self.possible_plan(request)
         if not plan.kept_blocks or num_tokens <= self._observation_start(request, plan):
             return None
-        return plan
+        policy = self._config.for_request(request.sampling_params).policy
+        return plan.prompt_tokens + policy.evict_after
