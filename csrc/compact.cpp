@@ -27,7 +27,7 @@ void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, in
 // As vlc_compact, for one element type.
 template <typename Cell>
 void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t source_stride,
-             const int64_t* kept_row, const int64_t* kept_pages, const int64_t* positions,
+             const int64_t* kept_row, const int64_t* kept_pages, const int32_t* positions,
              int64_t num_layers, int64_t num_kv_heads, int64_t max_kept, int64_t layer_stride,
              int64_t block_stride) {
   const int64_t head_cells = 2 * move.block_size * move.head_size;  // elements of one head's part
@@ -40,7 +40,7 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
       Cell* to = page_at(page_index % num_layers * layer_stride +
                          kept_row[page_index / num_layers] * block_stride);
       for (int64_t head = 0; head < num_kv_heads; ++head) {
-        const int64_t* kept =
+        const int32_t* kept =
             positions + (layer * num_kv_heads + head) * max_kept + page * move.block_size;
         for (int64_t token = 0; token < move.block_size; ++token) {
           const Cell* from =
@@ -65,9 +65,9 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
 extern "C" void vlc_compact(void* pages, const int64_t* key_index, const int64_t* value_index,
                             const int32_t* source_pages, int64_t source_stride,
                             const int64_t* kept_row, const int64_t* kept_pages,
-                            const int64_t* positions, int64_t cell_bytes, int64_t num_layers, int64_t num_kv_heads,
-                            int64_t block_size, int64_t head_size, int64_t max_kept,
-                            int64_t layer_stride, int64_t block_stride) {
+                            const int32_t* positions, int64_t cell_bytes, int64_t num_layers,
+                            int64_t num_kv_heads, int64_t block_size, int64_t head_size,
+                            int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
   const Move move = {key_index, value_index, block_size, head_size};
   const auto run = [&](auto* cells) {
     compact(cells, move, source_pages, source_stride, kept_row, kept_pages, positions, num_layers,

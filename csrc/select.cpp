@@ -37,15 +37,15 @@ uint64_t order_key(float score, int64_t position) {
 // order, then all positions from `candidates` to `end`, the recent window. keys: buffer.
 template <typename Key, typename KeyOf>
 void keep(KeyOf key_of, int64_t candidates, int64_t end, int64_t count, Key* keys,
-          int64_t* positions) {
+          int32_t* positions) {
   if (count > 0) {
     for (int64_t i = 0; i < candidates; ++i) keys[i] = key_of(i);
     std::nth_element(keys, keys + count - 1, keys + candidates, std::greater<Key>());
     const Key last = keys[count - 1];  // of the last kept token
     for (int64_t i = 0; i < candidates; ++i)
-      if (key_of(i) >= last) *positions++ = i;
+      if (key_of(i) >= last) *positions++ = static_cast<int32_t>(i);
   }
-  for (int64_t i = candidates; i < end; ++i) *positions++ = i;
+  for (int64_t i = candidates; i < end; ++i) *positions++ = static_cast<int32_t>(i);
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ void keep(KeyOf key_of, int64_t candidates, int64_t end, int64_t count, Key* key
 // recent_ratio: fraction of the budget for the most recent tokens
 extern "C" void vlc_select(const float* scores, const int64_t* num_tokens,
                            const int64_t* kept_tokens, const int64_t* precedence,
-                           int64_t* positions, int64_t num_layers, int64_t num_kv_heads,
+                           int32_t* positions, int64_t num_layers, int64_t num_kv_heads,
                            int64_t width, int64_t max_kept, double recent_ratio) {
 #pragma omp parallel
   {
@@ -75,7 +75,7 @@ extern "C" void vlc_select(const float* scores, const int64_t* num_tokens,
         return Wide{group} << 64 | plain(token);
       };
       const int64_t candidates = end - recent, count = kept - recent;
-      int64_t* to = positions + i * max_kept;
+      int32_t* to = positions + i * max_kept;
       if (precedence)
         keep<Wide>(preceding, candidates, end, count, keys.get(), to);
       else

@@ -24,7 +24,7 @@ def compact_kernel(
     source_stride,  # int, elements from layer to layer of source_pages
     kept_row,  # [M] int64, block ids of the destination
     kept_pages,  # [L] int64, pages of each layer
-    positions,  # [L, num_kv_heads, max_kept] int64, indices in the layer's source pages
+    positions,  # [L, num_kv_heads, max_kept] int32, indices in the layer's source pages
     max_kept,  # int, tokens
     num_layers,  # int, L
     layer_stride,  # int, pages from layer to layer

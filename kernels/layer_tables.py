@@ -12,7 +12,7 @@ import triton.language as tl
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables
 from vl_cache_vllm.ops.page_pool import PagePool
 
-BLOCK = 128  # table entries, or tokens, per iteration
+BLOCK = 1024  # table entries, or tokens, per iteration
 
 
 # Compiled once for all batches.

@@ -20,9 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vl_cache_vllm.ops.select import torch_rank
-
-rank = torch_rank  # a GPU sorts well
+from vl_cache_vllm.kernels.rank import ordered_bits
 
 BLOCK = 1024  # tokens per iteration
 
@@ -42,11 +40,7 @@ def _keys(
     """
     exists = token < num_tokens
     score = tl.load(scores + token, mask=exists, other=0.0)
-    score = tl.where(score == 0, 0.0, score)  # 0.0 and -0.0 are equal
-    bits = score.to(tl.int32, bitcast=True)
-    # With the sign bit flipped, or all bits of a negative number, the patterns of floats have the
-    # order of unsigned integers.
-    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True).to(tl.uint64)
+    key = ordered_bits(score).to(tl.uint64)
     if HAS_PRECEDENCE:
         before = tl.load(precedence + token, mask=exists, other=0).to(tl.int32)
         key |= (before ^ -2147483648).to(tl.uint32, bitcast=True).to(tl.uint64) << 32
@@ -64,7 +58,7 @@ def select_kernel(
     num_tokens_of,  # [num_layers] int64, tokens of each layer that can be selected
     kept_tokens,  # [num_layers] int64, budget of each layer in tokens
     precedence,  # [width] int64, 32 bits used; not read without HAS_PRECEDENCE
-    positions,  # [num_layers, num_kv_heads, max_kept] int64, output: kept positions
+    positions,  # [num_layers, num_kv_heads, max_kept] int32, output: kept positions
     width,  # int, tokens
     max_kept,  # int, tokens
     recent_ratio: tl.float64,  # fraction of the budget for the most recent tokens
@@ -110,7 +104,7 @@ def select_kernel(
         number = num_equal + tl.cumsum(equal.to(tl.int64), 0)  # from 1
         is_kept = (exists & (key > last)) | (equal & (number <= wanted))
         entry = num_kept + tl.cumsum(is_kept.to(tl.int64), 0) - 1
-        tl.store(positions + entry, token.to(tl.int64), mask=is_kept & (entry < max_kept))
+        tl.store(positions + entry, token.to(tl.int32), mask=is_kept & (entry < max_kept))
         num_equal += tl.sum(equal.to(tl.int64))
         num_kept += tl.sum(is_kept.to(tl.int64))
 
@@ -130,8 +124,8 @@ def select(
     Scores must not be NaN, and precedences must fit 32 bits.
     """
     num_layers, num_kv_heads, width = scores.shape
-    positions = torch.zeros(
-        num_layers, num_kv_heads, max_kept, dtype=torch.int64, device=scores.device
+    positions = torch.empty(
+        num_layers, num_kv_heads, max_kept, dtype=torch.int32, device=scores.device
     )
     select_kernel[num_layers, num_kv_heads](
         scores.float().contiguous(),

@@ -27,7 +27,7 @@ def random_positions(
     """Kept positions as `select` returns them; meaningless beyond a layer's budget."""
     generator = torch.Generator().manual_seed(3)
     max_kept = max(kept_pages) * block_size
-    positions = torch.zeros(len(kept_pages), num_kv_heads, max_kept, dtype=torch.int64)
+    positions = torch.zeros(len(kept_pages), num_kv_heads, max_kept, dtype=torch.int32)
     for layer, pages in enumerate(kept_pages):
         for head in range(num_kv_heads):
             chosen = torch.randperm(prompt_tokens, generator=generator)

@@ -6,16 +6,31 @@ That they are right is tested with the operations, through the interpreter.
 
 import functools
 import os
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernels
+from vl_cache_vllm.ops import dispatch
+from vl_cache_vllm.policy import Attention, Prompt
+from vl_cache_vllm.policy.vlcache_plus import VLCachePlusPolicy
 from vl_cache_vllm.self_check import operations, synthetic
 
 needs_compiler = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter"
 )
+
+PROGRAMS_PER_SM = {
+    "layer_tables_kernel": 4,
+    "rank_kernel": 4,
+    "look_ahead_kernel": 8,
+    "select_kernel": 6,
+    "compact_kernel": 16,
+}
+"""Programs that must fit on an SM at once, since these kernels wait for memory."""
 
 
 @needs_compiler
@@ -31,12 +46,52 @@ def test_all_compile_without_spilling(shape: str, architecture: int) -> None:
         "statistics_kernel",
         "columns_kernel",
         "apportion_kernel",
+        "look_ahead_kernel",
+        "rank_kernel",
         "select_kernel",
         "compact_kernel",
     }
     for row in found:
         assert row["registers"] > 0
         assert row["spilled_bytes"] == 0, row
+        # Programs of 128 threads; an SM has 65536 registers and at least 100 KB of shared memory.
+        if (programs := PROGRAMS_PER_SM.get(row["kernel"])) is not None:
+            assert 128 * row["registers"] * programs <= 65536, row
+            assert row["shared_bytes"] * programs <= 100 << 10, row
+
+
+@needs_compiler
+def test_long_tables_take_few_iterations() -> None:
+    """The cache of 128K tokens has 8,192 pages of 16, and each iteration waits for memory."""
+    (launch,) = [
+        one
+        for one in kernels.launches(kernels.ATTENTION_SHAPES["7b-gqa"])
+        if one.kernel.__name__ == "layer_tables_kernel"
+    ]
+    assert 8192 / launch.arguments["BLOCK"] <= 8
+
+
+class _NoSorting(TorchDispatchMode):
+    """Raises if torch sorts or scans."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not {"sort", "argsort", "topk", "cummax"} & {func.overloadpacket.__name__}, func
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [70, 5000])
+def test_rankings_take_a_launch_each_and_no_sort(tokens: int) -> None:
+    policy, sums = VLCachePlusPolicy(), torch.rand(2, 3, tokens)
+    attention = Attention(sums, torch.rand(2, 3, tokens))
+    with dispatch.use("triton"), kernels.recorded() as launches, _NoSorting():
+        policy.token_scores(attention, Prompt(tokens, ((5, 50),)))
+    assert Counter(launch.kernel.__name__ for launch in launches) == {
+        "look_ahead_kernel": 4,
+        "rank_kernel": 4,
+    }
+    with dispatch.use("torch"), _NoSorting(), pytest.raises(AssertionError):
+        policy.token_scores(attention, Prompt(tokens))
 
 
 @needs_compiler
@@ -54,6 +109,8 @@ def test_the_benchmark_compares_every_operation() -> None:
         "apportion",
         "select",
         "rank",
+        "merge_ranking",
+        "look_ahead",
         "compact",
         "layer_tables",
     }

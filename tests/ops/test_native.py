@@ -43,7 +43,14 @@ def test_they_cannot_serve_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 def test_they_are_torch_operators() -> None:
-    assert {"observe", "select", "rank", "compact", "layer_tables"} == native.OPERATIONS
+    assert {
+        "observe",
+        "select",
+        "rank",
+        "look_ahead",
+        "compact",
+        "layer_tables",
+    } == native.OPERATIONS
     for name in native.OPERATIONS:
         assert hasattr(torch.ops.vl_cache, name)
 
@@ -56,16 +63,18 @@ def arguments(name: str) -> tuple[Any, ...]:
         dense_entries = torch.zeros((), dtype=int64)
         return query, key, 6, 0.3, 0.01, 0.0, torch.zeros(2, 9), dense_entries, torch.rand(2, 3)
     if name == "select":
-        ends, kept = torch.tensor([7, 9]), torch.tensor([4, 8])
+        ends, kept = torch.tensor([8, 9]), torch.tensor([8, 8])  # no entry without a meaning
         return torch.rand(2, 2, 9), ends, kept, 0.1, 8, torch.arange(9)
     if name == "compact":
         index = torch.arange(32).view(4, 8)
-        positions = torch.arange(9)[:8].expand(2, 2, 8).contiguous()
+        positions = torch.arange(8, dtype=torch.int32).expand(2, 2, 8).contiguous()
         source_pages = torch.tensor([[0, 1, 2], [4, 5, 6]], dtype=torch.int32)
         kept = torch.tensor([3]), torch.tensor([1, 1])
         return torch.rand(8, 2, 64), index, index + 32, source_pages, *kept, positions, 4, 1
     if name == "rank":
         return (torch.rand(2, 2, 9),)
+    if name == "look_ahead":
+        return torch.rand(2, 2, 9), torch.rand(4).double(), torch.rand(4).double(), 0.5
     assert name == "layer_tables"
     evicted = torch.tensor([8]), torch.tensor([[3]]), torch.tensor([[1, 1]])
     return (
@@ -96,7 +105,7 @@ def test_fakes_return_what_the_operators_return(name: str) -> None:
     real = operator(*arguments(name))
     with FakeTensorMode():
         fake = operator(*arguments(name))
-    if name not in ("select", "rank"):
+    if name not in ("select", "rank", "look_ahead"):
         assert real is fake is None
         return
     assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from vl_cache_vllm.ops.look_ahead import look_ahead
 from vl_cache_vllm.policy import POLICIES, Attention, EvictionPolicy, Prompt
-from vl_cache_vllm.policy.scoring import interleave, look_ahead
+from vl_cache_vllm.policy.scoring import interleave
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 
 

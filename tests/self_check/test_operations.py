@@ -20,6 +20,7 @@ from vl_cache_vllm.self_check.synthetic import AttentionShape, Case, SyntheticPr
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif(not native.is_built(), reason="C++ has not been built")
 OBSERVE = frozenset({"observe: sums", "observe: maxima", "observe: dense entries"})
+RANK = frozenset({"rank", "merge_ranking"})
 # Small ones that together reach all branches, for the many faults.
 SMALL = (
     *operations.CASES[:2],
@@ -58,8 +59,7 @@ def test_every_operation_has_a_row() -> None:
         and not node.name.startswith("_")
         and not node.decorator_list
     }
-    aliases = {"rank"}  # kernels.select takes torch's
-    assert found == public | aliases
+    assert found == public
 
 
 def test_old_gpus_have_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +135,27 @@ FAULTS = (
     Fault("_quota", "tl.maximum(scale * weight, 1.0)", "scale * weight", frozenset({"apportion"})),
     Fault("_remainder", "(quota - floor) * 1e9", "(floor - quota) * 1e9", frozenset({"apportion"})),
     Fault("apportion_kernel", "before < missing", "before <= missing", frozenset({"apportion"})),
-    Fault("_keys", "score == 0, 0.0, score", "score < 0, -score, score", frozenset({"select"})),
+    Fault("_keys", "ordered_bits(score)", "ordered_bits(-score)", frozenset({"select"})),
     Fault("select_kernel", "number <= wanted", "number < wanted", frozenset({"select"})),
     Fault("select_kernel", "- tl.ceil(recent)", "- tl.floor(recent)", frozenset({"select"})),
+    Fault("ordered_bits", "score == 0, 0.0, score", "score < 0, -score, score", RANK),
+    Fault(
+        "_pass", "tl.cumsum(counts, 0) - counts", "tl.sum(counts, 0) - tl.cumsum(counts, 0)", RANK
+    ),
+    Fault("rank_kernel", "tl.maximum(before, value)", "value", frozenset({"merge_ranking"})),
+    Fault(
+        "rank_kernel",
+        "place.to(tl.int64), mask",
+        "place.to(tl.int64) + 1, mask",
+        frozenset({"rank"}),
+    ),
+    Fault("_larger", "tl.maximum(a, b)", "b", frozenset({"look_ahead"})),
+    Fault(
+        "look_ahead_kernel",
+        "tl.max(running, 0) * of_frame",
+        "tl.max(running, 0)",
+        frozenset({"look_ahead"}),
+    ),
     Fault(
         "compact_kernel",
         "to_page + cell + to_token * value_token_stride, value",
@@ -172,7 +190,7 @@ def test_a_fault_fails_its_rows(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = SyntheticPrompt.calls
-    only = {fault.file, "rank"} if fault.file == "select" else {fault.file}
+    only = {fault.file, "merge_ranking"} if fault.file == "rank" else {fault.file}
     monkeypatch.setattr(  # the others cannot be affected, and the interpreter is slow
         SyntheticPrompt,
         "calls",
@@ -213,6 +231,8 @@ def _one_more(result: torch.Tensor) -> None:
         ("apportion", None, _one_more, "apportion"),
         ("select", None, lambda positions: positions[..., 0].add_(1), "select"),
         ("rank", None, _one_more, "rank"),
+        ("merge_ranking", 0, _one_more, "merge_ranking"),
+        ("look_ahead", None, _one_more, "look_ahead"),
         ("compact", 0, lambda pool: pool.pages.neg_(), "compact"),
         ("layer_tables", 5, lambda out: out.block_table.add_(1), "layer_tables: pages"),
         ("layer_tables", 5, lambda out: out.seq_lens.add_(1), "layer_tables: lengths"),
@@ -276,6 +296,8 @@ def test_timed_calls_are_those_of_an_eviction() -> None:
     assert {one.name.partition(",")[0] for one in found} == {
         "observe",
         "apportion",
+        "look_ahead",
+        "merge_ranking",
         "select",
         "compact",
         "layer_tables",

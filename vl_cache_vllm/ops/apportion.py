@@ -4,7 +4,7 @@
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.select import torch_rank
+from vl_cache_vllm.ops.rank import torch_rank
 
 
 @operation

@@ -43,7 +43,7 @@ def compact(
             before.
         kept_row: block ids of the destination, int64 ``[M]``, none of whose pages is a source.
         kept_pages: pages of each layer, int64 ``[L]``, with the sum M * L.
-        positions: indices in the layer's source pages, int64 ``[L, num_kv_heads, max_kept]``; layer
+        positions: indices in the layer's source pages, int32 ``[L, num_kv_heads, max_kept]``; layer
             l has ``kept_pages[l] * block_size`` entries, the others have no meaning.
     """
     num_layers, block_size = pool.num_layers, pool.block_size
@@ -56,7 +56,7 @@ def compact(
     token = page_in_layer[:, None] * block_size + torch.arange(block_size, device=device)
     heads = torch.arange(pool.num_kv_heads, device=device)
     # [F, num_kv_heads, block_size]
-    source = positions[layer[:, None, None], heads[:, None], token[:, None]]
+    source = positions[layer[:, None, None], heads[:, None], token[:, None]].long()
     source_page = source_pages[layer[:, None, None], source // block_size].long()
     destination = pool.page_ids(page_index % num_layers, kept_row[page_index // num_layers])  # [F]
     pool.copy_tokens(source_page, source % block_size, destination)

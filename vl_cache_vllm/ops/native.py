@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vl_cache_vllm.ops.decay import decay_frame, inherits_nothing
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vl_cache_vllm.ops.observe import AttentionParams
 
 
-INTERFACE = 3
+INTERFACE = 4
 """Number of the C functions' signatures, as in csrc/interface.cpp; change both together."""
 
 
@@ -105,7 +106,7 @@ def _select(
     max_kept: int,
     precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    positions = torch.zeros(*scores.shape[:2], max_kept, dtype=torch.int64)
+    positions = torch.empty(*scores.shape[:2], max_kept, dtype=torch.int32)
     _call(
         "vlc_select",
         scores.float().contiguous(),
@@ -127,6 +128,28 @@ def _rank(scores: torch.Tensor) -> torch.Tensor:
     rows = scores.numel() // max(1, num_tokens)
     _call("vlc_rank", scores.contiguous(), ranks, rows, num_tokens)
     return ranks
+
+
+def _look_ahead(
+    scores: torch.Tensor, growth: torch.Tensor, shrinkage: torch.Tensor, of_frame: float
+) -> torch.Tensor:
+    assert growth.dtype == shrinkage.dtype == torch.float64
+    scores = scores.float().contiguous()
+    inherited = torch.empty_like(scores)
+    num_tokens = scores.shape[-1]
+    rows = scores.numel() // max(1, num_tokens)
+    _call(
+        "vlc_look_ahead",
+        scores,
+        growth,
+        shrinkage,
+        inherited,
+        rows,
+        num_tokens,
+        len(growth),
+        ctypes.c_double(of_frame),
+    )
+    return inherited
 
 
 def _compact(
@@ -151,7 +174,7 @@ def _compact(
         source_pages.stride(0),
         _int64(kept_row),
         _int64(kept_pages),
-        _int64(positions),
+        positions.int().contiguous(),
         pages.element_size(),
         *positions.shape[:2],
         *key_index.shape,
@@ -235,11 +258,17 @@ def _fake_select(
     max_kept: int,
     precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return scores.new_empty((*scores.shape[:2], max_kept), dtype=torch.int64)
+    return scores.new_empty((*scores.shape[:2], max_kept), dtype=torch.int32)
 
 
 def _fake_rank(scores: torch.Tensor) -> torch.Tensor:
     return scores.new_empty(scores.shape, dtype=torch.int64)
+
+
+def _fake_look_ahead(
+    scores: torch.Tensor, growth: torch.Tensor, shrinkage: torch.Tensor, of_frame: float
+) -> torch.Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
 
 
 def _fake_in_place(*args: Any) -> None:
@@ -257,6 +286,7 @@ _OPERATORS = {
     "observe": _Operator(_observe, ("column_sums", "dense_entries", "column_maxima")),
     "select": _Operator(_select, fake=_fake_select),
     "rank": _Operator(_rank, fake=_fake_rank),
+    "look_ahead": _Operator(_look_ahead, fake=_fake_look_ahead),
     "compact": _Operator(_compact, ("pages",)),
     "layer_tables": _Operator(
         _layer_tables, ("out_block_table", "out_seq_lens", "out_slot_mapping")
@@ -309,6 +339,13 @@ def select(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def rank(scores: torch.Tensor) -> torch.Tensor:
     return torch.ops.vl_cache.rank(scores)
+
+
+def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
+    if inherits_nothing(length):
+        return scores.clone()
+    decay = decay_frame(length, scores.device)
+    return torch.ops.vl_cache.look_ahead(scores, decay.growth, decay.shrinkage, decay.of_frame)
 
 
 def compact(

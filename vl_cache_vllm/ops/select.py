@@ -4,6 +4,7 @@
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
+from vl_cache_vllm.ops.rank import torch_rank
 
 
 @operation
@@ -33,13 +34,13 @@ def select(
             None: all tokens are in one group.
 
     Returns:
-        Positions in increasing order, int64 ``[num_layers, num_kv_heads, max_kept]``. Only the
-        first ``kept_tokens[l]`` entries of layer l have a meaning; the others are positions too.
+        Positions in increasing order, int32 ``[num_layers, num_kv_heads, max_kept]``. Only the
+        first ``kept_tokens[l]`` entries of layer l have a meaning; the others may be any numbers.
 
     Source: docs/method.md, Token scores.
     """
     tokens = scores.shape[-1]
-    position = torch.arange(tokens, device=scores.device)
+    position = torch.arange(tokens, dtype=torch.int32, device=scores.device)
     # Rounded in float64, so that 0.14 * 50 is 7 and not a little more, of which ceil makes 8.
     recent = torch.ceil((kept_tokens.double() * recent_ratio).round(decimals=9)).long()
     is_recent = position >= (num_tokens - recent)[:, None, None]  # [L, 1, tokens]
@@ -52,23 +53,3 @@ def select(
     # One sort puts the kept positions first and keeps each side in increasing order.
     key = torch.where(kept, position, position + tokens)
     return key.sort(dim=-1).values[..., :max_kept] % tokens
-
-
-@operation
-def rank(scores: torch.Tensor) -> torch.Tensor:
-    """Index of each entry in the descending order of the last dimension, int64.
-
-    The highest entry has rank 0; of equal entries the lower position comes first. This order
-    defines `select`.
-
-    Args:
-        scores: float32 ``[..., tokens]``.
-    """
-    return torch_rank(scores)
-
-
-def torch_rank(scores: torch.Tensor) -> torch.Tensor:
-    """`rank` by sorting, for scores of any type."""
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    ranks = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.empty_like(order).scatter_(-1, order, ranks.expand_as(order))

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on token scores: pooling over neighbours, look-ahead, and mixing two rankings.
+"""Operations on token scores: pooling over neighbours and mixing several rankings.
 
 Scores are ``[num_layers, num_kv_heads, tokens]`` throughout.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from vl_cache_vllm.ops.select import rank
+from vl_cache_vllm.ops.rank import merge_ranking
 from vl_cache_vllm.policy.prompt import PatchGrid
 
 POOLING = (
@@ -58,28 +57,6 @@ def smooth(scores: torch.Tensor, pooling: int, grids: Sequence[PatchGrid]) -> to
     return result
 
 
-def look_ahead(scores: torch.Tensor, length: float) -> torch.Tensor:
-    """``max over d >= 0 of s[j - d] * exp(-d / length)``, where s is the score.
-
-    The prompt's attention finds where an output begins in the image; decoding then reads on from
-    there. So the tokens after an attended token inherit its score, with decay.
-
-    Args:
-        scores: not negative.
-        length: decay length in tokens, more than 0.
-    """
-    scores = scores.clone()
-    shift = 1  # each token already includes the `shift - 1` tokens before it
-    while shift < scores.shape[-1]:
-        decay = math.exp(-shift / length)
-        if decay == 0.0:
-            break
-        inherited = scores[..., :-shift] * decay
-        scores[..., shift:] = torch.maximum(scores[..., shift:], inherited)
-        shift *= 2
-    return scores
-
-
 def interleave(rankings: Iterable[tuple[torch.Tensor, float | torch.Tensor]]) -> torch.Tensor:
     """Scores whose best k tokens are, for every k, the best of several rankings.
 
@@ -99,9 +76,12 @@ def interleave(rankings: Iterable[tuple[torch.Tensor, float | torch.Tensor]]) ->
     Returns:
         Positive scores that fall like 1 / rank.
     """
-    best: torch.Tensor | None = None
+    merged: torch.Tensor | None = None
     for scores, share in rankings:
-        own = (rank(scores) + 1) / share
-        best = own if best is None else torch.minimum(best, own, out=best)
-    assert best is not None
-    return best.reciprocal_()
+        if merged is None:
+            merged = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        if not isinstance(share, torch.Tensor):
+            share = torch.full((), share, device=scores.device)
+        merge_ranking(merged, scores, share.float())
+    assert merged is not None
+    return merged

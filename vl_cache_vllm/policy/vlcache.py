@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from vl_cache_vllm.ops.look_ahead import look_ahead
 from vl_cache_vllm.policy.attention import Attention
 from vl_cache_vllm.policy.base import DENSITY_THRESHOLD, EvictionPolicy, setting
 from vl_cache_vllm.policy.prompt import Prompt
@@ -15,7 +16,6 @@ from vl_cache_vllm.policy.scoring import (
     POOLING_2D,
     check_pooling,
     interleave,
-    look_ahead,
     smooth,
 )
 
@@ -102,6 +102,9 @@ class VLCachePolicy(EvictionPolicy):
         self, attention: torch.Tensor, shared: float, prompt: Prompt
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """The optional steps: sharing, pooling and look-ahead.
+
+        The prompt's attention finds where an output begins in the image; decoding then reads on
+        from there. So in a look-ahead, tokens inherit the scores of those before them, with decay.
 
         Args:
             attention: not negative, ``[num_layers, num_kv_heads, tokens]``.

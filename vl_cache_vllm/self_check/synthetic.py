@@ -16,9 +16,13 @@ import torch
 from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
+from vl_cache_vllm.ops.look_ahead import look_ahead
 from vl_cache_vllm.ops.observe import AttentionParams, observe
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
-from vl_cache_vllm.ops.select import rank, select
+from vl_cache_vllm.ops.rank import merge_ranking, rank
+from vl_cache_vllm.ops.select import select
+
+SHORT_DECAY, LONG_DECAY = 1.0, 80.0  # tokens, as in vlcache-plus
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,9 @@ class SyntheticPrompt:
         self.weights = self._uniform(num_layers).double() + 0.01
         self.scores = self._uniform(num_layers, num_kv_heads, case.tokens) - 0.5
         self.scores[..., ::3] = self.scores[..., :1]  # many equal ones
+        self.attention = self.scores.abs() ** 8
+        self.merged = self._uniform(*self.scores.shape) / case.tokens
+        self.shares = torch.tensor([0.1375, 0.4125], device=device)
         self.precedence = (3 * self._uniform(case.tokens)).long() - 1
         self.kept_pages = self._divide()
         layer = torch.arange(num_layers, device=device)
@@ -130,7 +137,7 @@ class SyntheticPrompt:
         self.own_pages = (full_pages - layer % 3).maximum(self.kept_pages)
         self.capacity = int(self.own_pages.sum())
         order = self._uniform(num_layers, num_kv_heads, full_pages * block_size).argsort(-1)
-        self.positions = order[..., : self.max_pages * block_size].sort().values
+        self.positions = order[..., : self.max_pages * block_size].sort().values.int()
         self.source = self.pool.block_pages(self._prompt_row())
         self.step = self._mixed_step()
 
@@ -308,6 +315,18 @@ class SyntheticPrompt:
     def rank(self) -> dict[str, torch.Tensor]:
         return {"": rank(self.scores)}
 
+    def merge_ranking(self) -> dict[str, torch.Tensor]:
+        """Merge two rankings into entries that some of their values exceed."""
+        merged = self.merged.clone()
+        merge_ranking(merged, self.scores, self.shares[0])
+        merge_ranking(merged, self.attention, self.shares[1])
+        return {"": merged}
+
+    def look_ahead(self) -> dict[str, torch.Tensor]:
+        """Decay within a frame, and over several frames."""
+        lengths = SHORT_DECAY, LONG_DECAY, 0.5
+        return {"": torch.stack([look_ahead(self.attention, length) for length in lengths])}
+
     def compact(self) -> dict[str, torch.Tensor]:
         """Compact into this prompt's own pool, which changes it; the cells of the kept pages."""
         self._compact()
@@ -345,8 +364,17 @@ class SyntheticPrompt:
 
     def calls(self) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
         """A call of each operation, by its name; it returns the operation's results by theirs."""
-        calls = (self.observe, self.apportion, self.select, self.rank, self.layer_tables)
-        return {call.__name__: call for call in (*calls, self.compact)}  # last: changes the pool
+        calls = (
+            self.observe,
+            self.apportion,
+            self.select,
+            self.rank,
+            self.merge_ranking,
+            self.look_ahead,
+            self.layer_tables,
+            self.compact,  # last: changes the pool
+        )
+        return {call.__name__: call for call in calls}
 
     def operations(self) -> list[Operation]:
         """Calls to time, without any allocation or copy of this class."""
@@ -370,8 +398,14 @@ class SyntheticPrompt:
                 keys + 2 * column,
             ),
             Operation("apportion", lambda: self._apportion(self.weights), 16 * shape.num_layers),
-            Operation("select", self._select, 4 * self.scores.numel() + 8 * kept),
-            Operation("compact", self._compact, kept * (2 * 2 * shape.head_size * size + 8)),
+            Operation("look_ahead", lambda: look_ahead(self.attention, LONG_DECAY), column),
+            Operation(
+                "merge_ranking",
+                lambda: merge_ranking(maxima, self.attention, self.shares[0]),
+                column + column // 2,
+            ),
+            Operation("select", self._select, 4 * self.scores.numel() + 4 * kept),
+            Operation("compact", self._compact, kept * (2 * 2 * shape.head_size * size + 4)),
             Operation(
                 "layer_tables",
                 lambda: layer_tables(self.pool, *self.step),
