@@ -19,7 +19,6 @@ Example with 4-bit keys, two bits per pass, and 3 kept tokens::
 import torch
 import triton
 import triton.language as tl
-
 from vl_cache_vllm.kernels.rank import ordered_bits
 
 BLOCK = 1024  # tokens per iteration
