@@ -906,7 +906,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return False
         lasting = self.usable - self.pool.get_num_free_blocks()
         answers: list[Answer] = []
-        kept_again = 0
+        kept_again = present = 0
         for expected in [*self.expected.values(), newcomer]:
             request = expected.request
             self.decide_by_pressure(expected)
@@ -919,6 +919,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             evicted, num_kept, num_prompt, bound = output
             lasting -= expected.num_held
+            present += max(expected.num_held, self.blocks_before(expected, num_kept))
             generated = request.num_output_tokens
             most = request.max_tokens
             longer = [share for share in self.answers[-256:] if share > Fraction(generated, most)]
@@ -935,11 +936,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             if answer.period:
                 until = -answer.tokens % answer.period
                 moments |= {until, until + answer.period}
-        return bool(answers) and any(
-            max(0, lasting) + sum(answer.blocks(moment) for answer in answers) + kept_again
-            > self.usable
-            for moment in moments
+        peak = max(
+            (sum(answer.blocks(moment) for answer in answers) for moment in moments), default=0
         )
+        most = max(0, lasting) + max(peak + kept_again, present)
+        return bool(answers) and most > self.usable
+
+    def blocks_before(self, expected: Expected, num_kept: int) -> int:
+        """What a request may hold before an eviction that waits for its answer."""
+        request = expected.request
+        by_load = expected.is_decided and expected.skip == Skip.NO_PRESSURE
+        tokens = request.num_tokens if by_load else expected.prompt_tokens
+        evict_at = request.num_prompt_tokens + self.config.policy.evict_after
+        if expected.evicted or evict_at <= tokens:
+            return 0
+        return cdiv(evict_at, BLOCK_SIZE) + num_kept
 
     def evicted_output(self, expected: Expected) -> tuple[int, int, int, Bound | None] | None:
         """E, M, N and the bound of a request that is evicted, or will or can be; None of others."""

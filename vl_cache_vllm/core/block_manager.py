@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -321,8 +322,7 @@ class EvictionBlockManager(FullAttentionManager):
         """The prefill of a request ends in this step: evict it now, or after some tokens."""
         request = self._lookup(request_id)
         assert request is not None
-        policy = self._config.for_request(request.sampling_params).policy
-        evict_at = request.num_prompt_tokens + policy.evict_after
+        evict_at = self._evict_at(request)
         if evict_at > plan.prompt_tokens:
             # Taken now, so that there is room for them then.
             self._reserved[request_id] = self.block_pool.get_new_blocks(num_kept)
@@ -466,8 +466,22 @@ class EvictionBlockManager(FullAttentionManager):
         if not plan.kept_blocks:
             return None
         bound = bound or self._bound_of(request_id, plan)
-        evicted_tokens = whole_blocks(plan.prompt_tokens, self.block_size)
-        return EvictedOutput(evicted_tokens, plan.kept_blocks, plan.prompt_blocks, bound)
+        evict_at = self._evict_at(request)
+        before = 0
+        if evict_at > plan.prompt_tokens:
+            before = cdiv(evict_at, self.block_size) + plan.kept_blocks
+        return EvictedOutput(
+            whole_blocks(plan.prompt_tokens, self.block_size),
+            plan.kept_blocks,
+            plan.prompt_blocks,
+            bound,
+            before,
+        )
+
+    def _evict_at(self, request: Request) -> int:
+        """Computed tokens with which a request is evicted at the latest, if its prompt is."""
+        policy = self._config.for_request(request.sampling_params).policy
+        return request.num_prompt_tokens + policy.evict_after
 
     # ----------------------------------------------------------------------------------------------
     # Statistics

@@ -61,6 +61,7 @@ class EvictedOutput:
     kept_blocks: int  # M
     prompt_blocks: int  # N: no request is counted with more, whatever is expected
     bound: AnswerBound | None = None
+    blocks_before: int = 0  # that it holds before an eviction that waits; 0: none does
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,22 @@ class OutputReserve:
         """
         lasting = used
         outputs: list[Growth] = []
-        kept_again = 0
+        kept_again = present = 0
         for request, output, held in holders:
             if request.priority > newcomer.priority:
                 lasting -= held
             elif output is not None:
                 lasting -= held
                 outputs.append(self._expected_output(request, output))
+                # Evictions that wait for answers to begin may all be still to come.
+                present += max(held, output.blocks_before)
                 if output.bound is not None:
                     # While one is evicted again, it also holds what will be its kept blocks.
                     kept_again = max(kept_again, output.bound.kept_blocks)
             else:
                 lasting += prefill_demand(request)
-        peak = max(0, lasting) + peak_blocks(outputs, self._block_size) + kept_again
-        return peak - used if outputs else 0
+        peak = max(peak_blocks(outputs, self._block_size) + kept_again, present)
+        return max(0, lasting) + peak - used if outputs else 0
 
     def _expected_output(self, request: Request, output: EvictedOutput) -> Growth:
         generated = request.num_output_tokens
