@@ -162,6 +162,7 @@ def plot(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
     kept.set_ylabel("requests that\nkept everything")
     latency.set_ylabel("latency by arrival,\nseconds")
     preempted.set_ylabel("preemptions so far")
+    preempted.set_ylim(0, max(1, *(r["samples"][-1]["preemptions"] for r in results.values())))
     preempted.set_xlabel("seconds")
     for axis in panels:
         axis.grid(alpha=0.3)
