@@ -100,7 +100,7 @@ def test_evicted_again_while_they_decode(model: Path, tmp_path: Path, size: str)
             "trace": {"path": str(tmp_path / name), "positions": True},
         }
         with harness.engine(model, settings, **kwargs) as llm:
-            (output,) = llm.generate([request], harness.greedy(90), use_tqdm=False)
+            (output,) = llm.generate([request], harness.greedy(122), use_tqdm=False)
             assert harness.eviction_stats(llm).evictions == {"prefill": 1, "every": 3}
         records = read_trace_lines(tmp_path / name)
         records.sort(key=lambda one: (one["eviction"], one["layers"], one["rank"]))
