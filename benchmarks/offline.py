@@ -126,13 +126,16 @@ def llm_arguments(
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that all compared engines share.
 
+    Requests are evicted in the step that ends their prefill, whatever the policy, so that the
+    timed steps contain the eviction.
+
     Args:
         engine: ``whole`` has budget 1.0, ``ours`` the budget of the options; other names stand for
             vLLM without eviction.
         settings: further settings of KV compression.
     """
     budgets = {"ours": options.budget, "whole": 1.0}
-    settings = {"policy": options.policy, "budget": budgets.get(engine), **settings}
+    own = {"policy": options.policy, "budget": budgets.get(engine), "evict_after": 0}
     return {
         "model": str(model),
         "load_format": "dummy",
@@ -142,7 +145,7 @@ def llm_arguments(
         "kv_cache_memory_bytes": options.kv_cache_gib << 30,
         "gpu_memory_utilization": 0.1,  # fraction of the memory; several engines share it
         "limit_mm_per_prompt": {"image": max(options.images)},
-        "additional_config": {"kv_compress": settings} if engine in budgets else {},
+        "additional_config": {"kv_compress": own | settings} if engine in budgets else {},
     }
 
 

@@ -4,7 +4,7 @@
 `page-reader` asks the embedded page reader about images of pages. `pretrained` asks a pretrained
 language model about pages of prose, which reach it as image embeddings. `pretrained-pixels` shows
 it the same pages as images, which the word reader reads. `agent` asks the same model in
-conversations that get one more page in each turn.
+conversations that get one more page in each turn. `long` asks it for long answers, offline only.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from evaluation.cases import SPLITS, Case, answer_positions, page_reader_cases
 from evaluation.pretrained.agent import agent_cases
+from evaluation.pretrained.long_answers import TASKS as LONG_TASKS
+from evaluation.pretrained.long_answers import long_answer_cases
 from evaluation.pretrained.pixels import TOWER, page_images
 from evaluation.pretrained.scores import score
 from evaluation.pretrained.tasks import FORMS, PretrainedCase, pretrained_cases
@@ -236,6 +238,12 @@ def bench_cases(options: argparse.Namespace) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(pretrained_model())
     if options.bench == "agent":
         return agent_cases(tokenizer, options.split, options.samples or 100)
+    if options.bench == "long":
+        tasks, count = options.tasks or LONG_TASKS, options.samples or 100
+        return sorted(
+            long_answer_cases(tokenizer, options.split, tasks, options.forms, count),
+            key=page_tokens,
+        )
     tasks, count = options.tasks or PRETRAINED_TASKS, options.samples or 300
     cases = pretrained_cases(tokenizer, options.split, tasks, options.forms, count)
     return sorted(cases, key=page_tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,30 +43,23 @@ class PrefilledPrompt:
         return self.cache[0][0].shape[1]
 
 
-class Prefill(Protocol):
-    """What a sweep needs of a model."""
-
-    def prefix(self, case: Any) -> Hashable:
-        """Equal for cases for which `read` returns the same."""
-
-    def read(self, case: Any) -> Cache:
-        """The KV cache of a case's prompt, up to the last visual token."""
-
-    def ask(self, pages: Cache, case: Any) -> PrefilledPrompt:
-        """Prefill the rest of a case's prompt."""
-
-    def begin(self, prompt: PrefilledPrompt, tokens: int) -> PrefilledPrompt:
-        """Decode the first expected tokens from the full cache."""
-
-    def correct(self, prompt: PrefilledPrompt, cache: Cache) -> Tensor:
-        """Which expected tokens are decoded from ``cache``, the kept part of the prompt's."""
-
-
 class OfflineModel:
     """A Llama language model in float32 with access to its KV cache."""
 
     def __init__(self, shape: Shape, language: LanguageModel, lm_head: nn.Linear) -> None:
         self.shape, self.language, self.lm_head = shape, language, lm_head
+
+    def prefix(self, case: Any) -> Hashable:
+        """Equal for cases for which `read` returns the same."""
+        raise NotImplementedError
+
+    def read(self, case: Any) -> Cache:
+        """The KV cache of a case's prompt, up to the last visual token."""
+        raise NotImplementedError
+
+    def ask(self, pages: Cache, case: Any) -> PrefilledPrompt:
+        """Prefill the rest of a case's prompt."""
+        raise NotImplementedError
 
     def embed(self, tokens: list[int]) -> Tensor:
         """[tokens, width]"""
@@ -193,8 +186,9 @@ class OfflineReader(OfflineModel):
 class OfflinePretrained(OfflineModel):
     """The pretrained language model.
 
-    The expected output is the full cache's own, if it is right: its shortest beginning with the
-    full score. A case that the full cache fails does not count.
+    The expected output is that of the case, if it has one. Otherwise it is the full cache's own, if
+    that is right: its shortest beginning with the full score. A case that the full cache fails does
+    not count.
 
     Args:
         folder: checkpoint that `evaluation.pretrained.build_model` wrote.
@@ -245,7 +239,7 @@ class OfflinePretrained(OfflineModel):
         first, each, num_read = len(case.before), len(case.pages[0]), pages[0][0].shape[1]
         visual = tuple((begin, begin + each) for begin in range(first, num_read, each))
         output = int(self.next_tokens(hidden[-1]))
-        expected = self._right_output(cache, output, case)
+        expected = [*case.output] or self._right_output(cache, output, case)
         return PrefilledPrompt(cache, queries, num_read, visual, (), output, expected)
 
     def _right_output(self, cache: Cache, first: int, case: PretrainedCase) -> list[int]:

@@ -9,8 +9,9 @@ The pages of a document are prefilled once. Every setting then evicts from the s
 operations of the product. The output is decoded with teacher forcing. An output that is exact this
 way is exact in greedy decoding, too. For dumps the score is the fraction of correct characters,
 which overestimates it, because an error does not affect later characters. With the pretrained model
-the expected output is the full cache's own, and only cases that the full cache answers count. Use
-this module to choose settings and `evaluation.accuracy` to report them.
+the expected output is the full cache's own, and only cases that the full cache answers count. The
+bench `long` asks it for long answers, whose score is the fraction of correct tokens. Use this
+module to choose settings and `evaluation.accuracy` to report them.
 """
 
 import itertools
@@ -24,81 +25,39 @@ from tqdm import tqdm
 
 from evaluation.accuracy import parse_policy
 from evaluation.benches import MODEL, add_case_arguments, bench_cases, pretrained_model
-from evaluation.offline import Cache, OfflinePretrained, OfflineReader, Prefill, PrefilledPrompt
+from evaluation.offline import (
+    Cache,
+    OfflineModel,
+    OfflinePretrained,
+    OfflineReader,
+    PrefilledPrompt,
+)
+from evaluation.offline_eviction import decode
+from evaluation.pretrained.long_answers import TASKS as LONG_TASKS
 from testing.cli import make_parser
 from testing.results import write_report
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.core.admission import plan_eviction
-from vl_cache_vllm.policy import Prompt
-from vl_cache_vllm.worker.attention_stats import AttentionStats
-from vl_cache_vllm.worker.selection import select_kept
-from vl_cache_vllm.worker.source import EvictionSource
 
-
-def evict(
-    prompt: PrefilledPrompt, config: KVCompressConfig, block_size: int
-) -> list[Tensor] | None:
-    """Positions that each layer keeps, [KV heads, kept]; None if no block would be freed.
-
-    Raises:
-        ValueError: for a policy whose observation window includes the pages, because their queries
-            are not recorded.
-    """
-    policy, tokens, num_layers = config.policy, prompt.tokens, len(prompt.cache)
-    asked = tokens - prompt.generated
-    plan = plan_eviction(config, block_size, asked, prompt.pages)
-    if not plan.kept_blocks:
-        return None
-    start = policy.observation_start(prompt.pages, asked)
-    if start < prompt.pages:
-        raise ValueError(f"{policy.name}: the observation window must not include the pages")
-    num_kv_heads = prompt.cache[0][0].shape[0]
-    observed = AttentionStats(config, num_layers, num_kv_heads, asked, torch.device("cpu"))
-    scale = prompt.cache[0][0].shape[-1] ** -0.5
-    ranges = [(start, asked)]
-    if prompt.generated:
-        ranges.append((tokens - 1, tokens))
-    for first, end in ranges:
-        if end > observed.tokens:
-            observed.extend(end)
-        for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
-            seen = queries[first - prompt.pages : end - prompt.pages]
-            observed.add(i, seen, keys, first, scale, 0.0)
-    num_heads = prompt.queries[0].shape[1]
-    selection = select_kept(
-        config,
-        observed,
-        observed.dense_entries,
-        Prompt(tokens, prompt.visual, prompt.grids),
-        num_heads,
-        sum(end - first for first, end in ranges),
-        plan.kept_blocks,
-        EvictionSource.of_prompt(tokens, num_layers, block_size),
-        max(0, prompt.generated - 1),
-    )
-    sizes = (selection.kept_pages * block_size).tolist()
-    tail = torch.arange(tokens // block_size * block_size, tokens).expand(num_kv_heads, -1)
-    return [
-        torch.cat((row[:, :size], tail), 1)
-        for row, size in zip(selection.positions, sizes, strict=True)
-    ]
-
-
-def kept(cache: Cache, positions: list[Tensor]) -> Cache:
-    """The cache of these positions only."""
-    return [
-        tuple(t.gather(1, p[..., None].expand(-1, -1, t.shape[-1])) for t in layer)
-        for layer, p in zip(cache, positions, strict=True)
-    ]
+GRADED = ("dump", *LONG_TASKS)
 
 
 def sweep(
-    reader: Prefill,
+    reader: OfflineModel,
     cases: Iterable[Any],
     configs: dict[str, KVCompressConfig],
     block_size: int,
+    later_queries: Sequence[int] = (1,),
 ) -> dict[str, dict[str, float]]:
-    """Mean scores by setting and cell of the tables, the full cache first."""
+    """Mean scores by setting and cell of the tables, the full cache first.
+
+    Args:
+        reader: the model.
+        cases: the questions.
+        configs: the settings by name.
+        block_size: tokens per block.
+        later_queries: queries that later evictions observe at most. Settings with later evictions
+            are measured with each; if they observe more than one, the name says so.
+    """
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     prefix: Hashable = None
     pages: Cache = []
@@ -110,18 +69,18 @@ def sweep(
             continue
         full = reader.correct(prompt, prompt.cache)
         scores["full cache"][case.cell].append(score(case, full))
-        begun = {0: prompt}
+        begun: dict[int, PrefilledPrompt | None] = {0: prompt}
         for name, config in configs.items():
-            correct, after = full, config.policy.evict_after
-            if after < len(prompt.expected):  # shorter outputs are never evicted
-                if after not in begun:
-                    begun[after] = reader.begin(prompt, after)
-                positions = evict(begun[after], config, block_size)
-                if positions is not None:
-                    cache = kept(begun[after].cache, positions)
-                    later = reader.correct(begun[after], cache)
-                    correct = torch.cat([full[:after], later])
-            scores[name][case.cell].append(score(case, correct))
+            after = config.policy.evict_after
+            if after not in begun:  # outputs that end before are never evicted
+                begun[after] = reader.begin(prompt, after) if after < len(prompt.expected) else None
+            for number in later_queries if config.every else (1,):
+                begin, later = begun[after], None
+                if begin is not None:
+                    later = decode(reader, begin, config, block_size, number)
+                correct = full if later is None else torch.cat([full[:after], later])
+                label = name if number == 1 else f"{name} observing {number}"
+                scores[label][case.cell].append(score(case, correct))
     return {
         name: {cell: sum(values) / len(values) for cell, values in by_cell.items()}
         for name, by_cell in scores.items()
@@ -129,9 +88,9 @@ def sweep(
 
 
 def score(case: Any, correct: Tensor) -> float:
-    """Whether all tokens of an output are correct; for dumps the fraction that are."""
+    """Whether all tokens of an output are correct; for long outputs the fraction that are."""
     correct = correct.float()
-    return float(correct.mean() if case.task == "dump" else correct.min())
+    return float(correct.mean() if case.task in GRADED else correct.min())
 
 
 def settings(policies: Sequence[str], grid: Sequence[str]) -> list[str]:
@@ -166,8 +125,15 @@ def main(arguments: list[str] | None = None) -> None:
         help="use every combination of these values",
     )
     add("--budget", type=float, default=0.1)
-    add_case_arguments(parser, split="tune", benches=("page-reader", "pretrained"))
+    add_case_arguments(parser, split="tune", benches=("page-reader", "pretrained", "long"))
     add("--block-size", type=int, default=32)
+    add(
+        "--later-queries",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="with the setting every: queries that later evictions observe at most (vLLM: 1)",
+    )
     options = parser.parse_args(arguments)
     try:
         configs = {}
@@ -178,9 +144,14 @@ def main(arguments: list[str] | None = None) -> None:
         cases = bench_cases(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    pretrained = options.bench == "pretrained"
-    reader = OfflinePretrained(pretrained_model()) if pretrained else OfflineReader(MODEL)
-    results = sweep(reader, tqdm(cases, disable=None), configs, options.block_size)
+    reader = (
+        OfflineReader(MODEL)
+        if options.bench == "page-reader"
+        else OfflinePretrained(pretrained_model())
+    )
+    results = sweep(
+        reader, tqdm(cases, disable=None), configs, options.block_size, options.later_queries
+    )
     full = results["full cache"]
 
     def gap(name: str) -> float:

@@ -250,7 +250,8 @@ class PretrainedCase:
     ``pages`` are the token ids of each page, all equally long. ``before`` and ``after`` are the
     token ids around them. ``group`` is the document; confidence intervals resample groups.
     ``answer_tokens`` are the tokens of the answer in the document as (page, index within the page).
-    ``between`` are the token ids after each page but the last one; empty: none.
+    ``between`` are the token ids after each page but the last one; empty: none. ``output`` are the
+    token ids of a right output, where it is fed to the model instead of its own; empty: it is not.
     """
 
     task: str
@@ -263,6 +264,7 @@ class PretrainedCase:
     max_tokens: int
     answer_tokens: tuple[Place, ...]
     between: tuple[tuple[int, ...], ...] = ()
+    output: tuple[int, ...] = ()
 
     @property
     def cell(self) -> str:
@@ -353,7 +355,7 @@ def generate(encode: Encode, split: str, index: int) -> Document:
         statement
         for task in TASKS
         if task != "which" and length >= MIN_TOKENS.get(task, 0)
-        for statement in writer.statements(task)
+        for statement in writer.statements(task, PER_DOCUMENT[task])
     ]
     rng.shuffle(statements)
     prose = prose_of(encode, chosen)
@@ -452,8 +454,14 @@ def page_of(
 class Writer:
     """Writes statements. No template, name or word of a pool occurs twice in a document."""
 
-    def __init__(self, rng: random.Random, pool: Pool, quotations: Mapping[str, list[str]]) -> None:
-        self.rng = rng
+    def __init__(
+        self,
+        rng: random.Random,
+        pool: Pool,
+        quotations: Mapping[str, list[str]],
+        num_items: int = NUM_ITEMS,
+    ) -> None:
+        self.rng, self.num_items = rng, num_items
         self.unused = {
             name: rng.sample(words, len(words))
             for name, words in vars(pool).items()
@@ -485,8 +493,8 @@ class Writer:
         """A statement of each template."""
         return [self._filled(task) for _ in TEMPLATES[task]]
 
-    def statements(self, task: str) -> list[Statement]:
-        return [self._filled(task) for _ in range(PER_DOCUMENT[task])]
+    def statements(self, task: str, count: int) -> list[Statement]:
+        return [self._filled(task) for _ in range(count)]
 
     def _answer(self, kind: str) -> str:
         if kind == "name":
@@ -496,12 +504,12 @@ class Writer:
         if kind == "phrase":
             return f"{self._take('adjectives')} {self._take('animals')}"
         if kind == "list":
-            *goods, last = [self._take("goods") for _ in range(NUM_ITEMS)]
+            *goods, last = [self._take("goods") for _ in range(self.num_items)]
             return f"{', '.join(goods)} and {last}"
         return self._take(kind)
 
 
-def _around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
+def prompt_around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
     """Token ids before and after the pages."""
     if form == "completion":
         return encode(OPENING), encode(PARAGRAPH + statement.start.rstrip())
@@ -548,7 +556,7 @@ def pretrained_cases(
                         whole = len(places)
                         statement = statement.begun(GIVEN_WORDS[task])
                         places = places[whole - len(statement.answer_range(encode, PARAGRAPH)) :]
-                    before, after = _around(encode, form, statement)
+                    before, after = prompt_around(encode, form, statement)
                     cases.append(
                         PretrainedCase(
                             task,

@@ -208,7 +208,7 @@ def test_random_requests(
         assert stats.evictions["every"] > NUM_RANDOM // 10
         if when == "pressure":
             assert stats.evictions["pressure"] > 0
-        assert len(preempted) > NUM_RANDOM // 60 and len(aborted) > NUM_RANDOM // 40
+        assert preempted and len(aborted) > NUM_RANDOM // 40
         assert not manager.decisions._decided and not manager._evicted
     checked = [i for i in finished if i not in preempted | aborted | evicted_early]
     if when == "pressure":

@@ -2,17 +2,20 @@
 """The shipped page reader, through vLLM: stock, and with a tenth of the cache."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
-from evaluation import accuracy, sweep
+from evaluation import accuracy, offline_eviction, sweep
 from evaluation.benches import ImageBench
 from evaluation.cases import page_reader_cases
 from testing.engine import held_positions, read_trace, running_llm
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.worker.selection import Selection, select_kept
 
 CASES = 50
 MAX_BYTES = 16 << 20
@@ -100,10 +103,81 @@ def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) ->
     config = KVCompressConfig.from_dict(of_policy)
     assert config is not None
     for case, record in zip(cases, records, strict=True):
-        found = sweep.evict(reader.ask(reader.read(case), case), config, 32)
+        found = offline_eviction.evict(reader.ask(reader.read(case), case), config, 32)
         assert found is not None
         for layer, expected in zip(found, held_positions(record), strict=True):
             for head, positions in zip(layer.tolist(), expected, strict=True):
                 # Rounding decides between scores that are nearly equal.
                 assert len(head) == len(positions)
                 assert len({*head} - {*positions}) <= 0.02 * len(head)
+
+
+def test_later_evictions_of_the_sweep_are_those_of_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept pages and cache indices of three evictions of an output that both decode right."""
+    of_policy = {"policy": "vlcache-plus", "budget": 0.2, "every": 32, "evict_after": 0}
+    config = KVCompressConfig.from_dict(of_policy)
+    assert config is not None
+    selections: list[Selection] = []
+
+    def select_and_note(*args: Any) -> Selection:
+        selections.append(select_kept(*args))
+        return selections[-1]
+
+    monkeypatch.setattr(offline_eviction, "select_kept", select_and_note)
+    reader = sweep.OfflineReader(accuracy.MODEL)
+    for case in page_reader_cases("tune", ["dump"], 8):
+        selections.clear()
+        prompt = reader.ask(reader.read(case), case)
+        correct = offline_eviction.decode(reader, prompt, config, 32)
+        if correct is not None and correct.all():
+            break
+    else:
+        pytest.fail("no output is right")
+    settings = of_policy | {"trace": {"path": str(tmp_path / "trace"), "positions": True}}
+    arguments = accuracy._engine_arguments(
+        BENCH, settings, options(dtype="float32", max_num_seqs=1)
+    )
+    with running_llm(**arguments) as llm:
+        (output,) = llm.chat(
+            BENCH.conversation(case),
+            SamplingParams(temperature=0, max_tokens=len(prompt.expected)),
+            use_tqdm=False,
+            chat_template_content_format="openai",
+        )
+    assert [*output.outputs[0].token_ids] == prompt.expected
+    records = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    assert len(records) == len(selections) >= 3
+    prompt_tokens = [*range(records[0]["tokens"])]
+    ours = theirs = [[prompt_tokens] * 2] * 6  # positions by cache index, of each layer and KV head
+    for selection, record in zip(selections, records, strict=True):
+        sizes = record["kept_tokens"]
+        assert (selection.kept_pages * 32).tolist() == sizes
+        rows = [
+            [head[:size] for head in layer]
+            for layer, size in zip(selection.positions.tolist(), sizes, strict=True)
+        ]
+        end = record["tokens"]
+        ours = kept_positions(ours, rows, end)
+        theirs = kept_positions(theirs, record["kept_positions"], end)
+        for layer, others in zip(ours, theirs, strict=True):
+            for head, expected in zip(layer, others, strict=True):
+                assert len({*head} - {*expected}) <= 0.02 * len(head)  # as above
+
+
+def kept_positions(
+    held: list[list[list[int]]], kept: list[list[list[int]]], end: int
+) -> list[list[list[int]]]:
+    """What is left of the positions that were held, and those since then up to ``end``."""
+    result = []
+    for layer, indices in zip(held, kept, strict=True):
+        grown = [[*head, *range(head[-1] + 1, end)] for head in layer]
+        tail = (end - 1) % 32 + 1
+        result.append(
+            [
+                [*(head[i] for i in row), *head[len(head) - tail :]]
+                for head, row in zip(grown, indices, strict=True)
+            ]
+        )
+    return result

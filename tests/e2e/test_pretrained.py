@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from evaluation import accuracy, sweep
+from evaluation import accuracy, offline_eviction
 from evaluation.benches import PretrainedBench
 from evaluation.offline import OfflinePretrained
 from evaluation.pretrained import build_model
@@ -110,7 +110,7 @@ def test_the_offline_sweep_keeps_and_answers_like_vllm(
             ):
                 continue
             prompt = reader.begin(prompt, after)
-        positions = sweep.evict(prompt, config, 32)
+        positions = offline_eviction.evict(prompt, config, 32)
         assert positions is not None
         for layer, expected in zip(positions, held_positions(record), strict=True):
             for head, kept in zip(layer.tolist(), expected, strict=True):
@@ -118,7 +118,7 @@ def test_the_offline_sweep_keeps_and_answers_like_vllm(
                 assert len(head) == len(kept)
                 assert len({*head} - {*kept}) <= 0.02 * len(head)
         if prompt.expected:
-            correct = reader.correct(prompt, sweep.kept(prompt.cache, positions))
+            correct = reader.correct(prompt, offline_eviction.kept(prompt.cache, positions))
             counted += 1
             alike += bool(correct.all()) == (
                 token_ids(output)[after : after + len(prompt.expected)] == prompt.expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation import sweep
+from evaluation import offline_eviction, sweep
 from evaluation.accuracy import MODEL
 from evaluation.cases import page_reader_cases
 from training.pages import TASKS
@@ -29,7 +29,7 @@ def test_keeping_all_tokens_is_the_full_cache(reader: sweep.OfflineReader) -> No
     case = page_reader_cases("tune", ["lookup"], 1)[0]
     prompt = reader.ask(reader.read(case), case)
     everything = torch.arange(prompt.tokens).expand(2, -1)
-    cache = sweep.kept(prompt.cache, [everything] * len(prompt.cache))
+    cache = offline_eviction.kept(prompt.cache, [everything] * len(prompt.cache))
     for (keys, values), (all_keys, all_values) in zip(cache, prompt.cache, strict=True):
         assert torch.equal(keys, all_keys) and torch.equal(values, all_values)
     assert reader.correct(prompt, cache).all()
@@ -42,7 +42,7 @@ def test_a_prompt_whose_answer_has_begun(reader: sweep.OfflineReader) -> None:
     begun = reader.begin(prompt, 5)
     assert begun.tokens == prompt.tokens + 5
     assert torch.equal(reader.correct(begun, begun.cache), reader.correct(prompt, prompt.cache)[5:])
-    positions = sweep.evict(begun, config(policy="vlcache", budget=0.1), 32)
+    positions = offline_eviction.evict(begun, config(policy="vlcache", budget=0.1), 32)
     assert positions is not None
     tail = begun.tokens % 32
     assert sum(row.shape[1] - tail for row in positions) == 6 * 32 * 6
@@ -62,21 +62,21 @@ def test_scores_and_order(reader: sweep.OfflineReader) -> None:
 def test_budgets_are_whole_pages(reader: sweep.OfflineReader) -> None:
     case = page_reader_cases("tune", ["dump"], 1)[0]
     prompt = reader.ask(reader.read(case), case)
-    positions = sweep.evict(prompt, config(policy="vlcache", budget=0.1), 32)
+    positions = offline_eviction.evict(prompt, config(policy="vlcache", budget=0.1), 32)
     assert positions is not None
     tail = prompt.tokens % 32  # stays
     sizes = [row.shape[1] - tail for row in positions]
     assert sum(sizes) == 6 * 32 * 6  # 6 of 51 blocks, 6 layers
     assert len(set(sizes)) > 1  # layer budgets differ
     assert all(size % 32 == 0 for size in sizes)
-    assert sweep.evict(prompt, config(policy="vlcache", budget=1.0), 32) is None
+    assert offline_eviction.evict(prompt, config(policy="vlcache", budget=1.0), 32) is None
 
 
 def test_policies_whose_window_includes_the_pages_are_refused(reader: sweep.OfflineReader) -> None:
     case = page_reader_cases("tune", ["lookup"], 1)[0]
     prompt = reader.ask(reader.read(case), case)
     with pytest.raises(ValueError, match="h2o: the observation window must not include the pages"):
-        sweep.evict(prompt, config(policy="h2o"), 32)
+        offline_eviction.evict(prompt, config(policy="h2o"), 32)
 
 
 def test_grid() -> None:

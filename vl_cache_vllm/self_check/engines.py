@@ -22,17 +22,21 @@ from unittest import mock
 
 import torch
 
+from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, REQUEST_BUDGET, REQUEST_OPTIONS
 from vl_cache_vllm.hooks import GPU_BACKENDS
 from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.self_check.model import LOAD_FORMAT, ModelSize, request, write_model
 from vl_cache_vllm.self_check.rows import Row
 
-BUDGET, OTHER_BUDGET = 0.25, 0.5
+BUDGET = 0.25
+LATER: dict[str, Any] = {REQUEST_BUDGET: 0.5, REQUEST_OPTIONS: {"evict_after": 1}}
+"""A request that is evicted while it decodes, to another budget."""
 SETTINGS: dict[str, Any] = {
     "policy": "vlcache-plus",
     "uniform_mix": 0.0,  # layer budgets by density
     "min_kept_tokens": 16,
     "budget": BUDGET,
+    "evict_after": 0,
 }
 ATTENTION_LIMIT = 0.02  # relative error of a request's output in a layer; 16-bit types: 0.005
 MOVED_LIMIT = 0.05  # fraction of the kept tokens that 16-bit rounding may exchange
@@ -149,7 +153,6 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
     """
     from vllm import LLM, SamplingParams
 
-    from vl_cache_vllm.config import ADDITIONAL_CONFIG_KEY, REQUEST_BUDGET
     from vl_cache_vllm.inspector.engine import running
     from vl_cache_vllm.plugin import register
 
@@ -179,8 +182,8 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
         settings = {**SETTINGS, "trace": {"path": str(trace), "positions": True}}
         arguments["additional_config"] = {ADDITIONAL_CONFIG_KEY: settings}
 
-    def sampling(budget: float | None) -> SamplingParams:
-        extra = {REQUEST_BUDGET: budget} if budget is not None and setup.evicts else None
+    def sampling(own: dict[str, Any]) -> SamplingParams:
+        extra = own if own and setup.evicts else None
         return SamplingParams(
             temperature=0,
             max_tokens=scale.output_len,
@@ -189,8 +192,8 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
             extra_args=extra,
         )
 
-    def generate(llm: LLM, requests: list[Any], budgets: list[float | None]) -> list[Output]:
-        outputs = llm.generate(requests, [sampling(one) for one in budgets], use_tqdm=False)
+    def generate(llm: LLM, requests: list[Any], settings: list[dict]) -> list[Output]:
+        outputs = llm.generate(requests, [*map(sampling, settings)], use_tqdm=False)
         return [[*map(step_of, output.outputs[0].logprobs or ())] for output in outputs]
 
     with contextlib.ExitStack() as stack:
@@ -199,11 +202,11 @@ def run(setup: EngineSetup, scale: Scale, folder: Path) -> EngineRun:
         if not setup.graphs:
             errors = stack.enter_context(attention_checked(setup.backend))
         llm = stack.enter_context(running(lambda: LLM(**arguments)))
-        whole = generate(llm, _whole(scale), [1.0] * len(_whole(scale)))
+        whole = generate(llm, _whole(scale), [{REQUEST_BUDGET: 1.0}] * len(_whole(scale)))
         mixed = []
         if setup.evicts:
             requests = [one for one, _ in _mixed(scale)]
-            mixed = generate(llm, requests, [budget for _, budget in _mixed(scale)])
+            mixed = generate(llm, requests, [own for _, own in _mixed(scale)])
     kept = {}
     if setup.evicts:
         for line in trace.read_text().splitlines():
@@ -223,14 +226,14 @@ def _whole(scale: Scale) -> list[dict[str, Any]]:
     return [request(scale.model, 10 + i, 1, 9 + i) for i in range(3)]
 
 
-def _mixed(scale: Scale) -> list[tuple[dict[str, Any], float | None]]:
-    """Requests with their budgets: evicted ones beside others, of different lengths."""
+def _mixed(scale: Scale) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Requests with their own settings: evicted ones beside others, of different lengths."""
     return [
-        (request(scale.model, 1, 1, 12), None),
-        (request(scale.model, 2, 2, 30), None),
-        (request(scale.model, 3, 1, 5), 1.0),
-        (request(scale.model, 4, 1, 70), OTHER_BUDGET),
-        (request(scale.model, 5, 0, 40), None),
+        (request(scale.model, 1, 1, 12), {}),
+        (request(scale.model, 2, 2, 30), {}),
+        (request(scale.model, 3, 1, 5), {REQUEST_BUDGET: 1.0}),
+        (request(scale.model, 4, 1, 70), LATER),
+        (request(scale.model, 5, 0, 40), {}),
     ]
 
 
