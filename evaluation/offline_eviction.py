@@ -146,7 +146,7 @@ def _evict_again(
         config,
         observed,
         observed.dense_entries,
-        Prompt(source.max_tokens),
+        Prompt(source.max_tokens, lengths=source.cached_tokens),
         num_heads,
         num_queries,
         kept_blocks,

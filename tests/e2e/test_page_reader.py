@@ -2,7 +2,6 @@
 """The shipped page reader, through vLLM: stock, and with a tenth of the cache."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from vllm import SamplingParams
 from evaluation import accuracy, offline_eviction, sweep
 from evaluation.benches import ImageBench
 from evaluation.cases import page_reader_cases
-from testing.engine import held_positions, read_trace, running_llm
+from testing.engine import held_positions, read_trace, read_trace_lines, running_llm
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.worker.selection import Selection, select_kept
@@ -115,7 +114,7 @@ def test_the_offline_sweep_keeps_what_vllm_keeps(tmp_path: Path, policy: str) ->
 def test_later_evictions_of_the_sweep_are_those_of_vllm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept pages and cache indices of three evictions of an output that both decode right."""
+    """Kept pages and cache indices of outputs that both decode right, evicted two or three times."""
     of_policy = {"policy": "vlcache-plus", "budget": 0.2, "every": 32, "evict_after": 0}
     config = KVCompressConfig.from_dict(of_policy)
     assert config is not None
@@ -127,57 +126,47 @@ def test_later_evictions_of_the_sweep_are_those_of_vllm(
 
     monkeypatch.setattr(offline_eviction, "select_kept", select_and_note)
     reader = sweep.OfflineReader(accuracy.MODEL)
-    for case in page_reader_cases("tune", ["dump"], 8):
-        selections.clear()
+    cases = page_reader_cases("tune", ["dump"], 16)
+    found = []
+    for case in cases:
         prompt = reader.ask(reader.read(case), case)
         correct = offline_eviction.decode(reader, prompt, config, 32)
-        if correct is not None and correct.all():
-            break
-    else:
-        pytest.fail("no output is right")
+        assert correct is not None
+        found.append((prompt.expected if correct.all() else None, [*selections]))
+        selections.clear()
     settings = of_policy | {"trace": {"path": str(tmp_path / "trace"), "positions": True}}
     arguments = accuracy._engine_arguments(
         BENCH, settings, options(dtype="float32", max_num_seqs=1)
     )
     with running_llm(**arguments) as llm:
-        (output,) = llm.chat(
-            BENCH.conversation(case),
-            SamplingParams(temperature=0, max_tokens=len(prompt.expected)),
+        outputs = llm.chat(
+            [BENCH.conversation(case) for case in cases],
+            SamplingParams(temperature=0, max_tokens=160),
             use_tqdm=False,
             chat_template_content_format="openai",
         )
-    assert [*output.outputs[0].token_ids] == prompt.expected
-    records = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
-    assert len(records) == len(selections) >= 3
-    prompt_tokens = [*range(records[0]["tokens"])]
-    ours = theirs = [[prompt_tokens] * 2] * 6  # positions by cache index, of each layer and KV head
-    for selection, record in zip(selections, records, strict=True):
-        sizes = record["kept_tokens"]
-        assert (selection.kept_pages * 32).tolist() == sizes
-        rows = [
-            [head[:size] for head in layer]
-            for layer, size in zip(selection.positions.tolist(), sizes, strict=True)
-        ]
-        end = record["tokens"]
-        ours = kept_positions(ours, rows, end)
-        theirs = kept_positions(theirs, record["kept_positions"], end)
-        for layer, others in zip(ours, theirs, strict=True):
-            for head, expected in zip(layer, others, strict=True):
-                assert len({*head} - {*expected}) <= 0.02 * len(head)  # as above
+    records = read_trace_lines(tmp_path / "trace")
+    compared = 0
+    for output, (expected, of_case) in zip(outputs, found, strict=True):
+        if expected is None or [*output.outputs[0].token_ids][: len(expected)] != expected:
+            continue
+        own = [r for r in records if r["request_id"].split("-")[0] == output.request_id]
+        assert len(own) >= len(of_case) >= 2
+        for number, (selection, record) in enumerate(zip(of_case, own, strict=False)):
+            assert (selection.kept_pages * 32).tolist() == record["kept_tokens"]
+            others = others_kept(selection, record)
+            if number == 0 and others:
+                break  # rounding decided between scores that are nearly equal: caches differ
+            assert others <= 0.01 * selection.positions.numel()
+            compared += 1
+    assert compared >= 6
 
 
-def kept_positions(
-    held: list[list[list[int]]], kept: list[list[list[int]]], end: int
-) -> list[list[list[int]]]:
-    """What is left of the positions that were held, and those since then up to ``end``."""
-    result = []
-    for layer, indices in zip(held, kept, strict=True):
-        grown = [[*head, *range(head[-1] + 1, end)] for head in layer]
-        tail = (end - 1) % 32 + 1
-        result.append(
-            [
-                [*(head[i] for i in row), *head[len(head) - tail :]]
-                for head, row in zip(grown, indices, strict=True)
-            ]
-        )
-    return result
+def others_kept(selection: Selection, record: dict[str, Any]) -> int:
+    """How many tokens of all KV heads a selection keeps that a record of the trace does not."""
+    layers = zip(selection.positions, record["kept_tokens"], record["kept_positions"], strict=True)
+    return sum(
+        len({*head[:size].tolist()} - {*expected})
+        for layer, size, kept in layers
+        for head, expected in zip(layer, kept, strict=True)
+    )

@@ -134,6 +134,27 @@ def test_shared_scores_are_root_mean_squares_over_layers_and_heads(share: float)
     torch.testing.assert_close(scores, (1 - share) * attention + share * shared)
 
 
+def test_heads_that_hold_different_tokens_share_no_scores() -> None:
+    attention = torch.rand(2, 3, 50)
+    prompt = Prompt(50, lengths=torch.tensor([50, 50]))
+    found = VLCachePolicy(shared_scores=0.5).token_scores(Attention(attention), prompt)
+    assert torch.equal(found, attention)
+
+
+def test_nothing_inherits_beyond_the_end_of_a_layer() -> None:
+    """A layer in a longer row ranks its tokens as if it were alone."""
+    policy = VLCachePolicy(pooling=3, lookahead=20.0, lookahead_share=0.6, short_lookahead=2.0)
+    attention = torch.rand(2, 3, 50)
+    attention[1, :, 30:] = 0
+    prompt = Prompt(50, lengths=torch.tensor([50, 30]))
+    found = policy.token_scores(Attention(attention), prompt)
+    for layer, length in enumerate((50, 30)):
+        alone = scored(policy, attention[layer : layer + 1, :, :length])
+        ranks = found[layer : layer + 1, :, :length].argsort(-1, descending=True)
+        assert torch.equal(ranks, alone.argsort(-1, descending=True))
+    assert (found[1, :, 30:].amax(-1) <= found[1, :, :30].amin(-1)).all()
+
+
 def test_lookahead_ranks_a_share_of_the_tokens() -> None:
     attention = torch.rand(2, 3, 50)
     pooled = scored(VLCachePolicy(pooling=3), attention)

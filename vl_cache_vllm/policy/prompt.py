@@ -47,6 +47,10 @@ class Shard:
 class Prompt:
     """Kinds and positions of a prompt's tokens.
 
+    After an eviction every KV head of every layer holds other tokens, which are counted by their
+    place among them. ``lengths`` then has the tokens of each layer, int64 ``[num_layers]``, and
+    ``tokens`` is a bound of them.
+
     ``mean_over_ranks`` serves policies that combine all KV heads. Under tensor parallelism each
     rank has some of the KV heads, so the ranks agree only on a mean over all of them. It is a
     collective operation: every rank must call it, and equally often.
@@ -57,3 +61,11 @@ class Prompt:
     grids: tuple[PatchGrid, ...] = ()  # of images with a known layout
     shard: Shard = Shard()
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    lengths: torch.Tensor | None = None
+
+    def within(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of tokens, ``[num_layers, num_kv_heads, tokens]``, 0 beyond a layer's length."""
+        if self.lengths is None:
+            return scores
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        return scores * (places < self.lengths[:, None, None])

@@ -108,7 +108,8 @@ class VLCachePolicy(EvictionPolicy):
 
         Args:
             attention: not negative, ``[num_layers, num_kv_heads, tokens]``.
-            shared: fraction of a score that all layers and KV heads share.
+            shared: fraction of a score that all layers and KV heads share, if they hold the same
+                tokens.
             prompt: kinds and positions of the tokens.
 
         Yields:
@@ -116,7 +117,7 @@ class VLCachePolicy(EvictionPolicy):
             fraction of the kept tokens that they choose. One at a time, to save memory.
         """
         scores = attention
-        if shared:
+        if shared and prompt.lengths is None:
             # The root mean square, not the mean: a few heads with much attention are better
             # evidence than many heads with a little.
             common = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
@@ -124,9 +125,9 @@ class VLCachePolicy(EvictionPolicy):
         scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         share = self.lookahead_share if self.lookahead else 0.0
         short = self.short_lookahead
-        yield look_ahead(scores, short) if short else scores, 1.0 - share
+        yield prompt.within(look_ahead(scores, short) if short else scores), 1.0 - share
         if self.lookahead:
-            yield look_ahead(scores, self.lookahead), share
+            yield prompt.within(look_ahead(scores, self.lookahead)), share
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""

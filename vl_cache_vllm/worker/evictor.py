@@ -309,8 +309,13 @@ class Evictor:
         state = eviction.state
         policy = state.config.policy
         rank_mean = self.tp_group.mean
-        if not source.is_first:  # every KV head has other tokens
-            return Prompt(source.max_tokens, shard=self.shard, mean_over_ranks=rank_mean)
+        if not source.is_first:
+            return Prompt(
+                source.max_tokens,
+                shard=self.shard,
+                mean_over_ranks=rank_mean,
+                lengths=source.cached_tokens,
+            )
         grids = state.grids() if policy.wants_grids or self._trace is not None else ()
         if policy.wants_grids and not all(
             any(first <= grid.first < end for grid in grids) for first, end in state.visual
