@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from evaluation import offline_eviction, sweep
 from evaluation.accuracy import MODEL
 from evaluation.cases import page_reader_cases
+from evaluation.offline import Cache
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
 
@@ -46,6 +48,43 @@ def test_a_prompt_whose_answer_has_begun(reader: sweep.OfflineReader) -> None:
     assert positions is not None
     tail = begun.tokens % 32
     assert sum(row.shape[1] - tail for row in positions) == 6 * 32 * 6
+
+
+def test_later_evictions_leave_what_the_bound_allows(
+    reader: sweep.OfflineReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound that is never reached changes nothing; one that is, frees again and again."""
+    case = page_reader_cases("tune", ["dump"], 1)[0]
+    prompt = reader.ask(reader.read(case), case)
+    settings = {"policy": "vlcache-plus", "budget": 0.2, "evict_after": 0}
+    lengths: list[int] = []
+    evict_again = offline_eviction._evict_again
+
+    def evict_and_measure(cache: Cache, *arguments: Any) -> Cache:
+        found = evict_again(cache, *arguments)
+        lengths.extend(keys.shape[1] for keys, _ in found)
+        return found
+
+    monkeypatch.setattr(offline_eviction, "_evict_again", evict_and_measure)
+    once = offline_eviction.decode(reader, prompt, config(**settings), 32)
+    never = offline_eviction.decode(reader, prompt, config(**settings, every=512), 32)
+    assert once is not None and never is not None and torch.equal(once, never)
+    assert not lengths
+    again = offline_eviction.decode(reader, prompt, config(**settings, every=32), 32, 4)
+    assert again is not None and len(again) == len(prompt.expected)
+    assert len(lengths) >= 2 * len(prompt.cache)
+    assert {length % 32 for length in lengths} == {1}  # the observed token stays
+    assert sum(lengths) / len(lengths) == 11 * 32 + 1  # 11 of 51 blocks in each layer on average
+
+
+def test_later_evictions_with_several_numbers_of_queries(reader: sweep.OfflineReader) -> None:
+    cases = page_reader_cases("tune", ["dump"], 1)
+    configs = {
+        "again": config(policy="vlcache-plus", evict_after=0, every=32),
+        "once": config(policy="vlcache-plus", evict_after=0),
+    }
+    results = sweep.sweep(reader, cases, configs, 32, [1, 8])
+    assert list(results) == ["full cache", "again", "again observing 8", "once"]
 
 
 def test_scores_and_order(reader: sweep.OfflineReader) -> None:
