@@ -20,6 +20,7 @@ from vl_cache_vllm.self_check.synthetic import AttentionShape, Case, SyntheticPr
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif(not native.is_built(), reason="C++ has not been built")
 OBSERVE = frozenset({"observe: sums", "observe: maxima", "observe: dense entries"})
+SCORES = frozenset({"observe: sums", "observe: maxima"})
 RANK = frozenset({"rank", "merge_ranking"})
 # Small ones that together reach all branches, for the many faults.
 SMALL = (
@@ -85,50 +86,56 @@ def test_cases_are_odd() -> None:
 
 
 FAULTS = (
-    Fault("_load_queries", "kv_head * GROUP + row % GROUP", "kv_head * GROUP", OBSERVE),
-    Fault("_load_keys", "position % block_size * token_stride", "0 * token_stride", OBSERVE),
-    Fault("_logits", "2 * tl.sigmoid(2 * logits / softcap) - 1", "tl.sigmoid(logits)", OBSERVE),
+    Fault("_load_queries", "kv_head * GROUP * head_stride", "kv_head * head_stride", OBSERVE),
+    Fault("_load_queries", "row += first_row % GROUP", "row += 0", OBSERVE),
+    Fault("_load_keys", "position % BLOCK_SIZE * token_stride", "0 * token_stride", OBSERVE),
+    Fault("_logits", "(1 - 2 / (1 + tl", "(1 - 1 / (1 + tl", OBSERVE),
+    Fault("_power", "-base[:, None]", "0 * base[:, None]", SCORES),
     Fault(
         "statistics_kernel",
-        "(position[None, :] <= last_key[:, None])",
-        "(position[None, :] < last_key[:, None])",
+        "(position[None, :] <= last_key[:, None]",
+        "(position[None, :] < last_key[:, None]",
         OBSERVE,
     ),
     Fault(
         "statistics_kernel",
-        "total * tl.exp(maximum - base) +",
-        "total +",
-        frozenset({"observe: sums", "observe: maxima"}),
-    ),
-    Fault(
-        "columns_kernel",
-        "position[None, :] <= (first_position + row // GROUP)[:, None]",
-        "position[None, :] < (first_position + row // GROUP)[:, None]",
+        "first_position + first_row // GROUP + 1",
+        "first_position + first_row // GROUP + KEYS",
         OBSERVE,
     ),
+    Fault("statistics_kernel", "total *= tl.exp2(", "total *= tl.exp2(0 * ", SCORES),
+    Fault("combine_kernel", "parts *= tl.exp2(", "parts *= tl.exp2(0 * ", SCORES),
+    Fault("combine_kernel", "row_maxima + row, maximum", "row_maxima + row, maximum + 1", OBSERVE),
     Fault(
         "columns_kernel",
-        "logits >= base[:, None] + log_threshold",
-        "logits >= base[:, None] + 0.5 * log_threshold",
+        "position[None, :] <= own[:, None]",
+        "position[None, :] < own[:, None]",
+        OBSERVE,
+    ),
+    Fault("columns_kernel", "KEYS - 1 - first_position", "1 - first_position", OBSERVE),
+    Fault(
+        "columns_kernel",
+        "(maximum + margin)[",
+        "(maximum + 0.5 * margin)[",
         frozenset({"observe: dense entries"}),
     ),
     Fault(
         "columns_kernel",
-        "tl.maximum(before, largest)",
-        "before + 0.99 * largest",
+        "tl.maximum(before, tl.max(largest, 0))",
+        "before + 0.99 * tl.max(largest, 0)",
         frozenset({"observe: maxima"}),
     ),
     Fault(
         "columns_kernel",
-        "attention *= weight[:, None].to(tl.float32)",
-        "attention *= 1",
+        "factor *= tl.load(of_query, mask=row < num_rows, other=0.0)[:, None]",
+        "factor *= 1",
         frozenset({"observe: sums"}),
     ),
     Fault(
         "columns_kernel",
         "first_position = num_keys - num_rows // GROUP\n    first_key",
         "first_position = num_keys - num_rows // GROUP - 1\n    first_key",
-        frozenset({"observe: sums", "observe: maxima"}),
+        SCORES,
     ),
     Fault("_finite", "tl.minimum(weight, 1e300)", "1.0", frozenset({"apportion"})),
     Fault("_weight", "tl.maximum(largest, 1e-300), 1e-100", "1.0, 0.9", frozenset({"apportion"})),

@@ -86,7 +86,11 @@ def test_what_requests_may_ask_for_is_compiled_before(
     spy(
         attention_stats,
         "observe",
-        lambda *args: (isinstance(args[1], torch.Tensor), *(a is not None for a in args[6:])),
+        lambda *args: (
+            len(args[0]) > 2,  # `elite_window` joins the queries of both steps
+            isinstance(args[1], torch.Tensor),
+            *(a is not None for a in args[6:]),
+        ),
     )
     _, worker = warmup_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
     warm_up_kernels(worker, 200, num_heads=4)
@@ -96,8 +100,10 @@ def test_what_requests_may_ask_for_is_compiled_before(
         kinds = [(False, True, True), (True, True, True)]  # no elite queries, but diversity
     assert seen == {
         *(("select", has_precedence) for has_precedence in (False, True)),
+        # Few queries take other kernels than many do.
+        *(("observe", (many, *kind, False)) for kind in kinds for many in (False, True)),
         # While a request decodes, the device alone knows how many keys a layer has.
-        *(("observe", (*kind, of_decode)) for kind in kinds for of_decode in (False, True)),
+        *(("observe", (False, *kind, True)) for kind in kinds),
     }
     assert not worker.take_reports()
 

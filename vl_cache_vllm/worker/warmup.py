@@ -11,6 +11,7 @@ request finds its kernels compiled. Eviction needs, at most:
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.step import BatchRow
 
-QUERIES = 64  # observed in each of two steps
+QUERIES = 64  # most that are observed in each of two steps
 
 
 def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
@@ -82,6 +83,7 @@ class WarmupEviction:
         num_heads: query heads on this worker.
         softcap: the layers' logit soft cap, 0 for none.
         config: the prompt's settings; None: the worker's.
+        queries: most that are observed in each of the two steps of the prefill.
     """
 
     def __init__(
@@ -92,11 +94,12 @@ class WarmupEviction:
         num_heads: int,
         softcap: float = 0.0,
         config: KVCompressConfig | None = None,
+        queries: int = QUERIES,
     ) -> None:
         self._worker, self._tokens, self._num_heads = worker, tokens, num_heads
         self._softcap = softcap
         config, pool = config or worker.config, worker.pool
-        queries = min(QUERIES, tokens // 4)
+        queries = min(queries, tokens // 4)
         self._starts = tokens - 2 * queries, tokens - queries
         self._state = worker.requests.start("warm-up", config, self._starts[0], tokens)
         self._num_blocks = cdiv(tokens, pool.block_size)
@@ -145,9 +148,12 @@ class WarmupEviction:
 
 
 def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float = 0.0) -> None:
-    """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`."""
+    """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`.
+
+    Few queries take kernels of their own.
+    """
     tokens = min(tokens, 4 * worker.pool.block_size)
-    for config in variants(worker.config):
-        warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config)
+    for config, queries in itertools.product(variants(worker.config), (QUERIES, 1)):
+        warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config, queries)
         warmup.observe()
         warmup.evict()
