@@ -42,12 +42,18 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
 def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
     """Settings that requests may choose and that need kernels of their own."""
     kinds: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-        ({"sink_tokens": 0, "keep_text": False}, {"elite_window": 0.0, "diversity": 0.0}),
+        (
+            {"sink_tokens": 0, "keep_text": False, "max_observation_tokens": 2 * QUERIES},
+            {"elite_window": 0.0, "diversity": 0.0},
+        ),
         (
             {"sink_tokens": 1, "max_observation_tokens": QUERIES, "evict_after": 0},
             {"elite_window": 0.5},
         ),
-        ({}, {"elite_window": 0.0, "diversity": 0.5}),
+        (
+            {"max_observation_tokens": 2 * QUERIES},
+            {"elite_window": 0.0, "diversity": 0.5},
+        ),
     )
     for options, experimental in kinds:
         with contextlib.suppress(ValueError):  # a policy refuses them, so no request can have them
