@@ -131,7 +131,8 @@ def measure(
                         "bound_milliseconds": round(1000 * operation.num_bytes / ceiling, 4),
                     }
                     if on_gpu and name == "triton":
-                        row["device_milliseconds"] = round(device_milliseconds(operation.run), 4)
+                        taken = device_milliseconds(operation.run, in_graph=not operation.copies)
+                        row["device_milliseconds"] = round(taken, 4)
                 yield row
         del prompt
 

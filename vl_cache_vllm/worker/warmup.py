@@ -6,6 +6,7 @@ request finds its kernels compiled. Eviction needs, at most:
 
 - scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of one prompt allocate at once;
+- queries that a step holds until its last layer, up to `late_observation.MAX_LATE_QUERIES`;
 - tables: 4 bytes per layer, request and block of the longest sequence.
 """
 
@@ -156,10 +157,12 @@ class WarmupEviction:
 def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float = 0.0) -> None:
     """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`.
 
-    Few queries take kernels of their own.
+    Few queries take kernels of their own, and so do those that are observed layer by layer.
     """
-    tokens = min(tokens, 4 * worker.pool.block_size)
-    for config, queries in itertools.product(variants(worker.config), (QUERIES, 1)):
+    tokens, late = min(tokens, 4 * worker.pool.block_size), (worker.max_late_queries, 0)
+    for config, queries, most in itertools.product(variants(worker.config), (QUERIES, 1), late):
+        worker.max_late_queries = most
         warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config, queries)
         warmup.observe()
         warmup.evict()
+    worker.max_late_queries = late[0]
