@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import recorded
 from tests.worker.test_evictor import (
@@ -188,6 +189,43 @@ def test_launches_do_not_grow_with_requests_and_layers(
     assert launches[0].arguments["ROWS"] == rows
     assert launches[0].arguments["requests"].shape == (16 * num_reqs,)
     assert not {"statistics_kernel", "columns_kernel"} & found.keys()
+
+
+class _CountLaunches(TorchDispatchMode):
+    """Counts the operations of torch that are more than another view of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        inputs = {one.data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        is_new = isinstance(found, torch.Tensor) and found.data_ptr() not in inputs
+        self.number += is_new and "empty" not in func.overloadpacket.__name__
+        return found
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("policy", "triton", "others"), [("vlcache", 3, 38), ("vlcache-plus", 11, 78)]
+)
+def test_launches_of_another_request_that_finishes(policy: str, triton: int, others: int) -> None:
+    """Budgets; these launches are not joined."""
+
+    def launched(num_reqs: int) -> tuple[int, int]:
+        worker = make_worker(pool_of(), max_num_reqs=4, policy=policy, min_kept_tokens=0)
+        states = [start(worker, str(index)) for index in range(num_reqs)]
+        batch = [(state, 0, PROMPT, list(range(16))) for state in states]
+        kept = {state: [16, 17, 18, 19] for state in states}
+        query = queries(PROMPT * num_reqs, seed=1)
+        with dispatch.use("triton"), recorded() as launches, _CountLaunches() as counted:
+            run_step(worker, batch, query, kept)
+        return len(launches), counted.number
+
+    two, three = launched(2), launched(3)
+    assert three[0] - two[0] == triton
+    assert 0 < three[1] - two[1] <= others, three[1] - two[1]
 
 
 def test_a_shared_stopwatch_counts_by_queries() -> None:
