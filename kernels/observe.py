@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.observe.observe` as two passes, which never store the attention matrix.
+"""`observe` and `observe_layers` as two passes, which never store the attention matrix.
 
 1. `statistics_kernel` computes each row's maximum logit and sum of exponentials. The keys are split
    over several programs, since the few queries of an observation window would not fill a GPU.
@@ -19,6 +19,10 @@ Example with 2 KV heads, 3 row tiles, 8 key tiles and 4 splits; only the first h
 
 A row is one query of one head of a KV head's group: row r is query ``r // group`` and head
 ``r % group`` of the group. Its position is ``first_position + r // group``.
+
+`observe_layers` runs both passes for all layers and requests of a step at once. The grids have a
+dimension more for the requests, and layers count as heads do. Each program finds its request's
+lengths and addresses in a table, then calls the same functions as the kernels of one layer.
 
 Instructions bound both passes, not memory. So a loop has as few as possible: tiles that every row
 sees run without masks in a loop of their own, columns are reduced over the rows once at the end,
@@ -573,7 +577,10 @@ def columns_kernel(
 
 
 # Compiled once for all steps.
-@triton.jit(do_not_specialize=["total_rows", "num_splits"])
+@triton.jit(
+    do_not_specialize=["total_rows", "num_splits"],
+    do_not_specialize_on_alignment=["maxima", "sums"],
+)
 def statistics_of_step_kernel(
     query,  # [num_layers, >= queries, num_heads, HEAD_SIZE], any float type
     layer_stride,  # int, elements from layer to layer of query

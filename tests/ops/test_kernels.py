@@ -19,6 +19,7 @@ from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.policy import Attention, Prompt
 from vl_cache_vllm.policy.vlcache_plus import VLCachePlusPolicy
 from vl_cache_vllm.self_check import operations, synthetic
+from vl_cache_vllm.self_check.synthetic import Case, SyntheticPrompt
 
 needs_compiler = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter"
@@ -176,6 +177,37 @@ def test_long_tables_take_few_iterations() -> None:
         if one.kernel.__name__ == "layer_tables_kernel"
     ]
     assert 8192 / launch.arguments["BLOCK"] <= 8
+
+
+def specialisation(launch: kernels.Launch) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for: constants, and what it reads off the arguments."""
+    found: list[Any] = [launch.kernel.__name__]
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
+            is_aligned = value.data_ptr() % 16 == 0
+            found.append((value.dtype, is_aligned or parameter.do_not_specialize_on_alignment))
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            found.append((value == 1, value % 16 == 0))
+    return tuple(found)
+
+
+@needs_compiler
+def test_lengths_of_prompts_are_not_compiled_in() -> None:
+    """Every size but those that change the tiles finds the kernels of the others."""
+    shape = synthetic.AttentionShape(3, 6, 2, 64)
+    compiled: set[tuple[Any, ...]] = set()
+    numbers = []
+    for tokens, num_queries in ((208, 20), (335, 21), (97, 22), (1601, 33), (800, 48)):
+        prompt = SyntheticPrompt(Case(shape, tokens, 16, num_queries), torch.device("cpu"))
+        with dispatch.use("triton"), kernels.recorded() as launches:
+            prompt.observe()
+            prompt.observe_layers()
+        compiled |= {specialisation(launch) for launch in launches}
+        numbers.append(len(compiled))
+    assert numbers == [numbers[0]] * 5, sorted(map(str, compiled))
 
 
 class _NoSorting(TorchDispatchMode):
