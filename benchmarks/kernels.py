@@ -12,7 +12,7 @@ same machine. Times include launches; on a GPU those on the device, without the 
 too.
 
 ``--compile`` needs no GPU. It compiles the Triton kernels for several GPU architectures and reports
-registers, shared memory and spilled bytes.
+registers, shared memory, spilled bytes and the instructions of the loops around matrix products.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def measure(
                         "bound_milliseconds": round(1000 * operation.num_bytes / ceiling, 4),
                     }
                     if on_gpu and name == "triton":
-                        row["device_milliseconds"] = round(device_milliseconds(operation.run), 4)
+                        taken = device_milliseconds(operation.run, in_graph=not operation.copies)
+                        row["device_milliseconds"] = round(taken, 4)
                 yield row
         del prompt
 
@@ -159,6 +160,9 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+_OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # of the compiler
 
 
 @dataclass(frozen=True)
@@ -226,9 +230,13 @@ def compile_for(launch: Launch, architecture: int) -> Row:
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
+        options={name: launch.arguments[name] for name in _OPTIONS & launch.arguments.keys()},
     )
+    constants = launch.arguments
     return {
         "kernel": launch.kernel.__name__,
+        "rows": constants.get("ROWS"),
+        "maxima": constants.get("HAS_MAXIMA", False),
         "architecture": f"sm_{architecture}",
         **resources(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
@@ -236,46 +244,102 @@ def compile_for(launch: Launch, architecture: int) -> Row:
 
 
 def resources(machine_code: bytes) -> Row:
-    """Registers and spilled bytes of a thread, from the ``cuobjdump`` that Triton includes."""
+    """What machine code takes, from the ``cuobjdump`` that Triton includes.
+
+    Returns:
+        Registers and spilled bytes of a thread, and what `hot_loop` finds.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", output)
+
+        def dump(option: str) -> str:
+            command = [str(tool), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, instructions = dump("--dump-resource-usage"), dump("--dump-sass")
+    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if match is None:
-        raise RuntimeError(f"{' '.join(command)} printed:\n{output}")
+        raise RuntimeError(f"{tool} printed:\n{usage}")
     registers, stack, local = map(int, match.groups())
-    return {"registers": registers, "spilled_bytes": stack + local}
+    return {"registers": registers, "spilled_bytes": stack + local, **hot_loop(instructions)}
+
+
+_MATRIX_PRODUCT = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\S*")
+
+
+def hot_loop(instructions: str) -> Row:
+    """Describe the shortest loop around a matrix product, the one that most iterations run.
+
+    Args:
+        instructions: disassembled machine code, one line ``/*address*/ instruction ;`` each.
+
+    Returns:
+        Instructions and asynchronous copies of the loop, the latter a sign that the compiler
+        pipelined it, and the kinds of its matrix products. Empty without such a loop.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?) ?;", instructions)
+    code = {int(address, 16): text for address, text in lines}
+    loops = []
+    for end, text in code.items():
+        jump = re.search(r"\bBRA\b.* (0x[0-9a-f]+)$", text)
+        if jump is not None and (start := int(jump[1], 16)) < end:
+            body = [code[address] for address in code if start <= address <= end]
+            products = {found[0] for one in body if (found := _MATRIX_PRODUCT.search(one))}
+            if products:
+                loops.append((len(body), sum("LDGSTS" in one for one in body), products))
+    if not loops:
+        return {}
+    length, copies, products = min(loops, key=lambda loop: loop[0])
+    return {
+        "loop_instructions": length,
+        "loop_async_copies": copies,
+        "matrix_products": sorted(products),
+    }
 
 
 def launches(shape: AttentionShape) -> list[Launch]:
-    """One launch of each kernel, as made by an eviction in a model of this shape."""
-    # Types and layout as on a GPU. The contents do not matter, so the prompt is small.
-    prompt = SyntheticPrompt(Case(shape, 512, 16), torch.device("cpu"))
-    with dispatch.use("triton"), recorded() as found:
-        for operation in prompt.operations():
-            operation.run()
-    return list({launch.kernel.__name__: launch for launch in found}.values())
+    """One launch of each kernel and variant, as made by an eviction in a model of this shape.
+
+    Some observe many rows, the others one query.
+    """
+    found: dict[tuple[Any, ...], Launch] = {}
+    for num_queries in (64, 1):
+        # Types and layout as on a GPU. The contents do not matter, so the prompt is small.
+        prompt = SyntheticPrompt(Case(shape, 512, 16, num_queries), torch.device("cpu"))
+        with dispatch.use("triton"), recorded() as launched:
+            for operation in prompt.operations():
+                operation.run()
+        for launch in launched:
+            constants = (
+                launch.arguments[one.name] for one in launch.kernel.params if one.is_constexpr
+            )
+            found[launch.kernel.__name__, *constants] = launch
+    return list(found.values())
 
 
 def compile_all(options: argparse.Namespace) -> list[Row]:
-    """One row for each shape, kernel and architecture."""
+    """One row for each shape, kernel, variant and architecture."""
     rows = []
     for shape in options.shapes:
         for launch in launches(ATTENTION_SHAPES[shape]):
             for architecture in options.architectures:
                 row = {"shape": shape, **compile_for(launch, architecture)}
                 rows.append(row)
-                print(
+                text = (
                     f"{row['kernel']:<22}{shape:<8}{row['architecture']:<8}"
                     f"{row['registers']:>5} registers{row['spilled_bytes']:>6} bytes spilled"
-                    f"{row['shared_bytes']:>8} bytes shared",
-                    flush=True,
+                    f"{row['shared_bytes']:>8} bytes shared"
                 )
+                if "loop_instructions" in row:
+                    text += (
+                        f"{row['loop_instructions']:>6} instructions a tile of {row['rows']} rows"
+                        f"{', maxima' if row['maxima'] else ''}"
+                    )
+                print(text, flush=True)
     return rows
 
 

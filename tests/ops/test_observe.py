@@ -9,8 +9,14 @@ import torch
 
 from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number
 from vl_cache_vllm.ops import dispatch
-from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
-from vl_cache_vllm.ops.page_pool import PagedKeys
+from vl_cache_vllm.ops.observe import (
+    AttentionParams,
+    RequestObservation,
+    elite_queries,
+    observe,
+    observe_layers,
+)
+from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -446,3 +452,69 @@ def test_weights_are_sliced_with_the_queries(monkeypatch: pytest.MonkeyPatch) ->
     sliced = torch.zeros(2, 63)
     observe(query, key, 54, PARAMS, sliced, torch.zeros((), dtype=torch.int64), elite)
     torch.testing.assert_close(sliced, whole)
+
+
+def observations_of(pool: PagePool, table: torch.Tensor, seed: int) -> list[RequestObservation]:
+    """Four requests with other numbers of queries, keys, thresholds, and kinds of tables.
+
+    Args:
+        pool: of 3 layers and 2 KV heads, with blocks of 8 tokens.
+        table: ids of at least 20 blocks, int32.
+        seed: of the results that they are added to.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def columns(tokens: int) -> torch.Tensor:
+        return torch.rand(3, 2, tokens, generator=generator)
+
+    def dense() -> torch.Tensor:
+        return torch.randint(9, (3,), generator=generator)
+
+    pages = pool.block_pages(table[7:15]).int()
+    num_keys = torch.tensor([9, 40, 64], dtype=torch.int32)
+    return [
+        RequestObservation(0, 30, 97, 0.01, table[:13], columns(97), dense()),
+        RequestObservation(30, 1, 5, 1.0, table[3:4], columns(70), dense(), columns(70)),
+        RequestObservation(33, 2, 64, 0.3, pages, columns(66), dense(), num_keys=num_keys),
+        RequestObservation(35, 9, 160, 0.01, table[:20], columns(160), dense(), columns(160), 4),
+    ]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.5], ids=["no-softcap", "softcap"])
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+@pytest.mark.parametrize("which", [slice(0, 4), slice(1, 3), slice(0, 1)], ids=str)
+def test_layers_and_requests_at_once(
+    packing: str, page_order: str, softcap: float, which: slice
+) -> None:
+    """All layers of several requests, as from one observation of each."""
+    pool = make_pool(page_order, packing, block_size=8, head_size=12, num_blocks=23)
+    table = torch.randperm(23, generator=torch.Generator().manual_seed(2))[:20].int()
+    query = torch.randn(3, 50, 6, 12, generator=torch.Generator().manual_seed(3))
+    scales = 0.2, 0.3, 0.1
+    found = observations_of(pool, table, seed=4)[which]
+    observe_layers(query, pool, scales, softcap, found)
+    expected = observations_of(pool, table, seed=4)[which]
+    for request in expected:
+        keys = request.table if request.table.dim() == 2 else pool.block_pages(request.table)
+        for layer, scale in enumerate(scales):
+            num_keys = request.most_keys
+            if request.num_keys is not None:
+                num_keys = int(request.num_keys[layer])
+            weights = torch.ones(2, request.num_queries)
+            weights[:, : request.first_summed or 0] = 0
+            with dispatch.use("torch"):
+                observe(
+                    query[layer, request.first_query :][: request.num_queries],
+                    pool.read_keys(keys[layer]),
+                    num_keys - request.num_queries,
+                    AttentionParams(scale, softcap, request.threshold),
+                    request.column_sums[layer],
+                    request.dense_entries[layer],
+                    weights,
+                    None if request.column_maxima is None else request.column_maxima[layer],
+                )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.column_sums, other.column_sums)
+        assert torch.equal(one.dense_entries, other.dense_entries)
+        if one.column_maxima is not None:
+            torch.testing.assert_close(one.column_maxima, other.column_maxima)

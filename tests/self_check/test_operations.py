@@ -13,13 +13,19 @@ import torch
 
 from tests.helpers.mutated_kernels import KERNELS, Fault, planted
 from vl_cache_vllm.ops import dispatch, native
+from vl_cache_vllm.ops.observe import RequestObservation
 from vl_cache_vllm.self_check import operations
 from vl_cache_vllm.self_check.rows import Row, failing
 from vl_cache_vllm.self_check.synthetic import AttentionShape, Case, SyntheticPrompt
 
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif(not native.is_built(), reason="C++ has not been built")
-OBSERVE = frozenset({"observe: sums", "observe: maxima", "observe: dense entries"})
+OBSERVATIONS = ("observe", "observe_layers")
+MAXIMA = frozenset(f"{name}: maxima" for name in OBSERVATIONS)
+DENSE = frozenset(f"{name}: dense entries" for name in OBSERVATIONS)
+SCORES = MAXIMA | frozenset(f"{name}: sums" for name in OBSERVATIONS)
+OBSERVE = SCORES | DENSE
+LAYERS = frozenset(row for row in OBSERVE if row.startswith("observe_layers"))
 RANK = frozenset({"rank", "merge_ranking"})
 # Small ones that together reach all branches, for the many faults.
 SMALL = (
@@ -85,50 +91,75 @@ def test_cases_are_odd() -> None:
 
 
 FAULTS = (
-    Fault("_load_queries", "kv_head * GROUP + row % GROUP", "kv_head * GROUP", OBSERVE),
-    Fault("_load_keys", "position % block_size * token_stride", "0 * token_stride", OBSERVE),
-    Fault("_logits", "2 * tl.sigmoid(2 * logits / softcap) - 1", "tl.sigmoid(logits)", OBSERVE),
+    Fault("_load_queries", "kv_head * GROUP * head_stride", "kv_head * head_stride", OBSERVE),
+    Fault("_load_queries", "row += first_row % GROUP", "row += 0", OBSERVE),
+    Fault("_load_keys", "position % BLOCK_SIZE * token_stride", "0 * token_stride", OBSERVE),
+    Fault("_logits", "(1 - 2 / (1 + tl", "(1 - 1 / (1 + tl", OBSERVE),
+    Fault("_power", "-base[:, None]", "0 * base[:, None]", SCORES),
     Fault(
-        "statistics_kernel",
-        "(position[None, :] <= last_key[:, None])",
-        "(position[None, :] < last_key[:, None])",
+        "_statistics",
+        "(position[None, :] <= last_key[:, None]",
+        "(position[None, :] < last_key[:, None]",
         OBSERVE,
     ),
     Fault(
-        "statistics_kernel",
-        "total * tl.exp(maximum - base) +",
-        "total +",
-        frozenset({"observe: sums", "observe: maxima"}),
-    ),
-    Fault(
-        "columns_kernel",
-        "position[None, :] <= (first_position + row // GROUP)[:, None]",
-        "position[None, :] < (first_position + row // GROUP)[:, None]",
+        "_statistics",
+        "first_position + first_row // GROUP + 1",
+        "first_position + first_row // GROUP + KEYS",
         OBSERVE,
     ),
+    Fault("_statistics", "total *= tl.exp2(", "total *= tl.exp2(0 * ", SCORES),
+    Fault("combine_kernel", "parts *= tl.exp2(", "parts *= tl.exp2(0 * ", SCORES),
+    Fault("combine_kernel", "row_maxima + row, maximum", "row_maxima + row, maximum + 1", OBSERVE),
     Fault(
-        "columns_kernel",
-        "logits >= base[:, None] + log_threshold",
-        "logits >= base[:, None] + 0.5 * log_threshold",
-        frozenset({"observe: dense entries"}),
+        "_columns",
+        "position[None, :] <= own[:, None]",
+        "position[None, :] < own[:, None]",
+        OBSERVE,
+    ),
+    Fault("_columns", "KEYS - 1 - first_position", "1 - first_position", OBSERVE),
+    Fault(
+        "_columns",
+        "(maximum + margin)[",
+        "(maximum + 0.5 * margin)[",
+        DENSE,
     ),
     Fault(
-        "columns_kernel",
-        "tl.maximum(before, largest)",
-        "before + 0.99 * largest",
-        frozenset({"observe: maxima"}),
+        "_columns",
+        "tl.maximum(before, tl.max(largest, 0))",
+        "before + 0.99 * tl.max(largest, 0)",
+        MAXIMA,
     ),
     Fault(
-        "columns_kernel",
-        "attention *= weight[:, None].to(tl.float32)",
-        "attention *= 1",
+        "_columns",
+        "factor *= tl.load(of_query, mask=row < num_rows, other=0.0)[:, None]",
+        "factor *= 1",
         frozenset({"observe: sums"}),
     ),
     Fault(
-        "columns_kernel",
-        "first_position = num_keys - num_rows // GROUP\n    first_key",
-        "first_position = num_keys - num_rows // GROUP - 1\n    first_key",
+        "statistics_kernel",
+        "num_keys = tl.load(num_keys_given).to(tl.int32)\n    first_row",
+        "num_keys = tl.load(num_keys_given).to(tl.int32) - 1\n    first_row",
         frozenset({"observe: sums", "observe: maxima"}),
+    ),
+    Fault(
+        "columns_kernel",
+        "num_keys = tl.load(num_keys_given).to(tl.int32)\n    kv_head",
+        "num_keys = tl.load(num_keys_given).to(tl.int32) - 1\n    kv_head",
+        frozenset({"observe: sums", "observe: maxima"}),
+    ),
+    Fault("_float", "bits.to(tl.int32)", "(0 * bits + 0x3F800000).to(tl.int32)", LAYERS),
+    Fault(
+        "statistics_of_step_kernel",
+        "if num_splits == 1:",
+        "if False:",
+        LAYERS - DENSE,
+    ),
+    Fault(
+        "columns_of_step_kernel",
+        "tl.where(maxima != 0, num_keys, 0)",
+        "0",
+        LAYERS & MAXIMA,
     ),
     Fault("_finite", "tl.minimum(weight, 1e300)", "1.0", frozenset({"apportion"})),
     Fault("_weight", "tl.maximum(largest, 1e-300), 1e-100", "1.0, 0.9", frozenset({"apportion"})),
@@ -190,7 +221,10 @@ def test_a_fault_fails_its_rows(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = SyntheticPrompt.calls
-    only = {fault.file, "merge_ranking"} if fault.file == "rank" else {fault.file}
+    only = {
+        "rank": {"rank", "merge_ranking"},
+        "observe": {*OBSERVATIONS},
+    }.get(fault.file, {fault.file})
     monkeypatch.setattr(  # the others cannot be affected, and the interpreter is slow
         SyntheticPrompt,
         "calls",
@@ -217,6 +251,10 @@ def _nan(result: torch.Tensor) -> None:
     result.view(-1)[0] = torch.nan
 
 
+def _nan_sums(requests: list[RequestObservation]) -> None:
+    _nan(requests[0].column_sums)
+
+
 def _one_more(result: torch.Tensor) -> None:
     result.view(-1)[-1] += 1
 
@@ -228,6 +266,7 @@ def _one_more(result: torch.Tensor) -> None:
         ("observe", 4, _nan, "observe: sums"),
         ("observe", 7, _nan, "observe: maxima"),
         ("observe", 5, lambda dense: dense.add_(9), "observe: dense entries"),
+        ("observe_layers", 4, _nan_sums, "observe_layers: sums"),
         ("apportion", None, _one_more, "apportion"),
         ("select", None, lambda positions: positions[..., 0].add_(1), "select"),
         ("rank", None, _one_more, "rank"),
@@ -295,6 +334,7 @@ def test_timed_calls_are_those_of_an_eviction() -> None:
         assert operation.num_bytes > 0
     assert {one.name.partition(",")[0] for one in found} == {
         "observe",
+        "observe_layers",
         "apportion",
         "look_ahead",
         "merge_ranking",

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A made-up prompt goes the way of a real one, whatever the settings are."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from benchmarks.kernels import recorded
 from vl_cache_vllm.config import KVCompressConfig
+from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.policy import Shard
 from vl_cache_vllm.worker import attention_stats, selection
 from vl_cache_vllm.worker.evictor import Evictor
@@ -86,7 +89,11 @@ def test_what_requests_may_ask_for_is_compiled_before(
     spy(
         attention_stats,
         "observe",
-        lambda *args: (isinstance(args[1], torch.Tensor), *(a is not None for a in args[6:])),
+        lambda *args: (
+            len(args[0]) > 2,  # `elite_window` joins the queries of both steps
+            isinstance(args[1], torch.Tensor),
+            *(a is not None for a in args[6:]),
+        ),
     )
     _, worker = warmup_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
     warm_up_kernels(worker, 200, num_heads=4)
@@ -96,8 +103,10 @@ def test_what_requests_may_ask_for_is_compiled_before(
         kinds = [(False, True, True), (True, True, True)]  # no elite queries, but diversity
     assert seen == {
         *(("select", has_precedence) for has_precedence in (False, True)),
+        # Few queries take other kernels than many do.
+        *(("observe", (many, *kind, False)) for kind in kinds for many in (False, True)),
         # While a request decodes, the device alone knows how many keys a layer has.
-        *(("observe", (*kind, of_decode)) for kind in kinds for of_decode in (False, True)),
+        *(("observe", (False, *kind, True)) for kind in kinds),
     }
     assert not worker.take_reports()
 
@@ -118,3 +127,27 @@ def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
     assert state is not None and state.attention_stats is not None
     held = state.attention_stats.attention.sums.numel() + warmup._others.attention.sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("policy", ["vlcache", "vlcache-plus"])
+def test_kernels_of_few_and_many_queries_late_or_not_are_compiled_before(policy: str) -> None:
+    _, worker = warmup_of(KVCompressConfig.from_dict({"policy": policy}), 200, 200)
+    most = worker.max_late_queries
+    with dispatch.use("triton"), recorded() as launches:
+        warm_up_kernels(worker, 200, num_heads=4)
+    assert worker.max_late_queries == most
+    plus = policy == "vlcache-plus"
+    found = {
+        (launch.kernel.__name__, launch.arguments["ROWS"])
+        for launch in launches
+        if launch.arguments.get("HAS_MAXIMA", plus) == plus
+        and launch.arguments.get("IS_LAST", plus) == plus
+        and launch.arguments.get("BLOCK_SIZE")
+    }
+    assert found == {
+        (f"{kernel}{entry}", rows)
+        for kernel in ("statistics", "columns")
+        for entry in ("_kernel", "_of_step_kernel")
+        for rows in (16, 64)
+    }

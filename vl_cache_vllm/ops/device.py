@@ -50,6 +50,7 @@ class Stopwatch:
         self._seconds = 0.0
         self._began = 0.0
         self._events: list[torch.cuda.Event] = []  # begin, end, begin, end, ...
+        self._shared: list[tuple[Stopwatch, float]] = []
 
     def __enter__(self) -> None:
         if self._is_cuda:
@@ -73,9 +74,14 @@ class Stopwatch:
         event.record()
         self._events.append(event)
 
+    def share(self, other: "Stopwatch", fraction: float) -> None:
+        """Count a fraction of the time of another one as well, also of its later blocks."""
+        self._shared.append((other, fraction))
+
     def seconds(self) -> float:
         """Seconds in all blocks so far; synchronises with the device."""
         if self._events:
             self._events[-1].synchronize()
         pairs = zip(self._events[::2], self._events[1::2], strict=True)
-        return self._seconds + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        own = self._seconds + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        return own + sum(fraction * other.seconds() for other, fraction in self._shared)

@@ -5,12 +5,13 @@ The same pass counts the attention entries above the density threshold.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
-from vl_cache_vllm.ops.page_pool import PagedKeys
+from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
 # Upper bound of the float32 logits that one slice of queries holds at once: 64 MiB.
 _MAX_LOGITS = 1 << 24
@@ -98,6 +99,72 @@ def observe(
         if query_weights is not None:
             attention.mul_(query_weights[:, None, start : start + step, None])
         column_sums[:, :end] += attention.sum((1, 2))
+
+
+@dataclass(frozen=True)
+class RequestObservation:
+    """Consecutive queries of one request that are observed in all layers at once.
+
+    L layers, K KV heads.
+    """
+
+    first_query: int  # index into the held queries
+    num_queries: int
+    most_keys: int  # keys up to the last query in the longest layer
+    threshold: float  # as in `AttentionParams`
+    table: torch.Tensor
+    """int32: ids of the blocks that hold the keys ``[n]``, or of each layer's pages ``[L, n]``."""
+    column_sums: torch.Tensor  # float32 [L, K, >= most_keys], contiguous, added to
+    dense_entries: torch.Tensor  # int64 [L], contiguous, added to
+    column_maxima: torch.Tensor | None = None  # as the sums, raised; None: not computed
+    first_summed: int | None = None
+    """Queries before this one have the weight 0 in the sums, the others 1; None: all have 1."""
+    num_keys: torch.Tensor | None = None
+    """Keys up to the last query in each layer, int32 ``[L]``; None: ``most_keys`` in all."""
+
+
+@operation
+def observe_layers(
+    query: torch.Tensor,
+    pool: PagePool,
+    scales: Sequence[float],
+    softcap: float,
+    requests: Sequence[RequestObservation],
+) -> None:
+    """`observe` for all layers of several requests, after the last layer of a step has run.
+
+    The keys of all layers stay in the pool until the requests are evicted; the queries must have
+    been held.
+
+    Args:
+        query: held queries of each layer, ``[num_layers, n, num_heads, head_size]``.
+        pool: the keys.
+        scales: softmax scale of each layer.
+        softcap: of all layers, 0 for none.
+        requests: at least one.
+    """
+    for request in requests:
+        queries = slice(request.first_query, request.first_query + request.num_queries)
+        maxima, weights = request.column_maxima, None
+        if request.first_summed is not None:
+            weights = query.new_ones(request.column_sums.shape[1], request.num_queries)
+            weights[:, : request.first_summed] = 0
+        for layer, scale in enumerate(scales):
+            if request.table.dim() == 1:
+                keys = PagedKeys.of_blocks(pool, layer, request.table)
+            else:
+                keys = PagedKeys(pool, request.table[layer])
+            observe(
+                query[layer, queries],
+                keys,
+                request.most_keys - request.num_queries,
+                AttentionParams(scale, softcap, request.threshold),
+                request.column_sums[layer],
+                request.dense_entries[layer],
+                weights,
+                None if maxima is None else maxima[layer],
+                None if request.num_keys is None else request.num_keys[layer],
+            )
 
 
 def elite_queries(

@@ -110,12 +110,12 @@ def _row(case: Case, operation: str, name: str, found: torch.Tensor, right: torc
     title = f"{operation}: {name}" if name else operation
     if found.shape != right.shape:
         return broken(title, str(case), f"shape {[*found.shape]}, expected {[*right.shape]}")
-    if operation == "observe" and name == "dense entries":
+    if operation.startswith("observe") and name == "dense entries":
         entries = case.shape.num_heads * case.num_queries * case.tokens
         # At a threshold of 1, only the entry that is the maximum counts.
         limit = 0.0 if case.threshold == 1.0 else max(2.0, DENSE_TOLERANCE * entries)
         return Row(title, str(case), float((found - right).abs().max()), limit, "of a layer")
-    if operation == "observe":
+    if operation.startswith("observe"):
         error = ((found - right).abs() / (right.abs() + 1e-6)).max()
         return Row(title, str(case), float(error), COLUMN_TOLERANCE, "relative")
     wrong = int((found != right).sum())  # NaN differs from everything
@@ -146,11 +146,17 @@ class Time:
 TIMED = Case(ATTENTION_SHAPES["7b-gqa"], 2112, 16, num_queries=64)
 
 
-def device_milliseconds(run: object) -> float:
-    """Median device time of a call, by replays of a CUDA graph that contains it."""
-    from triton.testing import do_bench_cudagraph
+def device_milliseconds(run: object, in_graph: bool = True) -> float:
+    """Median device time of a call.
 
-    return float(do_bench_cudagraph(run, return_mode="median"))
+    Args:
+        run: the call.
+        in_graph: time replays of a CUDA graph that contains it; otherwise, time calls, which
+            includes what the device waits for the host.
+    """
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    return float((do_bench_cudagraph if in_graph else do_bench)(run, return_mode="median"))
 
 
 def bandwidth(device: torch.device) -> float:
@@ -167,5 +173,5 @@ def times(device: torch.device, cases: Sequence[Case] = (TIMED,)) -> Iterator[Ti
         prompt = SyntheticPrompt(case, device)
         for operation in prompt.operations():
             with dispatch.use("triton"):
-                taken = device_milliseconds(operation.run)
+                taken = device_milliseconds(operation.run, in_graph=not operation.copies)
             yield Time(operation.name, str(case), taken, 1000 * operation.num_bytes / ceiling)

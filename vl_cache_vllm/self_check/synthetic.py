@@ -17,7 +17,12 @@ from vl_cache_vllm.ops.apportion import apportion
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.look_ahead import look_ahead
-from vl_cache_vllm.ops.observe import AttentionParams, observe
+from vl_cache_vllm.ops.observe import (
+    AttentionParams,
+    RequestObservation,
+    observe,
+    observe_layers,
+)
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
 from vl_cache_vllm.ops.rank import merge_ranking, rank
 from vl_cache_vllm.ops.select import select
@@ -82,6 +87,8 @@ class Operation:
     run: Callable[[], Any]
     num_bytes: int
     """Minimum number of bytes that it reads and writes."""
+    copies: bool = False
+    """It copies from the host, so a CUDA graph cannot contain it."""
 
 
 class SyntheticPrompt:
@@ -123,6 +130,8 @@ class SyntheticPrompt:
         )
         self.row = torch.randperm(num_blocks, generator=self._generator, device=device)
         self.query = self._noise(case.num_queries, shape.num_heads, shape.head_size)
+        layers = range(num_layers)
+        self.held = torch.stack([self.query.roll(layer, 0) for layer in layers])  # of all layers
         self.query_weights = self._uniform(num_kv_heads, case.num_queries)
         self.weights = self._uniform(num_layers).double() + 0.01
         self.scores = self._uniform(num_layers, num_kv_heads, case.tokens) - 0.5
@@ -269,6 +278,60 @@ class SyntheticPrompt:
                 num_keys=self.own_pages[layer] * self.block_size,
             )
 
+    def observe_layers(self) -> dict[str, torch.Tensor]:
+        """As `observe`, in one call; the one query is that of a second request in the same step."""
+        sums, maxima, later, later_maxima = torch.zeros(
+            4,
+            self.case.shape.num_layers,
+            self.case.shape.num_kv_heads,
+            self.case.tokens,
+            device=self.device,
+        )
+        dense = torch.zeros(2, self.case.shape.num_layers, dtype=torch.int64, device=self.device)
+        prompt = self._layers_request(sums, maxima, dense[0])
+        pages = self.pool.block_pages(self._prompt_row()).int()
+        lengths = (self.own_pages * self.block_size).int()
+        one = RequestObservation(
+            self.case.num_queries - 1,
+            1,
+            self.case.tokens,
+            self.case.threshold,
+            pages,
+            later,
+            dense[1],
+            later_maxima,
+            num_keys=lengths,
+        )
+        self._observe_layers([prompt, one])
+        return {
+            "sums": sums,
+            "maxima": maxima,
+            "dense entries": dense[0],
+            "sums of one query": later,
+            "maxima of one query": later_maxima,
+        }
+
+    def _layers_request(
+        self, sums: torch.Tensor, maxima: torch.Tensor | None, dense: torch.Tensor
+    ) -> RequestObservation:
+        case = self.case
+        return RequestObservation(
+            0,
+            case.num_queries,
+            case.tokens,
+            case.threshold,
+            self._prompt_row().int(),
+            sums,
+            dense,
+            maxima,
+            case.num_queries // 2 if case.weighted else None,
+        )
+
+    def _observe_layers(self, requests: list[RequestObservation]) -> None:
+        case = self.case
+        scales = [case.shape.head_size**-0.5 / (1 + layer) for layer in range(len(self.held))]
+        observe_layers(self.held, self.pool, scales, case.softcap, requests)
+
     def observe_into(
         self, sums: torch.Tensor, maxima: torch.Tensor | None, dense: torch.Tensor
     ) -> None:
@@ -366,6 +429,7 @@ class SyntheticPrompt:
         """A call of each operation, by its name; it returns the operation's results by theirs."""
         calls = (
             self.observe,
+            self.observe_layers,
             self.apportion,
             self.select,
             self.rank,
@@ -396,6 +460,18 @@ class SyntheticPrompt:
                 "observe, maxima",
                 lambda: self.observe_into(sums, maxima, dense),
                 keys + 2 * column,
+            ),
+            Operation(
+                "observe_layers",
+                lambda: self._observe_layers([self._layers_request(sums, None, dense)]),
+                keys + column,
+                copies=True,
+            ),
+            Operation(
+                "observe_layers, maxima",
+                lambda: self._observe_layers([self._layers_request(sums, maxima, dense)]),
+                keys + 2 * column,
+                copies=True,
             ),
             Operation("apportion", lambda: self._apportion(self.weights), 16 * shape.num_layers),
             Operation("look_ahead", lambda: look_ahead(self.attention, LONG_DECAY), column),

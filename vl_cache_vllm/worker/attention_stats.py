@@ -6,7 +6,12 @@ from torch.nn.functional import pad
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.ops.device import Stopwatch
-from vl_cache_vllm.ops.observe import AttentionParams, elite_queries, observe
+from vl_cache_vllm.ops.observe import (
+    AttentionParams,
+    RequestObservation,
+    elite_queries,
+    observe,
+)
 from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy import Attention
 from vl_cache_vllm.policy.diversity import key_similarity
@@ -110,6 +115,39 @@ class AttentionStats:
         if self.similarity is not None and is_last:
             assert isinstance(key, torch.Tensor)
             self.similarity[layer] = key_similarity(key[:, :end])
+
+    def of_layers(
+        self,
+        first_query: int,
+        num_queries: int,
+        first_position: int,
+        table: torch.Tensor,
+        num_keys: torch.Tensor | None,
+    ) -> RequestObservation:
+        """The next queries of all layers, to be added to these by `observe_layers`.
+
+        Args:
+            first_query: index into the held queries.
+            num_queries: of them.
+            first_position: as for `observe`.
+            table, num_keys: as in `RequestObservation`.
+        """
+        assert not (self._options.elite_window or self._options.diversity)
+        first_summed = None
+        if self._summed_queries is not None:
+            first_summed = max(0, self.tokens - self._summed_queries - first_position)
+        return RequestObservation(
+            first_query,
+            num_queries,
+            first_position + num_queries,
+            self._threshold,
+            table,
+            self.attention.sums,
+            self.dense_entries,
+            self.attention.maxima,
+            first_summed,
+            num_keys,
+        )
 
     def _only_last(self, num_queries: int, first_position: int) -> torch.Tensor:
         """Weights of a chunk's queries: 0 before the last summed ones of the prompt, then 1.

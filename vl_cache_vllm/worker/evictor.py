@@ -20,10 +20,17 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder, EvictionReport, PendingReport, put_step
 from vl_cache_vllm.ops.compact import compact
 from vl_cache_vllm.ops.device import Fetched, Stopwatch, to_device
+from vl_cache_vllm.ops.dispatch import implementation_for
 from vl_cache_vllm.ops.layer_tables import LayerTables
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 from vl_cache_vllm.policy import Prompt, Shard
 from vl_cache_vllm.worker.attention_stats import AttentionStats
+from vl_cache_vllm.worker.late_observation import (
+    MAX_LATE_QUERIES,
+    LateObservation,
+    QueryBuffer,
+    split_late,
+)
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.selection import select_kept
 from vl_cache_vllm.worker.source import EvictionSource
@@ -40,7 +47,8 @@ class EvictionStep:
     """What eviction does in one step; the `StepObserver` of the attention layers. R requests."""
 
     evictor: Evictor
-    observations: list[ObservedQueries]
+    observations: list[ObservedQueries]  # layer by layer
+    late: LateObservation | None  # after the last layer
     pending_evictions: list[PendingEviction]
     block_table: torch.Tensor  # int32 [R, C], the runner's
     tables: LayerTables | None  # None: no request of the batch is evicted, so all layers agree
@@ -103,6 +111,9 @@ class Evictor:
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
+        self._query_buffer = QueryBuffer()
+        self.max_late_queries = MAX_LATE_QUERIES
+        """Queries of a step that wait for its last layer at most; the buffer holds no more."""
         self.tables = StepTables(pool, max_num_reqs, max_num_tokens, max_table_width)
         self.cached_requests: CachedRequestData | None = None
         """What the scheduler says about the step's requests that are not new."""
@@ -192,7 +203,12 @@ class Evictor:
                 seq_lens[:num_reqs],
                 graph,
             )
-        step = EvictionStep(self, plan.observations, plan.pending_evictions, block_table, tables)
+        late, observations = None, plan.observations
+        if implementation_for(self.pool.device) == "triton":  # launches cost time
+            waiting, observations = split_late(observations, self.max_late_queries)
+            if waiting:
+                late = LateObservation(waiting, self.pool, self._query_buffer)
+        step = EvictionStep(self, observations, late, plan.pending_evictions, block_table, tables)
         for observation in plan.observations:
             if not observation.num_blocks:
                 assert tables is not None
@@ -203,7 +219,7 @@ class Evictor:
     def layer_done(
         self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
     ) -> None:
-        """Observe one layer right after its attention; evict after the last layer.
+        """Observe one layer right after its attention, or all and evict after the last layer.
 
         Args:
             step: the running step.
@@ -213,27 +229,14 @@ class Evictor:
             softcap: logit soft cap, 0 for none.
         """
         for observation in step.observations:
-            state = observation.state
-            if state.attention_stats is None:
-                state.attention_stats = AttentionStats(
-                    state.config,
-                    self.pool.num_layers,
-                    self.pool.num_kv_heads,
-                    observation.tokens,
-                    query.device,
-                )
-            elif state.attention_stats.tokens < observation.tokens:
-                state.attention_stats.extend(observation.tokens)
-            num_keys = None
-            if observation.num_blocks:
-                row = step.block_table[observation.row, : observation.num_blocks]
-                keys = PagedKeys.of_blocks(self.pool, layer, row)
+            stats = self._stats_of(observation)
+            table, num_keys = self._keys_of(step, observation)
+            if num_keys is None:
+                keys = PagedKeys.of_blocks(self.pool, layer, table)
             else:
-                assert step.tables is not None
-                keys = PagedKeys(self.pool, step.tables.block_table[layer, observation.row])
-                num_keys = step.num_keys[observation.row][layer]
-            with state.attention_stats.stopwatch:
-                state.attention_stats.add(
+                keys, num_keys = PagedKeys(self.pool, table[layer]), num_keys[layer]
+            with stats.stopwatch:
+                stats.add(
                     layer,
                     query[observation.query_start : observation.query_end],
                     keys,
@@ -242,9 +245,43 @@ class Evictor:
                     softcap,
                     num_keys,
                 )
+        if step.late is not None:
+            step.late.hold(layer, query, scale, softcap)
         step.layers_done += 1
-        if step.layers_done == self.pool.num_layers and step.pending_evictions:
-            self._evict_all(step)
+        if step.layers_done == self.pool.num_layers:
+            if step.late is not None:
+                step.late.observe(partial(self._keys_of, step), self._stats_of)
+            if step.pending_evictions:
+                self._evict_all(step)
+
+    def _stats_of(self, observation: ObservedQueries) -> AttentionStats:
+        """What the observation adds to, with room for its tokens."""
+        state = observation.state
+        if state.attention_stats is None:
+            state.attention_stats = AttentionStats(
+                state.config,
+                self.pool.num_layers,
+                self.pool.num_kv_heads,
+                observation.tokens,
+                self.pool.device,
+            )
+        elif state.attention_stats.tokens < observation.tokens:
+            state.attention_stats.extend(observation.tokens)
+        return state.attention_stats
+
+    def _keys_of(
+        self, step: EvictionStep, observation: ObservedQueries
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids of the blocks of the keys, int32 ``[n]``.
+
+        Of a request whose layers have tables of their own, ids of the pages, int32
+        ``[num_layers, n]``, and the number of keys of each layer, int32 ``[num_layers]``.
+        """
+        row = observation.row
+        if observation.num_blocks:
+            return step.block_table[row, : observation.num_blocks], None
+        assert step.tables is not None
+        return step.tables.block_table[:, row], step.num_keys[row]
 
     def take_reports(self) -> list[PendingReport]:
         """The reports since the last call."""

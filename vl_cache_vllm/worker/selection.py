@@ -57,7 +57,9 @@ def select_kept(
     policy, options = config.policy, config.experimental
     total_pages = kept_blocks * len(dense_entries)
     # The last query has as many causal entries as tokens are cached, the one before it one less.
-    entries = num_queries * (2 * source.cached_tokens - num_queries + 1) // 2
+    # Before the first eviction the host knows their number, which saves launches on a GPU.
+    cached_tokens = source.max_tokens if source.is_first else source.cached_tokens
+    entries = num_queries * (2 * cached_tokens - num_queries + 1) // 2
     entries = entries - unobserved * (num_queries - 1)
     density = dense_entries.double() / (entries * num_heads)
     budget = config.budget

@@ -35,6 +35,10 @@ class ObservedQueries:
     num_blocks: int  # blocks that hold the keys; 0: the keys are found through the layers' tables
     tokens: int  # that are scored when the observation is complete
 
+    @property
+    def num_queries(self) -> int:
+        return self.query_end - self.query_start
+
 
 @dataclass(frozen=True)
 class PendingEviction:

@@ -6,11 +6,13 @@ request finds its kernels compiled. Eviction needs, at most:
 
 - scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of one prompt allocate at once;
+- queries that a step holds until its last layer, up to `late_observation.MAX_LATE_QUERIES`;
 - tables: 4 bytes per layer, request and block of the longest sequence.
 """
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +26,7 @@ from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.step import BatchRow
 
-QUERIES = 64  # observed in each of two steps
+QUERIES = 64  # most that are observed in each of two steps
 
 
 def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
@@ -41,12 +43,18 @@ def profiling_config(config: KVCompressConfig) -> KVCompressConfig:
 def variants(config: KVCompressConfig) -> Iterator[KVCompressConfig]:
     """Settings that requests may choose and that need kernels of their own."""
     kinds: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-        ({"sink_tokens": 0, "keep_text": False}, {"elite_window": 0.0, "diversity": 0.0}),
+        (
+            {"sink_tokens": 0, "keep_text": False, "max_observation_tokens": 2 * QUERIES},
+            {"elite_window": 0.0, "diversity": 0.0},
+        ),
         (
             {"sink_tokens": 1, "max_observation_tokens": QUERIES, "evict_after": 0},
             {"elite_window": 0.5},
         ),
-        ({}, {"elite_window": 0.0, "diversity": 0.5}),
+        (
+            {"max_observation_tokens": 2 * QUERIES},
+            {"elite_window": 0.0, "diversity": 0.5},
+        ),
     )
     for options, experimental in kinds:
         with contextlib.suppress(ValueError):  # a policy refuses them, so no request can have them
@@ -82,6 +90,7 @@ class WarmupEviction:
         num_heads: query heads on this worker.
         softcap: the layers' logit soft cap, 0 for none.
         config: the prompt's settings; None: the worker's.
+        queries: most that are observed in each of the two steps of the prefill.
     """
 
     def __init__(
@@ -92,11 +101,12 @@ class WarmupEviction:
         num_heads: int,
         softcap: float = 0.0,
         config: KVCompressConfig | None = None,
+        queries: int = QUERIES,
     ) -> None:
         self._worker, self._tokens, self._num_heads = worker, tokens, num_heads
         self._softcap = softcap
         config, pool = config or worker.config, worker.pool
-        queries = min(QUERIES, tokens // 4)
+        queries = min(queries, tokens // 4)
         self._starts = tokens - 2 * queries, tokens - queries
         self._state = worker.requests.start("warm-up", config, self._starts[0], tokens)
         self._num_blocks = cdiv(tokens, pool.block_size)
@@ -145,9 +155,14 @@ class WarmupEviction:
 
 
 def warm_up_kernels(worker: Evictor, tokens: int, num_heads: int, softcap: float = 0.0) -> None:
-    """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`."""
-    tokens = min(tokens, 4 * worker.pool.block_size)
-    for config in variants(worker.config):
-        warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config)
+    """Evict short prompts with settings that requests may have; arguments as `WarmupEviction`.
+
+    Few queries take kernels of their own, and so do those that are observed layer by layer.
+    """
+    tokens, late = min(tokens, 4 * worker.pool.block_size), (worker.max_late_queries, 0)
+    for config, queries, most in itertools.product(variants(worker.config), (QUERIES, 1), late):
+        worker.max_late_queries = most
+        warmup = WarmupEviction(worker, tokens, 0, num_heads, softcap, config, queries)
         warmup.observe()
         warmup.evict()
+    worker.max_late_queries = late[0]
