@@ -278,6 +278,21 @@ def test_the_document_has_the_committed_numbers() -> None:
         assert f"| {100 * float(budget):.0f}% | {row} |" in text
 
 
+def test_the_document_has_the_committed_numbers_of_later_evictions() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/accuracy.md").read_text()
+    cells = ["copy200/completion", "copy200/chat", "list16/completion", "list16/chat"]
+    for name, budget in (("long-answers", "10%"), ("long-answers-20", "20%")):
+        results = json.loads((root / f"benchmarks/results/{name}.json").read_text())["results"]
+        for every in (48, 96, 192):
+            scores = results[f"vlcache-plus:every={every}"]
+            row = " | ".join(f"{100 * scores[cell]:.1f}" for cell in cells)
+            assert f"| {budget} | {every} tokens | {row} |" in text
+    every = json.loads((root / "benchmarks/results/accuracy-every.json").read_text())["results"]
+    dumps = every["vlcache-plus:evict_after=0,every=32"]["0.1"]["dump"]
+    assert f"| and every 32 generated tokens | {100 * dumps['score']:.1f} |" in text
+
+
 def test_kept_fraction() -> None:
     record = {"evicted_tokens": 11, "kept_positions": [[[1, 2, 3], [3, 4, 5]], [[9], [8]]]}
     kept, reached = accuracy._kept_fraction(record, [2, 3, 7, 10])
