@@ -28,6 +28,7 @@ from testing.results import Row, write_report
 
 PROMPT_TOKENS, BLOCK_SIZE, NUM_LAYERS = 640, 16, 36
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_TOKENS = 8192, 256, 16384
+MAX_OUTPUT = MAX_MODEL_LEN - PROMPT_TOKENS
 NUM_BLOCKS = 20000  # no request waits
 STEPS = 200
 
@@ -85,7 +86,8 @@ class SchedulerUnderTest:
             Request(
                 f"request-{self._count}",
                 prompt,
-                SamplingParams(max_tokens=MAX_MODEL_LEN - PROMPT_TOKENS, ignore_eos=True),
+                # All end at different times, which the output reserve takes into account.
+                SamplingParams(max_tokens=MAX_OUTPUT - self._count % (MAX_OUTPUT // 2)),
                 None,
                 block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
             )
