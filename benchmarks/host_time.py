@@ -223,6 +223,7 @@ class WorkerUnderTest:
         metadata = SimpleNamespace()
         layers = {f"layer.{index}": index for index in range(NUM_LAYERS)}
         runner: Any = SimpleNamespace(
+            max_num_reqs=MAX_NUM_SEQS,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
                 add_request=lambda *_: None,

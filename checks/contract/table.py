@@ -373,6 +373,31 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Overridden(f"{MANAGER}.pop_blocks_for_free", "request_id", "list[KVCacheBlock]"),
         Called(f"{MANAGER}._remove_blocks_in_range", "request_id, first_block, last_block"),
+        # Most steps of running requests are answered without a call of these methods.
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".get_num_blocks_to_allocate",
+            (
+                "num_required_blocks = cdiv(num_tokens, self.block_size)",
+                "num_req_blocks = len(self.req_to_blocks.get(request_id, ()))",
+                "if request_id in self.num_cached_block:",
+                "return max(num_required_blocks - num_req_blocks, 0)",
+            ),
+        ),
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".allocate_new_blocks",
+            (
+                "if request_id in self._partial_hit_reqs:",
+                "if num_new_blocks <= 0:",
+                "return cow_blocks",
+            ),
+        ),
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".add_local_computed_blocks",
+            ("self.num_cached_block[request_id] =", "self._partial_hit_reqs[request_id] ="),
+        ),
         # Nulled blocks stay in the row, and freed ones keep their hashes.
         Steps(
             f"{MANAGER}._remove_blocks_in_range",

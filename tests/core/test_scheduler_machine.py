@@ -1287,7 +1287,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         manager = self.manager
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
-        assert not manager.decisions._decided
+        assert not manager.decisions.decided_plans
         assert not manager._evicted
         assert not manager._orders
         assert not manager._reserved

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.worker.requests import RequestTable
-from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
+from vl_cache_vllm.worker.step import Batch, BatchRow, StepPlan, plan_step
 
 NUM_LAYERS = 3
 
@@ -30,8 +30,9 @@ class RecordingWorker:
         self.orders: Mapping[str, EvictionOrder] = {}
         self.planned: tuple[list[BatchRow], StepPlan] | None = None
 
-    def begin_step(self, rows: list[BatchRow], *tensors: Any) -> None:
-        self.planned = rows, plan_step(rows, self.block_size, NUM_LAYERS, orders=self.orders)
+    def begin_step(self, batch: Batch, *tensors: Any) -> None:
+        rows = [batch.row(index) for index in range(len(batch.request_ids))]
+        self.planned = rows, plan_step(batch, self.block_size, NUM_LAYERS, orders=self.orders)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from vl_cache_vllm.messages import take_deferred, take_orders
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
 from vl_cache_vllm.worker.requests import RequestState
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 from vl_cache_vllm.worker.v1 import V1Adapter
 from vl_cache_vllm.worker.v2 import V2Adapter
 
@@ -73,8 +73,9 @@ class _RecordingWorker(Evictor):
     rows: Sequence[BatchRow] = ()
     step: EvictionStep | None = None
 
-    def begin_step(self, rows: Sequence[BatchRow], *tensors: Any) -> EvictionStep | None:
-        self.rows, self.step = rows, super().begin_step(rows, *tensors)
+    def begin_step(self, batch: Batch, *tensors: Any) -> EvictionStep | None:
+        self.rows = [batch.row(index) for index in range(len(batch.request_ids))]
+        self.step = super().begin_step(batch, *tensors)
         return self.step
 
 
@@ -395,7 +396,10 @@ class V2Worker(SimulatedWorker):
         super().__init__(*args, **kwargs)
         self.rows_of: dict[str, tuple[list[int], ...]] = {}
         self.computed: dict[str, int] = {}
+        self.index: dict[str, int] = {}  # of vLLM's request states
+        self.free_indices = [*range(self.setup.max_num_seqs)]
         runner: Any = SimpleNamespace(
+            max_num_reqs=self.setup.max_num_seqs,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
                 add_request=lambda *_: None,
@@ -412,7 +416,8 @@ class V2Worker(SimulatedWorker):
             self._remove(request_id)
         for new in output.scheduled_new_reqs:
             self._remove(new.req_id)
-            self.adapter.add_request(0, new)
+            self.index[new.req_id] = self.free_indices.pop()
+            self.adapter.add_request(self.index[new.req_id], new)
             self.rows_of[new.req_id] = tuple(list(blocks) for blocks in new.block_ids)
             self.computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
@@ -449,7 +454,7 @@ class V2Worker(SimulatedWorker):
             num_reqs=len(ids),
             num_reqs_after_padding=len(ids) + padding,
             num_tokens_after_padding=sum(scheduled) + padding,
-            idx_mapping_np=np.arange(len(ids)),
+            idx_mapping_np=np.array([self.index[i] for i in ids]),
             num_computed_tokens_np=computed.numpy(),
             num_scheduled_tokens=np.array(scheduled),
             query_start_loc=starts,
@@ -460,6 +465,7 @@ class V2Worker(SimulatedWorker):
 
     def _remove(self, request_id: str) -> None:
         if self.rows_of.pop(request_id, None) is not None:
+            self.free_indices.append(self.index.pop(request_id))
             self.adapter.remove_request(request_id)
 
 

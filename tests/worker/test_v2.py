@@ -21,6 +21,7 @@ def adapter(gathered: Any = None) -> tuple[V2Adapter, Any]:
     """One whose attention metadata is an object for the only layer group."""
     metadata = SimpleNamespace()
     runner: Any = SimpleNamespace(
+        max_num_reqs=NUM_REQS,
         model_state=SimpleNamespace(
             add_request=None,
             remove_request=None,

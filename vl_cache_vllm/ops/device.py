@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import numpy as np
 import torch
 
 
-def to_device(
-    values: Sequence[int] | Sequence[Sequence[int]], device: torch.device
-) -> torch.Tensor:
+def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy integers of the host to a device, int64; asynchronous on a GPU."""
-    numbers = torch.tensor(values, dtype=torch.int64)
+    numbers = torch.from_numpy(np.array(values, np.int64))
     if device.type == "cpu":
         return numbers
     return numbers.pin_memory().to(device, non_blocking=True)

@@ -27,8 +27,8 @@ from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.selection import select_kept
 from vl_cache_vllm.worker.source import EvictionSource
-from vl_cache_vllm.worker.step import BatchRow, ObservedQueries, PendingEviction, plan_step
-from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, evicted_rows
+from vl_cache_vllm.worker.step import Batch, ObservedQueries, PendingEviction, plan_step
+from vl_cache_vllm.worker.step_tables import GraphShape, StepTables
 from vl_cache_vllm.worker.tp_group import TPGroup
 from vl_cache_vllm.worker.trace import Trace
 
@@ -67,8 +67,11 @@ class EvictionStep:
             layer_index: index in the pool of each evicted layer, by the same names.
         """
         self.layer_index = layer_index
-        for layer_metadata in {id(m): m for m in map(metadata.get, layer_index)}.values():
-            put_step(layer_metadata, self)
+        last = None
+        for layer_metadata in map(metadata.get, layer_index):
+            if layer_metadata is not last:
+                put_step(layer_metadata, self)
+                last = layer_metadata
 
 
 class Evictor:
@@ -138,11 +141,13 @@ class Evictor:
         for request_id in ended:
             self.requests.drop(request_id)
         if admitted is not None:
-            self.admitted = (self.admitted or set()).difference(ended).union(admitted)
+            self.admitted = self.admitted or set()
+            self.admitted.difference_update(ended)
+            self.admitted.update(admitted)
 
     def begin_step(
         self,
-        rows: Sequence[BatchRow],
+        batch: Batch,
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -151,7 +156,7 @@ class Evictor:
         """Plan a step.
 
         Args:
-            rows: the batch in order, R requests.
+            batch: the scheduled requests, R.
             block_table: int32 ``[>= R, C]``.
             query_start_loc: int32 ``[>= R + 1]``.
             seq_lens: logical lengths after the step, int32 ``[>= R]``.
@@ -161,42 +166,43 @@ class Evictor:
         Returns:
             The step, or None when vLLM's own path serves it unchanged.
         """
-        evicted = evicted_rows([row.state for row in rows])  # before the plan evicts more
         plan = plan_step(
-            rows,
+            batch,
             self.pool.block_size,
             self.pool.num_layers,
             self.admitted,
             self.orders,
             self.deferred,
         )
+        for eviction in plan.pending_evictions:
+            self.requests.note(eviction.state)
         for state in plan.kept_whole:
             assert state.attention_stats is not None
             self._reports.append(partial(_report, state.attention_stats.stopwatch))
             state.attention_stats = None
         if plan.is_plain and graph is None:
             return None
-        num_reqs = graph.num_reqs if graph else len(rows)
-        block_table = block_table[:num_reqs]
+        num_reqs = graph.num_reqs if graph else len(batch.num_computed)
+        block_table = _first(num_reqs, block_table)
         tables = None
         if graph is not None or plan.needs_tables:
             assert graph is None or not (plan.observations or plan.pending_evictions), (
                 "a step in a full CUDA graph cannot be observed"
             )
             tables = self.tables.fill(
-                evicted,
-                sum(row.num_scheduled for row in rows),
+                batch.columns[1:],  # before this step, which evicts at its end
+                batch.num_tokens,
                 plan.table_width,
                 block_table,
-                query_start_loc[: num_reqs + 1],
-                seq_lens[:num_reqs],
+                _first(num_reqs + 1, query_start_loc),
+                _first(num_reqs, seq_lens),
                 graph,
             )
         step = EvictionStep(self, plan.observations, plan.pending_evictions, block_table, tables)
         for observation in plan.observations:
             if not observation.num_blocks:
                 assert tables is not None
-                drafts = rows[observation.row].num_scheduled - 1
+                drafts = int(batch.num_scheduled[observation.row]) - 1
                 step.num_keys[observation.row] = tables.seq_lens[:, observation.row] - drafts
         return step
 
@@ -321,6 +327,11 @@ class Evictor:
                 policy.name,
             )
         return Prompt(source.max_tokens, state.visual, grids, self.shard, rank_mean)
+
+
+def _first(number: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The first rows of a tensor; slicing costs time even where it changes nothing."""
+    return tensor if tensor.shape[0] == number else tensor[:number]
 
 
 def _report(

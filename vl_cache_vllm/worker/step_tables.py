@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The per-layer tables of a step, in device buffers that full CUDA graphs can replay."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import round_up
 
 from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.worker.requests import RequestState
 
 _ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
-
-_NOT_EVICTED = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class StepTables:
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_rows: tuple[list[tuple[int, int, int]], EvictedRows] | None = None
+        self._last_rows: tuple[np.ndarray, EvictedRows] | None = None
 
     def kept_pages(self, slot: int) -> torch.Tensor:
         """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
@@ -81,7 +78,7 @@ class StepTables:
 
     def fill(
         self,
-        evicted: list[tuple[int, int, int]],
+        evicted: np.ndarray,
         num_tokens: int,
         table_width: int,
         block_table: torch.Tensor,
@@ -92,7 +89,8 @@ class StepTables:
         """Compute the tables of a step.
 
         Args:
-            evicted: `evicted_rows` of each of the R requests, before padding.
+            evicted: E, M and the slot of each request before padding, int64 ``[3, <= R]``; zeros
+                for one that is not evicted.
             num_tokens: tokens of the step, before padding.
             table_width: bound of any layer's pages of any request.
             block_table: int32 ``[R, C]``, padded to the graph.
@@ -105,18 +103,19 @@ class StepTables:
         """
         num_reqs = block_table.shape[0]
         if graph is not None:
-            evicted = evicted + [_NOT_EVICTED] * (num_reqs - len(evicted))
             tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
         else:
             width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
             tables = self._views(num_reqs, num_tokens, width)
+        if (padding := num_reqs - evicted.shape[1]) > 0:
+            evicted = np.concatenate((evicted, np.zeros((3, padding), np.int64)), 1)
         # Consecutive decode steps share these rows until a request joins, ends or is evicted.
-        if self._last_rows is None or self._last_rows[0] != evicted:
-            columns = to_device([*zip(*evicted, strict=True)], block_table.device)
-            evicted_tokens, _, slot = columns
-            most_kept = max(1, *(kept_blocks for _, kept_blocks, _ in evicted))
-            kept_blocks = self._kept_blocks[slot, :most_kept]
-            rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
+        if self._last_rows is None or not np.array_equal(self._last_rows[0], evicted):
+            evicted_tokens, _, slot = to_device(evicted, block_table.device)
+            most_kept = max(1, int(evicted[1].max(initial=0)))
+            rows = EvictedRows(
+                evicted_tokens, self._kept_blocks[slot, :most_kept], self._kept_pages[slot]
+            )
             self._last_rows = evicted, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
@@ -133,14 +132,6 @@ class StepTables:
             )
             self._last_views = shape, views
         return self._last_views[1]
-
-
-def evicted_rows(states: Sequence[RequestState]) -> list[tuple[int, int, int]]:
-    """E, M and the slot of each request; zeros where it is not evicted."""
-    return [
-        (s.evicted_tokens, s.kept_blocks, s.slot) if s.evicted_tokens else _NOT_EVICTED
-        for s in states
-    ]
 
 
 def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:

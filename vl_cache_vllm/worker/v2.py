@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -11,7 +12,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch
 from vl_cache_vllm.worker.step_tables import GraphShape
 
 
@@ -28,7 +29,7 @@ def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
 class V2Adapter:
     """Translates V2's batches; V2 announces when requests start and end.
 
-    States are keyed by request id, because dummy batches use the slots of live requests.
+    A batch is known by its request ids, because dummy batches use the slots of live requests.
     """
 
     def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
@@ -42,13 +43,15 @@ class V2Adapter:
             state.prepare_attn,
         )
         self._gather = runner.gather_batch_req_state
+        # Slot in the table of requests by index of V2's request state.
+        self._slots = np.zeros(runner.max_num_reqs, np.intp)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """vLLM's, and starts the request's state; vLLM also calls it after a preemption."""
         self._add(req_index, new_req_data)
         tokens = new_req_data.prefill_token_ids
         assert tokens is not None
-        self._evictor.requests.add(
+        state = self._evictor.requests.add(
             new_req_data.req_id,
             self._evictor.config,
             new_req_data.sampling_params,
@@ -56,6 +59,7 @@ class V2Adapter:
             len(tokens),
             self._runner.model_config,
         )
+        self._slots[req_index] = state.slot
 
     def remove_request(self, req_id: str) -> None:
         """vLLM's, and forgets the request."""
@@ -87,8 +91,8 @@ class V2Adapter:
         """vLLM's, with the step attached to the metadata of the evicted layers."""
         metadata = self._prepare(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
         is_capture = bool(kwargs.get("for_capture"))
-        rows = [] if is_capture else self._rows(input_batch)
-        if rows is None:
+        batch = Batch.of(()) if is_capture else self._batch(input_batch)
+        if batch is None:
             return metadata
         graph = None
         if is_capture or cudagraph_mode == CUDAGraphMode.FULL:
@@ -96,7 +100,7 @@ class V2Adapter:
                 input_batch.num_reqs_after_padding, input_batch.num_tokens_after_padding
             )
         step = self._evictor.begin_step(
-            rows,
+            batch,
             block_tables[self._group.index],
             input_batch.query_start_loc,
             input_batch.seq_lens,
@@ -108,17 +112,16 @@ class V2Adapter:
             step.attach(metadata, self._group.layers)
         return metadata
 
-    def _rows(self, input_batch: InputBatch) -> list[BatchRow] | None:
+    def _batch(self, input_batch: InputBatch) -> Batch | None:
         """The batch; None for a dummy batch."""
-        states = [self._evictor.requests.get(req_id) for req_id in input_batch.req_ids]
-        if None in states:
+        requests, ids = self._evictor.requests, input_batch.req_ids
+        if requests.get(ids[0]) is None:  # a batch has no dummies beside real requests
             return None
-        return [
-            BatchRow(state, int(computed), int(scheduled))  # type: ignore[arg-type]
-            for state, computed, scheduled in zip(
-                states,
-                input_batch.num_computed_tokens_np,
-                input_batch.num_scheduled_tokens,
-                strict=True,
-            )
-        ]
+        slots = self._slots[input_batch.idx_mapping_np]
+        return Batch(
+            ids,
+            input_batch.num_computed_tokens_np,
+            input_batch.num_scheduled_tokens,
+            requests.columns(slots),
+            lambda row: requests.in_slot(slots[row]),
+        )

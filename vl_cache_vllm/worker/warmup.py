@@ -22,7 +22,7 @@ from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 
 QUERIES = 64  # observed in each of two steps
 
@@ -133,7 +133,7 @@ class WarmupEviction:
             end - start, self._num_heads, head_size, dtype=pool.pages.dtype, device=pool.device
         )
         step = self._worker.begin_step(
-            [BatchRow(self._state, start, end - start)],
+            Batch.of([BatchRow(self._state, start, end - start)]),
             numbers(0).expand(1, cdiv(end, pool.block_size)).contiguous(),
             numbers(0, end - start),
             numbers(end),
