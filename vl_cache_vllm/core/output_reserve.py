@@ -248,21 +248,26 @@ def peak_blocks(growth: Growth, block_size: int) -> int:
         growth: of at least one output.
         block_size: tokens per block.
     """
-    kept, tokens, coming, most, period = growth
+    # Unsigned 32-bit numbers divide several times faster than signed ones of 64 bits.
+    kept, tokens, coming, most, period = (field.astype(numpy.uint32) for field in growth)
     is_bounded = period > 0
-    until = -tokens[is_bounded] % period[is_bounded]
-    again = until + period[is_bounded]
-    moments = numpy.unique(numpy.concatenate((coming, until, again)))
+    again = -growth.tokens[is_bounded] % growth.period[is_bounded]
+    again = numpy.concatenate((again, again + growth.period[is_bounded]))
+    moments = numpy.unique(numpy.concatenate((growth.coming, again))).astype(numpy.uint32)
 
     def blocks(moments: numpy.ndarray) -> numpy.ndarray:
-        """Of each output at each moment, ``[outputs, moments]``."""
-        left = tokens[:, None] + moments
-        if len(until):
+        """Of each output at each moment, ``[moments, outputs]``."""
+        left = moments[:, None] + tokens
+        if len(again):
             # What it has at an eviction counts; before it, there were none.
-            longest = numpy.maximum(1, period)[:, None]
-            left -= numpy.maximum(0, (left - 1) // longest) * period[:, None]
-        return kept[:, None] + (left + (block_size - 1)) // block_size
+            left -= (numpy.maximum(left, 1) - 1) // numpy.maximum(period, 1) * period
+        left += numpy.uint32(block_size - 1)
+        left //= numpy.uint32(block_size)
+        left += kept
+        return left
 
-    limit = numpy.maximum(blocks(numpy.zeros(1, numpy.int64)), most[:, None])
-    sizes = numpy.minimum(blocks(moments), limit)
-    return int((sizes * (coming[:, None] >= moments)).sum(0).max())
+    limit = numpy.maximum(blocks(numpy.zeros(1, numpy.uint32)), most)
+    sizes = blocks(moments)
+    numpy.minimum(sizes, limit, out=sizes)
+    sizes *= coming >= moments[:, None]
+    return int(sizes.sum(1).max())
