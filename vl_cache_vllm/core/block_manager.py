@@ -42,6 +42,7 @@ from vl_cache_vllm.core.later_evictions import (
     DeferredEviction,
     LaterEvictions,
     Trigger,
+    room_under_pressure,
 )
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.output_reserve import EvictedOutput, EvictedOutputs, OutputReserve
@@ -147,8 +148,14 @@ class EvictionBlockManager(FullAttentionManager):
             is_on = self.decisions.pressure.is_on
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
             free = self.block_pool.get_num_free_blocks()
-            if not is_on and free > usable // 2:  # there is room for evictions, whoever runs
-                return
+            if not is_on:
+                if free > usable // 2:
+                    return
+                # An eviction keeps less than its request has.
+                longest = max((request.num_computed_tokens for request in running), default=0)
+                most_kept = cdiv(longest, self.block_size)
+                if free >= room_under_pressure(len(running), most_kept):
+                    return
 
             def excess() -> int:
                 if not is_on:
@@ -468,6 +475,8 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _free_blocks_for(self, newcomer: Request) -> int:
         """Free blocks that the output reserve asks for if this request is admitted."""
+        if self.req_to_blocks.keys() <= {newcomer.request_id}:
+            return 0  # no request's end is worth waiting for
 
         def demand(request: Request) -> int:
             if request is newcomer:  # vLLM adds what other groups need
