@@ -847,14 +847,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             "vllm.v1.worker.gpu.input_batch:InputBatch",
-            "req_ids num_computed_tokens_np num_scheduled_tokens "
+            "req_ids idx_mapping_np num_computed_tokens_np num_scheduled_tokens "
             "query_start_loc seq_lens num_reqs_after_padding num_tokens_after_padding",
         ),
         Has("vllm.config:CUDAGraphMode", "FULL"),
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
-        Has(V2_RUNNER, "model_state model_config"),
+        Has(V2_RUNNER, "model_state model_config max_num_reqs"),
         Overridden(f"{V2_RUNNER}.gather_batch_req_state", "scheduler_output, dummy_run"),
-        Has("vllm.v1.worker.gpu.model_runner:BatchReqState", "has_prefill"),
+        Has(
+            "vllm.v1.worker.gpu.model_runner:BatchReqState",
+            "has_prefill idx_mapping_np is_prefilling_np num_computed_prefill_tokens_np "
+            "num_scheduled_tokens",
+        ),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
         Overridden(
@@ -870,6 +874,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.model_state.add_request(req_index, new_req_data)",
             ),
         ),
+        # The index of a request's state, by which a batch names it.
+        Steps(
+            f"{V2_RUNNER}.gather_batch_req_state",
+            (
+                "self.req_states.req_id_to_index",
+                "is_prefilling_np = num_computed_prefill_tokens_np <",
+            ),
+        ),
+        Steps(
+            f"{V2_RUNNER}.add_requests",
+            ("req_index = self.req_states.req_id_to_index[req_id]", "add_request(req_index,"),
+        ),
         Steps(f"{V2_RUNNER}._remove_request", ("self.model_state.remove_request(req_id)",)),
         Steps(
             f"{V2_RUNNER}.finish_requests",
@@ -882,6 +898,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.finish_requests(scheduler_output)",
                 "self.add_requests(scheduler_output)",
                 "self.block_tables.apply_staged_writes()",
+                "self.gather_batch_req_state(",
                 "input_batch = self.prepare_inputs(scheduler_output",
                 "self.prepare_attn(input_batch)",
                 "self.model_state.prepare_attn(input_batch",

@@ -398,6 +398,7 @@ class V2Worker(SimulatedWorker):
         self.computed: dict[str, int] = {}
         self.index: dict[str, int] = {}  # of vLLM's request states
         self.free_indices = [*range(self.setup.max_num_seqs)]
+        self.gathered: tuple[Any, int | None] = None, None
         runner: Any = SimpleNamespace(
             max_num_reqs=self.setup.max_num_seqs,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
@@ -406,7 +407,7 @@ class V2Worker(SimulatedWorker):
                 remove_request=lambda *_: None,
                 prepare_attn=lambda *_, **__: {},
             ),
-            gather_batch_req_state=None,
+            gather_batch_req_state=lambda *_: self.gathered,
         )
         self.runner = runner
         self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(GROUP, {}))
@@ -439,9 +440,8 @@ class V2Worker(SimulatedWorker):
         computed = torch.tensor([self.computed[i] for i in ids]).int()
         seq_lens, starts = computed + torch.tensor(scheduled).int(), _starts(scheduled)
         mode, padding = CUDAGraphMode.NONE, 0
-        states = map(self.evictor.requests.get, ids)
-        prefills = [self.computed[s.request_id] < s.prefill_tokens for s in states if s is not None]
-        if set(scheduled) == {1} and not any(prefills) and not self.evictor.orders:
+        indices = np.array([self.index[i] for i in ids])
+        if self.full_graph(output, indices, computed.numpy(), np.array(scheduled), ids):
             mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
             padding = min(self.setup.max_num_seqs, 1 << (len(ids) - 1).bit_length()) - len(ids)
             seq_lens = torch.cat((seq_lens, torch.zeros(padding, dtype=torch.int32)))
@@ -454,7 +454,7 @@ class V2Worker(SimulatedWorker):
             num_reqs=len(ids),
             num_reqs_after_padding=len(ids) + padding,
             num_tokens_after_padding=sum(scheduled) + padding,
-            idx_mapping_np=np.array([self.index[i] for i in ids]),
+            idx_mapping_np=indices,
             num_computed_tokens_np=computed.numpy(),
             num_scheduled_tokens=np.array(scheduled),
             query_start_loc=starts,
@@ -462,6 +462,29 @@ class V2Worker(SimulatedWorker):
         )
         self.adapter.prepare_attn(batch, mode, tuple(block_tables))
         return list(self.evictor.rows), tables
+
+    def full_graph(
+        self,
+        output: SchedulerOutput,
+        indices: np.ndarray,
+        computed: np.ndarray,
+        scheduled: np.ndarray,
+        ids: Sequence[str],
+    ) -> bool:
+        """Whether a step runs in a full graph: vLLM's rule, and then ours."""
+        states = [self.evictor.requests.get(i) for i in ids]
+        prefill = np.array([0 if s is None else s.prefill_tokens for s in states])
+        is_prefilling = computed < prefill
+        is_uniform = (scheduled == 1).all() and not (is_prefilling & (computed == 0)).any()
+        batch = SimpleNamespace(
+            has_prefill=is_prefilling.any(),
+            idx_mapping_np=indices,
+            is_prefilling_np=is_prefilling,
+            num_computed_prefill_tokens_np=np.minimum(computed, prefill),
+            num_scheduled_tokens=scheduled,
+        )
+        self.gathered = batch, 1 if is_uniform else None
+        return self.adapter.gather_batch_req_state(output, False)[1] is not None
 
     def _remove(self, request_id: str) -> None:
         if self.rows_of.pop(request_id, None) is not None:

@@ -27,7 +27,14 @@ from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.selection import select_kept
 from vl_cache_vllm.worker.source import EvictionSource
-from vl_cache_vllm.worker.step import Batch, ObservedQueries, PendingEviction, plan_step
+from vl_cache_vllm.worker.step import (
+    Batch,
+    BatchRow,
+    ObservedQueries,
+    PendingEviction,
+    observes_prefill,
+    plan_step,
+)
 from vl_cache_vllm.worker.step_tables import GraphShape, StepTables
 from vl_cache_vllm.worker.tp_group import TPGroup
 from vl_cache_vllm.worker.trace import Trace
@@ -144,6 +151,11 @@ class Evictor:
             self.admitted = self.admitted or set()
             self.admitted.difference_update(ended)
             self.admitted.update(admitted)
+
+    def observes_prefill(self, row: BatchRow) -> bool:
+        """Whether a row that prefills is observed in the step of the last `begin_output`."""
+        block_size = self.pool.block_size
+        return observes_prefill(row, block_size, self.admitted, self.orders, self.deferred)
 
     def begin_step(
         self,

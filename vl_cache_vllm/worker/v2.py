@@ -8,11 +8,11 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import Batch
+from vl_cache_vllm.worker.step import Batch, BatchRow
 from vl_cache_vllm.worker.step_tables import GraphShape
 
 
@@ -71,14 +71,31 @@ class V2Adapter:
     ) -> tuple[Any, int | None]:
         """vLLM's, but keeps observed steps out of full CUDA graphs, which observe nothing.
 
-        These are the steps that evict, and prefills: vLLM runs the last chunk of one as a decode if
-        it is a single token.
+        These are the steps that evict, and prefills that are observed: vLLM runs the last chunk of
+        one as a decode if it is a single token.
         """
         batch, uniform_token_count = self._gather(scheduler_output, dummy_run)
-        evicts = bool(self._evictor.orders) and not dummy_run
-        if batch is not None and (batch.has_prefill or evicts):
+        if (
+            not dummy_run
+            and batch is not None
+            and uniform_token_count is not None
+            and (self._evictor.orders or (batch.has_prefill and self._observes_prefill(batch)))
+        ):
             return batch, None
         return batch, uniform_token_count
+
+    def _observes_prefill(self, batch: BatchReqState) -> bool:
+        """Whether a row that prefills is observed in this step."""
+        evictor = self._evictor
+        rows = (
+            BatchRow(
+                evictor.requests.in_slot(self._slots[batch.idx_mapping_np[index]]),
+                int(batch.num_computed_prefill_tokens_np[index]),
+                int(batch.num_scheduled_tokens[index]),
+            )
+            for index in np.flatnonzero(batch.is_prefilling_np)
+        )
+        return any(map(evictor.observes_prefill, rows))
 
     def prepare_attn(
         self,
