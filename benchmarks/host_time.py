@@ -219,6 +219,7 @@ class WorkerUnderTest:
             max_num_reqs=MAX_NUM_SEQS,
             max_num_tokens=MAX_NUM_TOKENS,
             max_table_width=MAX_MODEL_LEN // BLOCK_SIZE + 1,
+            max_graph_reqs=MAX_NUM_SEQS,
         )
         metadata = SimpleNamespace()
         layers = {f"layer.{index}": index for index in range(NUM_LAYERS)}

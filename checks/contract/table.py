@@ -679,7 +679,17 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "vllm.config:VllmConfig",
             "compilation_config scheduler_config model_config parallel_config cache_config",
         ),
-        Has("vllm.config:CompilationConfig", "static_forward_context"),
+        Has("vllm.config:CompilationConfig", "static_forward_context max_cudagraph_capture_size"),
+        # No graph has more requests than that.
+        Steps(
+            "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+            (
+                "self.compilation_config.cudagraph_capture_sizes",
+                "num_reqs=min(num_tokens, self.max_num_reqs)",
+                "or rounded_num_tokens > max_cg_capture_size",
+                "or rounded_num_reqs > self.max_num_reqs",
+            ),
+        ),
         Has("vllm.config:SchedulerConfig", "max_num_seqs max_num_batched_tokens"),
         Has("vllm.config:ModelConfig", "max_model_len dtype"),
         Called("vllm.config:ModelConfig.get_total_num_kv_heads", "", "int"),

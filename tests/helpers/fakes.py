@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -15,8 +16,19 @@ from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.step import Batch, BatchRow, StepPlan, plan_step
+from vl_cache_vllm.worker.step_tables import StepTables
 
 NUM_LAYERS = 3
+
+
+def give_graphs_tables(monkeypatch: pytest.MonkeyPatch, num_reqs: int) -> None:
+    """Give engines, which have no graphs on a CPU, the tables of graphs for so many requests."""
+    original = StepTables.__init__
+
+    def init(self: StepTables, *arguments: Any) -> None:
+        original(self, *arguments[:-1], num_reqs)
+
+    monkeypatch.setattr(StepTables, "__init__", init)
 
 
 class RecordingWorker:

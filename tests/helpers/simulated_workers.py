@@ -121,6 +121,7 @@ class SimulatedWorker:
             max_num_reqs=setup.max_num_seqs,
             max_num_tokens=setup.max_num_tokens,
             max_table_width=setup.max_model_len // setup.block_size + 1,
+            max_graph_reqs=max_graph_reqs(setup),
         )
         self.cached: dict[RequestState, Cached] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -441,9 +442,10 @@ class V2Worker(SimulatedWorker):
         seq_lens, starts = computed + torch.tensor(scheduled).int(), _starts(scheduled)
         mode, padding = CUDAGraphMode.NONE, 0
         indices = np.array([self.index[i] for i in ids])
-        if self.full_graph(output, indices, computed.numpy(), np.array(scheduled), ids):
+        fits = len(ids) <= max_graph_reqs(self.setup)
+        if fits and self.full_graph(output, indices, computed.numpy(), np.array(scheduled), ids):
             mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
-            padding = min(self.setup.max_num_seqs, 1 << (len(ids) - 1).bit_length()) - len(ids)
+            padding = min(max_graph_reqs(self.setup), 1 << (len(ids) - 1).bit_length()) - len(ids)
             seq_lens = torch.cat((seq_lens, torch.zeros(padding, dtype=torch.int32)))
             starts = torch.cat((starts, starts[-1:].expand(padding)))
             block_tables = [
@@ -490,6 +492,11 @@ class V2Worker(SimulatedWorker):
         if self.rows_of.pop(request_id, None) is not None:
             self.free_indices.append(self.index.pop(request_id))
             self.adapter.remove_request(request_id)
+
+
+def max_graph_reqs(setup: Setup) -> int:
+    """Requests of the largest full graph; some steps have more."""
+    return setup.max_num_seqs // 2
 
 
 def of_layer(layer: int, labels: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -35,6 +35,7 @@ class Decoding:
             max_num_reqs=MAX_REQS,
             max_num_tokens=MAX_REQS * PROMPT,
             max_table_width=20,
+            max_graph_reqs=MAX_REQS,
         )
         runner: Any = SimpleNamespace(
             max_num_reqs=MAX_REQS,

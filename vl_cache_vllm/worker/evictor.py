@@ -91,6 +91,7 @@ class Evictor:
         max_num_reqs: requests that the model runner may hold at once.
         max_num_tokens: tokens of the largest step.
         max_table_width: pages that one layer of a request can hold.
+        max_graph_reqs: requests of the largest full CUDA graph.
         tp_group: the workers that hold the other heads of these layers.
         shard: which layers and KV heads of the model are on this worker.
     """
@@ -103,6 +104,7 @@ class Evictor:
         max_num_reqs: int,
         max_num_tokens: int,
         max_table_width: int,
+        max_graph_reqs: int = 0,
         tp_group: TPGroup = TPGroup(),  # noqa: B008  frozen
         shard: Shard = Shard(),  # noqa: B008  frozen
     ) -> None:
@@ -113,7 +115,9 @@ class Evictor:
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
-        self.tables = StepTables(pool, max_num_reqs, max_num_tokens, max_table_width)
+        self.tables = StepTables(
+            pool, max_num_reqs, max_num_tokens, max_table_width, max_graph_reqs
+        )
         self.cached_requests: CachedRequestData | None = None
         """What the scheduler says about the step's requests that are not new."""
         self.admitted: set[str] | None = None

@@ -30,26 +30,33 @@ class StepTables:
         max_num_reqs: requests that the model runner may hold at once.
         max_num_tokens: tokens of the largest step.
         max_table_width: pages that one layer of a request can hold.
+        max_graph_reqs: requests of the largest full CUDA graph.
     """
 
     def __init__(
-        self, pool: PagePool, max_num_reqs: int, max_num_tokens: int, max_table_width: int
+        self,
+        pool: PagePool,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        max_table_width: int,
+        max_graph_reqs: int,
     ) -> None:
         self._pool = pool
         self._max_table_width = round_up(max_table_width, _ALIGNED_ENTRIES)
+        self._max_graph_reqs = max_graph_reqs
         device, num_layers = pool.device, pool.num_layers
         # int64 [max_num_reqs + 1, num_layers]. Row 0 stays zero: it serves requests that are not
         # evicted.
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # int64 [max_num_reqs + 1, max_table_width], ids of the kept blocks
+        # int32 [max_num_reqs + 1, max_table_width], ids of the kept blocks
         self._kept_blocks = torch.zeros(
-            max_num_reqs + 1, self._max_table_width, dtype=torch.int64, device=device
+            max_num_reqs + 1, self._max_table_width, dtype=torch.int32, device=device
         )
         # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
         self._block_table = torch.zeros(
-            num_layers * max_num_reqs * self._max_table_width, dtype=torch.int32, device=device
+            num_layers * max_graph_reqs * self._max_table_width, dtype=torch.int32, device=device
         )
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
@@ -99,10 +106,13 @@ class StepTables:
             graph: the full CUDA graph that reads the tables; None: no graph.
 
         Returns:
-            Views of the buffers; the next call overwrites them.
+            The tables; the next call overwrites them.
         """
         num_reqs = block_table.shape[0]
         if graph is not None:
+            assert num_reqs <= self._max_graph_reqs, (
+                f"a graph of {num_reqs} requests, but tables for {self._max_graph_reqs}"
+            )
             tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
         else:
             width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
@@ -113,20 +123,28 @@ class StepTables:
         if self._last_rows is None or not np.array_equal(self._last_rows[0], evicted):
             evicted_tokens, _, slot = to_device(evicted, block_table.device)
             most_kept = max(1, int(evicted[1].max(initial=0)))
-            rows = EvictedRows(
-                evicted_tokens, self._kept_blocks[slot, :most_kept], self._kept_pages[slot]
-            )
+            kept_blocks = self._kept_blocks[slot, :most_kept].long()
+            rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
             self._last_rows = evicted, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
 
     def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
-        """The buffers in the shapes of a step; consecutive steps mostly share the shapes."""
+        """The buffers in the shapes of a step; consecutive steps mostly share the shapes.
+
+        Steps that are in no graph may have more requests, but mostly narrower tables. If theirs do
+        not fit, they get a table of their own.
+        """
         shape = num_reqs, num_tokens, width
         if self._last_views is None or self._last_views[0] != shape:
+            self._last_views = None  # frees a table of its own
             num_layers = self._pool.num_layers
+            if num_layers * num_reqs * width <= len(self._block_table):
+                block_table = _prefix_view(self._block_table, num_layers, num_reqs, width)
+            else:
+                block_table = self._block_table.new_zeros(num_layers, num_reqs, width)
             views = LayerTables(
-                _prefix_view(self._block_table, num_layers, num_reqs, width),
+                block_table,
                 _prefix_view(self._seq_lens, num_layers, num_reqs),
                 _prefix_view(self._slots, num_layers, num_tokens),
             )
