@@ -224,6 +224,10 @@ class WorkerUnderTest:
         metadata = SimpleNamespace()
         layers = {f"layer.{index}": index for index in range(NUM_LAYERS)}
         runner: Any = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_NUM_SEQS]),
+                parallel_config=SimpleNamespace(data_parallel_size=1),
+            ),
             max_num_reqs=MAX_NUM_SEQS,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
@@ -306,6 +310,7 @@ class WorkerUnderTest:
             is_prefilling_np=all_computed < prefill,
             num_computed_prefill_tokens_np=np.minimum(all_computed, prefill),
             num_scheduled_tokens=batch.num_scheduled_tokens,
+            num_tokens=batch.num_tokens,
         )
         output: Any = None
         block_tables = (self._block_table[:num],)

@@ -862,13 +862,16 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has("vllm.config:CUDAGraphMode", "FULL"),
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
-        Has(V2_RUNNER, "model_state model_config max_num_reqs"),
+        Has(V2_RUNNER, "model_state model_config max_num_reqs vllm_config req_states"),
         Overridden(f"{V2_RUNNER}.gather_batch_req_state", "scheduler_output, dummy_run"),
         Has(
             "vllm.v1.worker.gpu.model_runner:BatchReqState",
             "has_prefill idx_mapping_np is_prefilling_np num_computed_prefill_tokens_np "
-            "num_scheduled_tokens",
+            "num_scheduled_tokens num_tokens",
         ),
+        Has("vllm.config:CompilationConfig", "cudagraph_capture_sizes"),
+        Has("vllm.config:ParallelConfig", "data_parallel_size"),
+        Has("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np"),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
         Overridden(

@@ -2,7 +2,7 @@
 """Stand-ins for the worker's surroundings: no device, no model, no engine."""
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +14,10 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
+from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.step import Batch, BatchRow, StepPlan, plan_step
-from vl_cache_vllm.worker.step_tables import StepTables
+from vl_cache_vllm.worker.step_tables import StepTables, TableSizes
 
 NUM_LAYERS = 3
 
@@ -25,8 +26,8 @@ def give_graphs_tables(monkeypatch: pytest.MonkeyPatch, num_reqs: int) -> None:
     """Give engines, which have no graphs on a CPU, the tables of graphs for so many requests."""
     original = StepTables.__init__
 
-    def init(self: StepTables, *arguments: Any) -> None:
-        original(self, *arguments[:-1], num_reqs)
+    def init(self: StepTables, pool: PagePool, sizes: TableSizes) -> None:
+        original(self, pool, replace(sizes, max_graph_reqs=num_reqs))
 
     monkeypatch.setattr(StepTables, "__init__", init)
 

@@ -401,6 +401,10 @@ class V2Worker(SimulatedWorker):
         self.free_indices = [*range(self.setup.max_num_seqs)]
         self.gathered: tuple[Any, int | None] = None, None
         runner: Any = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4]),
+                parallel_config=SimpleNamespace(data_parallel_size=1),
+            ),
             max_num_reqs=self.setup.max_num_seqs,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
@@ -484,6 +488,7 @@ class V2Worker(SimulatedWorker):
             is_prefilling_np=is_prefilling,
             num_computed_prefill_tokens_np=np.minimum(computed, prefill),
             num_scheduled_tokens=scheduled,
+            num_tokens=scheduled.sum(),
         )
         self.gathered = batch, 1 if is_uniform else None
         return self.adapter.gather_batch_req_state(output, False)[1] is not None

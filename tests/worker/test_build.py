@@ -140,7 +140,7 @@ def test_tables_are_as_large_as_graphs(graph_tokens: int | None, expected: int) 
     cache = cache_config()
     worker, _ = build_evictor(vllm_config(cache, graph_tokens=graph_tokens), cache)
     tables = worker.tables
-    assert tables._block_table.numel() == len(LAYERS) * expected * tables._max_table_width
+    assert tables._block_table.numel() == len(LAYERS) * expected * tables.sizes.width
 
 
 def test_of_a_hybrid_model_the_group_of_full_attention() -> None:

@@ -38,6 +38,10 @@ class Decoding:
             max_graph_reqs=MAX_REQS,
         )
         runner: Any = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_REQS]),
+                parallel_config=SimpleNamespace(data_parallel_size=1),
+            ),
             max_num_reqs=MAX_REQS,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
@@ -45,7 +49,7 @@ class Decoding:
                 remove_request=lambda *_: None,
                 prepare_attn=lambda *_, **__: {"layer": SimpleNamespace()},
             ),
-            gather_batch_req_state=lambda *_: (SimpleNamespace(has_prefill=False), 1),
+            gather_batch_req_state=lambda *_: (self.gathered, 1),
         )
         self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(0, {"layer": 0}))
         self.ids = [f"request-{index}" for index in range(num_reqs)]
@@ -80,6 +84,7 @@ class Decoding:
             query_start_loc=torch.arange(num + 1, dtype=torch.int32) * scheduled,
             seq_lens=torch.full((num,), computed + scheduled, dtype=torch.int32),
         )
+        self.gathered = SimpleNamespace(has_prefill=False, num_tokens=num * scheduled)
         output: Any = None
         self.adapter.gather_batch_req_state(output, False)
         self.adapter.prepare_attn(batch, mode, (torch.zeros(num, 20, dtype=torch.int32),))

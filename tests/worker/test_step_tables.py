@@ -2,6 +2,7 @@
 """Where the tables of a step are stored: at fixed addresses for graphs, else where they fit."""
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from tests.helpers.pools import make_pool
 from vl_cache_vllm.ops.layer_tables import LayerTables
-from vl_cache_vllm.worker.step_tables import GraphShape, StepTables
+from vl_cache_vllm.worker import step_tables
+from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, TableSizes
 
 NUM_LAYERS, BLOCK_SIZE, WIDTH = 3, 4, 32
 MAX_REQS, GRAPH_REQS, MAX_TOKENS = 6, 2, 50
@@ -18,7 +20,7 @@ MAX_REQS, GRAPH_REQS, MAX_TOKENS = 6, 2, 50
 def tables_for(max_graph_reqs: int = GRAPH_REQS) -> StepTables:
     """With a request in slot 1, of whose first 16 tokens one block is kept."""
     pool = make_pool(num_layers=NUM_LAYERS, num_blocks=40, block_size=BLOCK_SIZE)
-    tables = StepTables(pool, MAX_REQS, MAX_TOKENS, WIDTH, max_graph_reqs)
+    tables = StepTables(pool, TableSizes(NUM_LAYERS, MAX_REQS, MAX_TOKENS, WIDTH, max_graph_reqs))
     tables.set_kept(1, torch.tensor([1, 1, 1]), torch.tensor([39]))
     return tables
 
@@ -89,3 +91,40 @@ def test_a_table_of_its_own_lasts_while_the_shape_does() -> None:
 def test_a_graph_for_more_requests_than_were_promised_is_refused() -> None:
     with pytest.raises(AssertionError, match="a graph of 3 requests, but tables for 2"):
         fill(tables_for(), 1, 5, GraphShape(3, 3))
+
+
+def test_a_request_longer_than_the_graph_is_wide_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step_tables, "MAX_TABLE_BYTES", 4 * NUM_LAYERS * WIDTH)
+    tables, graph = tables_for(), GraphShape(GRAPH_REQS, GRAPH_REQS)
+    assert fill(tables, 1, 16, graph).block_table.shape[2] == 16
+    assert fill(tables, 1, WIDTH, GraphShape(1, 1)).block_table.shape[2] == WIDTH
+    with pytest.raises(AssertionError, match="a graph of 16 pages, but a request of 17"):
+        fill(tables, 1, 17, graph)
+
+
+SIZES = {
+    "LLaVA-1.5-7B, 4K": TableSizes(32, 1024, 16384, 4096 // 16 + 1, 512),
+    "Qwen3-VL-8B, 32K": TableSizes(36, 1024, 16384, 32768 // 16 + 1, 512),
+    "Qwen3-VL-8B, 256K": TableSizes(36, 1024, 16384, 262144 // 16 + 1, 512),
+    "no graphs": TableSizes(36, 1024, 16384, 262144 // 16 + 1, 0),
+    "more layers than fit": TableSizes(4000, 16, 64, 262144 // 16 + 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bytes_are_those_of_the_buffers(name: str) -> None:
+    """Counted in the buffers themselves; zeros of this size cost no memory until they are used."""
+    sizes = SIZES[name]
+    pool = make_pool(num_layers=1, num_blocks=1, block_size=16)
+    tables = StepTables(replace(pool, num_layers=sizes.num_layers), sizes)
+    buffers = [b for b in vars(tables).values() if isinstance(b, torch.Tensor)]
+    assert sum(b.numel() * b.element_size() for b in buffers) == sizes.num_bytes()
+    if sizes.max_graph_reqs:
+        assert sizes.graph_width(1) == sizes.width
+        for num_reqs in range(1, sizes.max_graph_reqs + 1):
+            assert num_reqs * sizes.graph_width(num_reqs) <= sizes.graph_entries
+            assert sizes.graph_width(num_reqs) >= 16
+    if name in ("LLaVA-1.5-7B, 4K", "Qwen3-VL-8B, 32K", "Qwen3-VL-8B, 256K"):
+        assert sizes.num_bytes() < 500 << 20

@@ -2,6 +2,7 @@
 """What V2's adapter does for CUDA graphs, without a graph."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,18 +16,25 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, warmup_of
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
+from vl_cache_vllm.worker import step_tables
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.step import plan_step
+from vl_cache_vllm.worker.step_tables import StepTables
 from vl_cache_vllm.worker.v2 import V2Adapter
 
 NUM_REQS = 2  # of the graph
 
 
-def adapter(state: Any = None) -> tuple[V2Adapter, Any]:
+def adapter(state: Any = None, data_parallel_size: int = 1) -> tuple[V2Adapter, Any]:
     """One whose attention metadata is an object for the only layer group."""
     metadata = SimpleNamespace()
     runner: Any = SimpleNamespace(
         max_num_reqs=NUM_REQS,
+        vllm_config=SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=[2, 1]),
+            parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+        ),
+        req_states=SimpleNamespace(num_computed_tokens_np=np.zeros(NUM_REQS, int)),
         model_config=SimpleNamespace(hf_config=SimpleNamespace()),
         model_state=SimpleNamespace(
             add_request=lambda *_: None,
@@ -90,6 +98,7 @@ def gathered(prefills: Sequence[int], count: int | None = 1) -> Any:
         is_prefilling_np=computed < 100,
         num_computed_prefill_tokens_np=np.minimum(computed, 100),
         num_scheduled_tokens=np.ones(len(prefills), int),
+        num_tokens=len(prefills),
     )
     return batch, count
 
@@ -150,6 +159,33 @@ def test_only_steps_that_are_observed_leave_full_graphs(
     pool, arguments = evictor.pool, (evictor.admitted, evictor.orders, evictor.deferred)
     plan = plan_step(planned, pool.block_size, pool.num_layers, *arguments)
     assert bool(plan.observations) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("num_reqs", "longest", "data_parallel_size", "expected"),
+    [
+        pytest.param(2, 48 * BLOCK_SIZE, 1, 1, id="as-long-as-the-table-is-wide"),
+        pytest.param(2, 48 * BLOCK_SIZE + 1, 1, None, id="longer"),
+        pytest.param(1, 48 * BLOCK_SIZE + 1, 1, 1, id="longer-but-alone"),
+        pytest.param(1, 48 * BLOCK_SIZE + 1, 2, None, id="another-rank-may-run-two"),
+    ],
+)
+def test_long_requests_leave_graphs_whose_tables_are_narrower(
+    monkeypatch: pytest.MonkeyPatch,
+    num_reqs: int,
+    longest: int,
+    data_parallel_size: int,
+    expected: int | None,
+) -> None:
+    """Tables for one request of 96 pages are for two of 48."""
+    monkeypatch.setattr(step_tables, "MAX_TABLE_BYTES", 4 * NUM_LAYERS * 96)
+    state = gathered([100] * num_reqs)
+    ours, _ = adapter(state, data_parallel_size)
+    sizes = replace(ours._evictor.tables.sizes, max_table_width=96)
+    ours._evictor.tables = StepTables(ours._evictor.pool, sizes)
+    assert [sizes.graph_width(number) for number in (1, 2)] == [96, 48]
+    ours._runner.req_states.num_computed_tokens_np[0] = longest - 1
+    assert ours.gather_batch_req_state(OUTPUT, False)[1] == expected
 
 
 def test_a_dummy_run_between_two_steps_is_vllms() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData
@@ -34,8 +35,9 @@ from vl_cache_vllm.worker.step import (
     PendingEviction,
     observes_prefill,
     plan_step,
+    table_width,
 )
-from vl_cache_vllm.worker.step_tables import GraphShape, StepTables
+from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, TableSizes
 from vl_cache_vllm.worker.tp_group import TPGroup
 from vl_cache_vllm.worker.trace import Trace
 
@@ -115,9 +117,10 @@ class Evictor:
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
         self.requests = RequestTable()
-        self.tables = StepTables(
-            pool, max_num_reqs, max_num_tokens, max_table_width, max_graph_reqs
+        sizes = TableSizes(
+            pool.num_layers, max_num_reqs, max_num_tokens, max_table_width, max_graph_reqs
         )
+        self.tables = StepTables(pool, sizes)
         self.cached_requests: CachedRequestData | None = None
         """What the scheduler says about the step's requests that are not new."""
         self.admitted: set[str] | None = None
@@ -160,6 +163,15 @@ class Evictor:
         """Whether a row that prefills is observed in the step of the last `begin_output`."""
         block_size = self.pool.block_size
         return observes_prefill(row, block_size, self.admitted, self.orders, self.deferred)
+
+    def table_width(self, columns: np.ndarray, ends: np.ndarray) -> int:
+        """Bound of the pages of any layer of some requests.
+
+        Args:
+            columns: of the requests, int64 ``[4, R]`` (`vl_cache_vllm.worker.requests`).
+            ends: logical tokens of each, int ``[R]``.
+        """
+        return table_width(columns, ends, self.pool.block_size, self.pool.num_layers)
 
     def begin_step(
         self,

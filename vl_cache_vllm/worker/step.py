@@ -138,7 +138,6 @@ def plan_step(
     observations, pending_evictions, kept_whole = [], [], []
     prefill_tokens, evicted_tokens, kept_blocks, _ = batch.columns
     ends = batch.num_computed + batch.num_scheduled
-    widths = _max_pages(evicted_tokens, kept_blocks, ends, block_size, num_layers)
     needs_tables = bool(evicted_tokens.any())
     is_special = batch.num_computed < prefill_tokens
     if orders:
@@ -197,9 +196,22 @@ def plan_step(
         state.evicted_tokens = eviction.order.evicted_tokens
         state.kept_blocks = len(eviction.order.kept_blocks)
         state.num_evictions += 1
-    return StepPlan(
-        observations, pending_evictions, kept_whole, needs_tables, int(widths.max(initial=1))
-    )
+    width = table_width(batch.columns, ends, block_size, num_layers)
+    return StepPlan(observations, pending_evictions, kept_whole, needs_tables, width)
+
+
+def table_width(columns: np.ndarray, ends: np.ndarray, block_size: int, num_layers: int) -> int:
+    """Bound of the pages of any layer of some requests, at least 1.
+
+    Args:
+        columns: of the requests, int64 ``[4, R]`` (`columns_of`).
+        ends: logical tokens of each after the step, int ``[R]``.
+        block_size: tokens of a block.
+        num_layers: layers of the pool.
+    """
+    _, evicted_tokens, kept_blocks, _ = columns
+    pages = _max_pages(evicted_tokens, kept_blocks, ends, block_size, num_layers)
+    return int(pages.max(initial=1))
 
 
 def observes_prefill(

@@ -13,6 +13,45 @@ from vl_cache_vllm.ops.page_pool import PagePool
 
 _ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
 
+MAX_TABLE_BYTES = 256 << 20
+"""Bound of the tables of full graphs; those of one request of the maximum length always fit."""
+
+
+@dataclass(frozen=True)
+class TableSizes:
+    """What the buffers of a worker depend on."""
+
+    num_layers: int
+    max_num_reqs: int  # requests that the model runner may hold at once
+    max_num_tokens: int  # tokens of the largest step
+    max_table_width: int  # pages that one layer of a request can hold
+    max_graph_reqs: int  # requests of the largest full CUDA graph; 0: there are no graphs
+
+    @property
+    def width(self) -> int:
+        """Entries of a row of the widest table."""
+        return round_up(self.max_table_width, _ALIGNED_ENTRIES)
+
+    @property
+    def graph_entries(self) -> int:
+        """Entries of one layer's table in all graphs."""
+        bound = MAX_TABLE_BYTES // (4 * self.num_layers)
+        narrowest = self.max_graph_reqs * _ALIGNED_ENTRIES
+        most = self.max_graph_reqs * self.width
+        return min(most, max(bound, self.width, narrowest))
+
+    def graph_width(self, num_reqs: int) -> int:
+        """Entries of a row of the table in a graph of this many requests."""
+        fitting = self.graph_entries // num_reqs // _ALIGNED_ENTRIES * _ALIGNED_ENTRIES
+        return min(self.width, fitting)
+
+    def num_bytes(self) -> int:
+        """Bytes of all buffers of `StepTables`."""
+        tables = 4 * self.num_layers * (self.graph_entries + self.max_num_reqs)
+        slots = 8 * self.num_layers * self.max_num_tokens
+        kept = (self.max_num_reqs + 1) * (8 * self.num_layers + 4 * self.width)
+        return tables + slots + kept
+
 
 @dataclass(frozen=True)
 class GraphShape:
@@ -27,39 +66,30 @@ class StepTables:
 
     Args:
         pool: the cache of this worker's layers.
-        max_num_reqs: requests that the model runner may hold at once.
-        max_num_tokens: tokens of the largest step.
-        max_table_width: pages that one layer of a request can hold.
-        max_graph_reqs: requests of the largest full CUDA graph.
+        sizes: of the buffers.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        max_num_reqs: int,
-        max_num_tokens: int,
-        max_table_width: int,
-        max_graph_reqs: int,
-    ) -> None:
-        self._pool = pool
-        self._max_table_width = round_up(max_table_width, _ALIGNED_ENTRIES)
-        self._max_graph_reqs = max_graph_reqs
+    def __init__(self, pool: PagePool, sizes: TableSizes) -> None:
+        self._pool, self.sizes = pool, sizes
+        max_num_reqs = sizes.max_num_reqs
         device, num_layers = pool.device, pool.num_layers
         # int64 [max_num_reqs + 1, num_layers]. Row 0 stays zero: it serves requests that are not
         # evicted.
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # int32 [max_num_reqs + 1, max_table_width], ids of the kept blocks
+        # int32 [max_num_reqs + 1, width], ids of the kept blocks
         self._kept_blocks = torch.zeros(
-            max_num_reqs + 1, self._max_table_width, dtype=torch.int32, device=device
+            max_num_reqs + 1, sizes.width, dtype=torch.int32, device=device
         )
         # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
         self._block_table = torch.zeros(
-            num_layers * max_graph_reqs * self._max_table_width, dtype=torch.int32, device=device
+            num_layers * sizes.graph_entries, dtype=torch.int32, device=device
         )
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
-        self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(
+            num_layers * sizes.max_num_tokens, dtype=torch.int64, device=device
+        )
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
         self._last_rows: tuple[np.ndarray, EvictedRows] | None = None
 
@@ -110,10 +140,12 @@ class StepTables:
         """
         num_reqs = block_table.shape[0]
         if graph is not None:
-            assert num_reqs <= self._max_graph_reqs, (
-                f"a graph of {num_reqs} requests, but tables for {self._max_graph_reqs}"
+            assert num_reqs <= self.sizes.max_graph_reqs, (
+                f"a graph of {num_reqs} requests, but tables for {self.sizes.max_graph_reqs}"
             )
-            tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
+            width = self.sizes.graph_width(num_reqs)
+            assert table_width <= width, f"a graph of {width} pages, but a request of {table_width}"
+            tables = self._views(num_reqs, graph.num_tokens, width)
         else:
             width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
             tables = self._views(num_reqs, num_tokens, width)

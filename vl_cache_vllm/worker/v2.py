@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter for vLLM's V2 model runner (`vllm.v1.worker.gpu`): wraps its `ModelState`."""
 
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ class V2Adapter:
             state.prepare_attn,
         )
         self._gather = runner.gather_batch_req_state
+        config = runner.vllm_config
+        # Tokens of the graphs; with data parallelism another rank may need the largest one.
+        self._graph_sizes = sorted(config.compilation_config.cudagraph_capture_sizes or ())
+        if config.parallel_config.data_parallel_size > 1:
+            self._graph_sizes = self._graph_sizes[-1:]
         # Slot in the table of requests by index of V2's request state.
         self._slots = np.zeros(runner.max_num_reqs, np.intp)
 
@@ -72,17 +78,37 @@ class V2Adapter:
         """vLLM's, but keeps observed steps out of full CUDA graphs, which observe nothing.
 
         These are the steps that evict, and prefills that are observed: vLLM runs the last chunk of
-        one as a decode if it is a single token.
+        one as a decode if it is a single token. Nor do graphs run steps whose tables are wider than
+        theirs, which only long requests beside many others need.
         """
         batch, uniform_token_count = self._gather(scheduler_output, dummy_run)
         if (
             not dummy_run
             and batch is not None
             and uniform_token_count is not None
-            and (self._evictor.orders or (batch.has_prefill and self._observes_prefill(batch)))
+            and (
+                self._evictor.orders
+                or (batch.has_prefill and self._observes_prefill(batch))
+                or not self._fits_graph(batch)
+            )
         ):
             return batch, None
         return batch, uniform_token_count
+
+    def _fits_graph(self, batch: BatchReqState) -> bool:
+        """Whether a graph's tables are wide enough for a step."""
+        sizes = self._evictor.tables.sizes
+        # The graph has the batch's requests and padding. Ranks of data parallelism agree on one.
+        index = bisect_left(self._graph_sizes, batch.num_tokens)
+        if index == len(self._graph_sizes):
+            return True  # there is no graph
+        width = sizes.graph_width(min(self._graph_sizes[index], sizes.max_graph_reqs))
+        if width == sizes.width:
+            return True
+        computed = self._runner.req_states.num_computed_tokens_np[batch.idx_mapping_np]
+        columns = self._evictor.requests.columns(self._slots[batch.idx_mapping_np])
+        ends = computed + batch.num_scheduled_tokens
+        return self._evictor.table_width(columns, ends) <= width
 
     def _observes_prefill(self, batch: BatchReqState) -> bool:
         """Whether a row that prefills is observed in this step."""

@@ -6,7 +6,9 @@ request finds its kernels compiled. Eviction needs, at most:
 
 - scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of one prompt allocate at once;
-- tables: 4 bytes per layer, request and block of the longest sequence.
+- tables: 4 bytes per layer, request of a graph and block of the longest sequence, at most 256 MiB.
+
+`vl_cache_vllm.worker.memory` has the formula.
 """
 
 import contextlib
