@@ -256,6 +256,17 @@ def test_attention_of_somebody_else_is_refused() -> None:
         build_evictor(vllm_config(cache, impl=object), cache)
 
 
+def test_layers_with_different_query_heads_are_refused() -> None:
+    """vLLM would build their metadata apart, and all layers read that of the first."""
+    cache = cache_config()
+    config = vllm_config(cache)
+    config.compilation_config.static_forward_context[LAYERS[1]].num_heads = 8
+    with pytest.raises(
+        ValueError, match=r"query heads in all layers of full attention, not 4, 8, 4"
+    ):
+        build_evictor(config, cache)
+
+
 def test_pages_in_an_order_of_their_own_are_refused() -> None:
     cache = cache_config()
     config = vllm_config(cache, impl=PerLayerAttentionMixin)

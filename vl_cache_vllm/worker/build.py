@@ -89,6 +89,11 @@ def build_evictor(
             f"KV compression does not support the attention backend {type(first.impl).__name__}: "
             "use --attention-backend FLASH_ATTN or TRITON_ATTN"
         )
+    if len({layer.num_heads for layer in layers}) > 1:
+        raise ValueError(
+            "KV compression needs the same number of query heads in all layers of full attention, "
+            f"not {', '.join(str(layer.num_heads) for layer in layers)}"
+        )
     cache = first.kv_cache  # [num_blocks, K, N, C]
     heads, tokens, content = cache.shape[1:]
     head_stride, token_stride = cache.stride()[1:3]
