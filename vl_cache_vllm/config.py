@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import sys
 import types
 import typing
@@ -85,6 +84,12 @@ class TraceConfig:
             raise ValueError("trace.positions and trace.scores need trace.path, the file to write")
 
 
+@functools.lru_cache(maxsize=256)  # the scheduler asks several times a step
+def _ratio(budget: float) -> tuple[int, int]:
+    """Numerator and denominator of a budget, as its decimal form has it."""
+    return Fraction(str(budget)).as_integer_ratio()
+
+
 @dataclass(frozen=True)
 class KVCompressConfig:
     """Validated settings of KV compression; hashable, picklable, comparable.
@@ -149,7 +154,8 @@ class KVCompressConfig:
 
         Exact for the decimal budget: 0.1 of 10 blocks is 1. At most ``prompt_blocks``.
         """
-        by_budget = math.ceil(Fraction(str(self.budget)) * prompt_blocks)
+        numerator, denominator = _ratio(self.budget)
+        by_budget = -(-numerator * prompt_blocks // denominator)
         return min(prompt_blocks, max(by_budget, -(-self.policy.min_kept_tokens // block_size)))
 
     def for_request(self, params: SamplingParams | None) -> KVCompressConfig:

@@ -373,6 +373,31 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Overridden(f"{MANAGER}.pop_blocks_for_free", "request_id", "list[KVCacheBlock]"),
         Called(f"{MANAGER}._remove_blocks_in_range", "request_id, first_block, last_block"),
+        # Most steps of running requests are answered without a call of these methods.
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".get_num_blocks_to_allocate",
+            (
+                "num_required_blocks = cdiv(num_tokens, self.block_size)",
+                "num_req_blocks = len(self.req_to_blocks.get(request_id, ()))",
+                "if request_id in self.num_cached_block:",
+                "return max(num_required_blocks - num_req_blocks, 0)",
+            ),
+        ),
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".allocate_new_blocks",
+            (
+                "if request_id in self._partial_hit_reqs:",
+                "if num_new_blocks <= 0:",
+                "return cow_blocks",
+            ),
+        ),
+        Steps(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+            ".add_local_computed_blocks",
+            ("self.num_cached_block[request_id] =", "self._partial_hit_reqs[request_id] ="),
+        ),
         # Nulled blocks stay in the row, and freed ones keep their hashes.
         Steps(
             f"{MANAGER}._remove_blocks_in_range",
@@ -654,7 +679,17 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "vllm.config:VllmConfig",
             "compilation_config scheduler_config model_config parallel_config cache_config",
         ),
-        Has("vllm.config:CompilationConfig", "static_forward_context"),
+        Has("vllm.config:CompilationConfig", "static_forward_context max_cudagraph_capture_size"),
+        # No graph has more requests than that.
+        Steps(
+            "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+            (
+                "self.compilation_config.cudagraph_capture_sizes",
+                "num_reqs=min(num_tokens, self.max_num_reqs)",
+                "or rounded_num_tokens > max_cg_capture_size",
+                "or rounded_num_reqs > self.max_num_reqs",
+            ),
+        ),
         Has("vllm.config:SchedulerConfig", "max_num_seqs max_num_batched_tokens"),
         Has("vllm.config:ModelConfig", "max_model_len dtype"),
         Called("vllm.config:ModelConfig.get_total_num_kv_heads", "", "int"),
@@ -822,14 +857,21 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             "vllm.v1.worker.gpu.input_batch:InputBatch",
-            "req_ids num_computed_tokens_np num_scheduled_tokens "
+            "req_ids idx_mapping_np num_computed_tokens_np num_scheduled_tokens "
             "query_start_loc seq_lens num_reqs_after_padding num_tokens_after_padding",
         ),
         Has("vllm.config:CUDAGraphMode", "FULL"),
         Exists("vllm.v1.core.sched.output:SchedulerOutput"),
-        Has(V2_RUNNER, "model_state model_config"),
+        Has(V2_RUNNER, "model_state model_config max_num_reqs vllm_config req_states"),
         Overridden(f"{V2_RUNNER}.gather_batch_req_state", "scheduler_output, dummy_run"),
-        Has("vllm.v1.worker.gpu.model_runner:BatchReqState", "has_prefill"),
+        Has(
+            "vllm.v1.worker.gpu.model_runner:BatchReqState",
+            "has_prefill idx_mapping_np is_prefilling_np num_computed_prefill_tokens_np "
+            "num_scheduled_tokens num_tokens",
+        ),
+        Has("vllm.config:CompilationConfig", "cudagraph_capture_sizes"),
+        Has("vllm.config:ParallelConfig", "data_parallel_size"),
+        Has("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np"),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
         Overridden(
@@ -845,6 +887,18 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.model_state.add_request(req_index, new_req_data)",
             ),
         ),
+        # The index of a request's state, by which a batch names it.
+        Steps(
+            f"{V2_RUNNER}.gather_batch_req_state",
+            (
+                "self.req_states.req_id_to_index",
+                "is_prefilling_np = num_computed_prefill_tokens_np <",
+            ),
+        ),
+        Steps(
+            f"{V2_RUNNER}.add_requests",
+            ("req_index = self.req_states.req_id_to_index[req_id]", "add_request(req_index,"),
+        ),
         Steps(f"{V2_RUNNER}._remove_request", ("self.model_state.remove_request(req_id)",)),
         Steps(
             f"{V2_RUNNER}.finish_requests",
@@ -857,6 +911,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
                 "self.finish_requests(scheduler_output)",
                 "self.add_requests(scheduler_output)",
                 "self.block_tables.apply_staged_writes()",
+                "self.gather_batch_req_state(",
                 "input_batch = self.prepare_inputs(scheduler_output",
                 "self.prepare_attn(input_batch)",
                 "self.model_state.prepare_attn(input_batch",

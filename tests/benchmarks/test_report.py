@@ -25,6 +25,7 @@ def test_the_page_is_up_to_date() -> None:
 def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The committed results by name. Tests change them, and the page uses the changed ones."""
     names = ("serving", "serving-ample", "serving-early", "offline", "turns", "overhead")
+    names += ("host-time", "host-time-before")
     loaded = {name: copy.deepcopy(report.load(name)) for name in names}
     monkeypatch.setattr(report, "load", loaded.__getitem__)
     return loaded

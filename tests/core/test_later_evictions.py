@@ -475,8 +475,8 @@ def test_admission_counts_on_those_that_can_be_evicted(
     engine = Engine(when="pressure", budget=0.5, output_reserve=False)
     request = started(engine, **parameters)
     engine.decode(request, 61 - request.num_tokens)
-    assert engine.harness.manager._evicted_output(request) is None
-    assert scarce(engine).harness.manager._evicted_output(request) == expected
+    assert engine.harness.manager._coming_output(request) is None
+    assert scarce(engine).harness.manager._coming_output(request) == expected
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from vllm.utils.math_utils import cdiv
 from vl_cache_vllm.core.later_evictions import AnswerBound
 from vl_cache_vllm.core.output_reserve import (
     EvictedOutput,
+    EvictedOutputs,
     Growth,
     OutputLengths,
     OutputReserve,
@@ -46,14 +48,19 @@ def ended(*lengths: int, max_tokens: int = 100, times: int = ENOUGH) -> OutputLe
     ],
 )
 def test_expected(answers: OutputLengths, generated: int, max_tokens: int, expected: int) -> None:
-    assert answers.expected(generated, max_tokens) == expected
+    assert expected_of(answers, generated, max_tokens) == expected
+
+
+def expected_of(answers: OutputLengths, generated: int, max_tokens: int) -> int:
+    (found,) = answers.expected(np.array([generated]), np.array([max_tokens])).tolist()
+    return found
 
 
 def test_only_the_latest_count() -> None:
     answers = ended(90)
     for _ in range(OutputLengths.LATEST):
         answers.add(15, 100)
-    assert answers.expected(0, 100) == 15
+    assert expected_of(answers, 0, 100) == 15
 
 
 @settings(deadline=None)
@@ -67,15 +74,29 @@ def test_expected_is_that_of_the_latest(values: list[tuple[int, int]], generated
     shares = [Fraction(*value) for value in values[-256:]]
     longer = [share for share in shares if share > Fraction(generated, 70)]
     expected = math.ceil(70 * sum(longer) / len(longer)) if len(longer) >= ENOUGH else 70
-    assert answers.expected(generated, 70) == expected
+    assert expected_of(answers, generated, 70) == expected
+
+
+class Output(NamedTuple):
+    """One of the outputs of `Growth`."""
+
+    kept_blocks: int
+    tokens: int
+    coming: int
+    most_blocks: int
+    period: int = 0
+
+
+def growth(outputs: list[Output]) -> Growth:
+    return Growth(*np.array(outputs).T)
 
 
 NUMBER = st.integers(0, 40)
-GROWTHS = st.builds(Growth, NUMBER, NUMBER, NUMBER, NUMBER, st.just(0))
-BOUNDED = st.builds(Growth, NUMBER, NUMBER, NUMBER, NUMBER, st.sampled_from([0, 8, 12]))
+GROWTHS = st.builds(Output, NUMBER, NUMBER, NUMBER, NUMBER, st.just(0))
+BOUNDED = st.builds(Output, NUMBER, NUMBER, NUMBER, NUMBER, st.sampled_from([0, 8, 12]))
 
 
-def blocks_of(output: Growth) -> Iterator[int]:
+def blocks_of(output: Output) -> Iterator[int]:
     """After each token that is still to come, from now on."""
     tokens, most = output.tokens, 0
     while output.period and tokens > output.period:
@@ -90,7 +111,7 @@ def blocks_of(output: Growth) -> Iterator[int]:
         tokens += 1
 
 
-def peak_of(outputs: list[Growth], moments: Container[int]) -> int:
+def peak_of(outputs: list[Output], moments: Container[int]) -> int:
     """Token by token: an output ends after the moment in which it got the last."""
     sizes: Counter[int] = Counter()
     for output in outputs:
@@ -99,53 +120,110 @@ def peak_of(outputs: list[Growth], moments: Container[int]) -> int:
 
 
 @settings(deadline=None)
-@given(st.lists(GROWTHS, max_size=12))
-def test_peak_is_that_of_the_answers_played_out(outputs: list[Growth]) -> None:
-    assert peak_blocks(outputs, 4) == peak_of(outputs, range(41))
+@given(st.lists(GROWTHS, min_size=1, max_size=12))
+def test_peak_is_that_of_the_answers_played_out(outputs: list[Output]) -> None:
+    assert peak_blocks(growth(outputs), 4) == peak_of(outputs, range(41))
 
 
 @settings(deadline=None)
-@given(st.lists(BOUNDED, max_size=12))
-def test_outputs_that_are_evicted_again_shrink(outputs: list[Growth]) -> None:
+@given(st.lists(BOUNDED, min_size=1, max_size=12))
+def test_outputs_that_are_evicted_again_shrink(outputs: list[Output]) -> None:
     """At their ends and at the next two evictions of each; a peak in between is not missed."""
     moments = {output.coming for output in outputs}
     for output in outputs:
         if output.period:
             until = -output.tokens % output.period
             moments |= {until, until + output.period}
-    assert peak_blocks(outputs, 4) == peak_of(outputs, moments)
+    peak = peak_blocks(growth(outputs), 4)
+    assert peak == peak_of(outputs, moments)
     if len({output.period for output in outputs} - {0}) == 1:  # all later ones are like these
         near = range(min(moments, default=0) + 12)
-        assert peak_blocks(outputs, 4) >= peak_of(outputs, near)
+        assert peak >= peak_of(outputs, near)
 
 
-def expected_output(num_tokens: int, generated: int, bound: AnswerBound | None) -> Growth:
-    """Of a request with blocks of 4 whose first 24 tokens were evicted to 2 of 7 blocks."""
-    request: Any = SimpleNamespace(
-        num_tokens=num_tokens, num_output_tokens=generated, max_tokens=40
+def request_of(request_id: str, prompt: int, generated: int, priority: int = 0) -> Any:
+    return SimpleNamespace(
+        request_id=request_id,
+        num_tokens=prompt + generated,
+        num_output_tokens=generated,
+        max_tokens=40,
+        priority=priority,
     )
-    return OutputReserve(4)._expected_output(request, EvictedOutput(24, 2, 7, bound))
+
+
+def expected_output(num_tokens: int, generated: int, bound: AnswerBound | None) -> Output:
+    """Of a request with blocks of 4 whose first 24 tokens were evicted to 2 of 7 blocks."""
+    outputs = EvictedOutputs(4)
+    request = request_of("a", num_tokens - generated, generated)
+    outputs.put(request, EvictedOutput(24, 2, 7, bound), 0)
+    return Output(*(int(column.item()) for column in OutputReserve(4)._growth(*outputs.columns())))
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "generated", "bound", "expected"),
     [
-        pytest.param(26, 0, None, Growth(2, 2, 40, 7), id="prompt-and-answer"),
-        pytest.param(36, 10, None, Growth(2, 12, 30, 7), id="halfway"),
-        pytest.param(66, 40, None, Growth(2, 42, 0, 7), id="at-its-end"),
+        pytest.param(26, 0, None, Output(2, 2, 40, 7), id="prompt-and-answer"),
+        pytest.param(36, 10, None, Output(2, 12, 30, 7), id="halfway"),
+        pytest.param(66, 40, None, Output(2, 42, 0, 7), id="at-its-end"),
         # Later evictions keep three blocks.
-        pytest.param(26, 0, AnswerBound(28, 2, 3), Growth(3, 2, 40, 7, 8), id="bounded"),
+        pytest.param(26, 0, AnswerBound(28, 2, 3), Output(3, 2, 40, 7, 8), id="bounded"),
     ],
 )
 def test_growth_of_an_evicted_request(
-    num_tokens: int, generated: int, bound: AnswerBound | None, expected: Growth
+    num_tokens: int, generated: int, bound: AnswerBound | None, expected: Output
 ) -> None:
     assert expected_output(num_tokens, generated, bound) == expected
 
 
-def test_one_request_at_a_time_is_evicted_again() -> None:
+HELD = 5
+
+
+def reserve_of(evicted: list[Any], coming: list[Any], newcomer: Any, used: int) -> int:
+    """The reserve if some requests were evicted to 2 of 7 blocks, and others will be."""
+    output = EvictedOutput(24, 2, 7, AnswerBound(28, 2, 3))
+    outputs = EvictedOutputs(4)
+    for request in evicted:
+        outputs.put(request, output, HELD)
+    others = [(request, output, HELD) for request in coming]
+    return OutputReserve(4).free_blocks_for(newcomer, outputs, others, lambda _: 0, used)
+
+
+@pytest.mark.parametrize("num_evicted", [0, 3, 4])
+def test_one_request_at_a_time_is_evicted_again(num_evicted: int) -> None:
     """Beside what all hold, there is room for what the next one keeps."""
-    bound = AnswerBound(28, 2, 3)
-    request: Any = SimpleNamespace(num_tokens=26, num_output_tokens=0, max_tokens=40, priority=0)
-    holders = [(request, EvictedOutput(24, 2, 7, bound), 5) for _ in range(4)]
-    assert OutputReserve(4).free_blocks_for(request, holders, lambda _: 0, used=4 * 5) == 3
+    requests = [request_of(name, 26, 0) for name in "abcd"]
+    evicted, coming = requests[:num_evicted], requests[num_evicted:]
+    assert reserve_of(evicted, coming, requests[0], used=4 * HELD) == 3
+
+
+def test_less_urgent_requests_are_not_counted() -> None:
+    """They make room: what they hold is as good as free."""
+    urgent, others = request_of("a", 26, 0), [request_of(name, 26, 0, 1) for name in "bcd"]
+    alone = reserve_of([], [urgent], urgent, used=HELD)
+    assert alone == 3
+    for num_evicted in range(4):
+        evicted, coming = others[:num_evicted], [urgent, *others[num_evicted:]]
+        assert reserve_of(evicted, coming, urgent, used=4 * HELD) == alone - 3 * HELD
+    assert reserve_of(others, [], request_of("e", 26, 0, 0), used=3 * HELD) == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.integers(0, 9)), max_size=60))
+def test_outputs_that_come_and_go(steps: list[tuple[int, bool, int]]) -> None:
+    """The columns are those of a dictionary, in any order."""
+    outputs, expected = EvictedOutputs(4), dict[str, tuple[int, int]]()
+    for number, is_put, held in steps:
+        request = request_of(str(number), number, held)
+        if is_put:
+            outputs.put(request, EvictedOutput(4 * number, 1, 7), held)
+            expected[request.request_id] = number, held
+        elif held > 5 and request.request_id in outputs:
+            outputs.set_held(request.request_id, held)
+            expected[request.request_id] = expected[request.request_id][0], held
+        else:
+            outputs.discard(request.request_id)
+            expected.pop(request.request_id, None)
+        array, tokens = outputs.columns()
+        found = zip(array[0].tolist(), array[6].tolist(), tokens.tolist(), strict=True)
+        assert sorted((e // 4, h) for e, h, _ in found) == sorted(expected.values())
+        assert outputs.blocks_held == sum(h for _, h in expected.values())

@@ -904,6 +904,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whether the pool does with one more, all evicted requests' answers played out."""
         if not self.settings["output_reserve"]:
             return False
+        if not self.expected.keys() - {newcomer.request.request_id}:  # nobody to wait for
+            return False
         lasting = self.usable - self.pool.get_num_free_blocks()
         answers: list[Answer] = []
         kept_again = present = 0
@@ -1287,7 +1289,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         manager = self.manager
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
-        assert not manager.decisions._decided
+        assert not manager.decisions.decided_plans
         assert not manager._evicted
         assert not manager._orders
         assert not manager._reserved
@@ -1421,6 +1423,16 @@ def test_a_prefill_of_one_token_beside_drafts(use_v2: bool) -> None:
         machine.add_request(wish(after=9), False)
         machine.advance()
         machine.check_everything()
+    machine.teardown()
+
+
+def test_a_request_that_is_alone_does_not_wait() -> None:
+    """Its prompt fits, but not beside what a later eviction of its output would keep."""
+    machine = story({"must_fit": True}, VLCachePolicy(), 0, budget="0.75", every=9)
+    machine.add_request(wish(after=20), False)
+    machine.advance()
+    assert [r.status for r in machine.scheduler.requests.values()] == [RequestStatus.RUNNING]
+    machine.check_everything()
     machine.teardown()
 
 

@@ -209,7 +209,7 @@ def test_random_requests(
         if when == "pressure":
             assert stats.evictions["pressure"] > 0
         assert preempted and len(aborted) > NUM_RANDOM // 40
-        assert not manager.decisions._decided and not manager._evicted
+        assert not manager.decisions.decided_plans and not manager._evicted
     checked = [i for i in finished if i not in preempted | aborted | evicted_early]
     if when == "pressure":
         checked = [i for i in checked if made.never_evicted(i)]

@@ -18,6 +18,7 @@ from testing.engine import DEFAULTS, eviction_stats, greedy, image_request, logp
 from testing.engine import engine as running_engine
 from testing.oracle import Oracle, Settings
 from tests.e2e.test_against_oracle import check, load_oracle  # noqa: F401  a fixture
+from tests.helpers.fakes import give_graphs_tables
 from tests.helpers.flash_attention import FlashAttention, Replay, installed
 from vl_cache_vllm import hooks
 from vl_cache_vllm.ops import dispatch
@@ -57,6 +58,7 @@ def replay(
         return prepare(self, batch, mode, *args, **kwargs)
 
     monkeypatch.setattr(V2Adapter, "prepare_attn", prepare_attn)
+    give_graphs_tables(monkeypatch, DEFAULTS["max_num_seqs"])
     with found.installed():
         yield found
 

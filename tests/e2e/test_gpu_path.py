@@ -15,10 +15,11 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from testing import tiny_models
+from testing.engine import DEFAULTS, eviction_worker, greedy, image_request, token_ids
 from testing.engine import engine as running_engine
-from testing.engine import eviction_worker, greedy, image_request, token_ids
 from testing.oracle import Oracle, Settings
 from tests.e2e.test_against_oracle import check, load_oracle  # noqa: F401  a fixture
+from tests.helpers.fakes import give_graphs_tables
 from vl_cache_vllm import hooks
 from vl_cache_vllm.ops import dispatch
 from vl_cache_vllm.worker.v2 import V2Adapter
@@ -50,6 +51,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return prepare(self, batch, mode, *args, **kwargs)
 
     monkeypatch.setattr(V2Adapter, "prepare_attn", prepare_attn)
+    give_graphs_tables(monkeypatch, DEFAULTS["max_num_seqs"])
     # vLLM's kernel that writes K and V asks for its tile size.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with dispatch.use("triton"):

@@ -2,10 +2,11 @@
 """Stand-ins for the worker's surroundings: no device, no model, no engine."""
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -13,10 +14,22 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
+from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.requests import RequestTable
-from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
+from vl_cache_vllm.worker.step import Batch, BatchRow, StepPlan, plan_step
+from vl_cache_vllm.worker.step_tables import StepTables, TableSizes
 
 NUM_LAYERS = 3
+
+
+def give_graphs_tables(monkeypatch: pytest.MonkeyPatch, num_reqs: int) -> None:
+    """Give engines, which have no graphs on a CPU, the tables of graphs for so many requests."""
+    original = StepTables.__init__
+
+    def init(self: StepTables, pool: PagePool, sizes: TableSizes) -> None:
+        original(self, pool, replace(sizes, max_graph_reqs=num_reqs))
+
+    monkeypatch.setattr(StepTables, "__init__", init)
 
 
 class RecordingWorker:
@@ -30,8 +43,9 @@ class RecordingWorker:
         self.orders: Mapping[str, EvictionOrder] = {}
         self.planned: tuple[list[BatchRow], StepPlan] | None = None
 
-    def begin_step(self, rows: list[BatchRow], *tensors: Any) -> None:
-        self.planned = rows, plan_step(rows, self.block_size, NUM_LAYERS, orders=self.orders)
+    def begin_step(self, batch: Batch, *tensors: Any) -> None:
+        rows = [batch.row(index) for index in range(len(batch.request_ids))]
+        self.planned = rows, plan_step(batch, self.block_size, NUM_LAYERS, orders=self.orders)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from vl_cache_vllm.messages import take_deferred, take_orders
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
 from vl_cache_vllm.worker.requests import RequestState
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 from vl_cache_vllm.worker.v1 import V1Adapter
 from vl_cache_vllm.worker.v2 import V2Adapter
 
@@ -73,8 +73,9 @@ class _RecordingWorker(Evictor):
     rows: Sequence[BatchRow] = ()
     step: EvictionStep | None = None
 
-    def begin_step(self, rows: Sequence[BatchRow], *tensors: Any) -> EvictionStep | None:
-        self.rows, self.step = rows, super().begin_step(rows, *tensors)
+    def begin_step(self, batch: Batch, *tensors: Any) -> EvictionStep | None:
+        self.rows = [batch.row(index) for index in range(len(batch.request_ids))]
+        self.step = super().begin_step(batch, *tensors)
         return self.step
 
 
@@ -120,6 +121,7 @@ class SimulatedWorker:
             max_num_reqs=setup.max_num_seqs,
             max_num_tokens=setup.max_num_tokens,
             max_table_width=setup.max_model_len // setup.block_size + 1,
+            max_graph_reqs=max_graph_reqs(setup),
         )
         self.cached: dict[RequestState, Cached] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -395,14 +397,22 @@ class V2Worker(SimulatedWorker):
         super().__init__(*args, **kwargs)
         self.rows_of: dict[str, tuple[list[int], ...]] = {}
         self.computed: dict[str, int] = {}
+        self.index: dict[str, int] = {}  # of vLLM's request states
+        self.free_indices = [*range(self.setup.max_num_seqs)]
+        self.gathered: tuple[Any, int | None] = None, None
         runner: Any = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4]),
+                parallel_config=SimpleNamespace(data_parallel_size=1),
+            ),
+            max_num_reqs=self.setup.max_num_seqs,
             model_config=SimpleNamespace(hf_config=SimpleNamespace()),
             model_state=SimpleNamespace(
                 add_request=lambda *_: None,
                 remove_request=lambda *_: None,
                 prepare_attn=lambda *_, **__: {},
             ),
-            gather_batch_req_state=None,
+            gather_batch_req_state=lambda *_: self.gathered,
         )
         self.runner = runner
         self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(GROUP, {}))
@@ -412,7 +422,8 @@ class V2Worker(SimulatedWorker):
             self._remove(request_id)
         for new in output.scheduled_new_reqs:
             self._remove(new.req_id)
-            self.adapter.add_request(0, new)
+            self.index[new.req_id] = self.free_indices.pop()
+            self.adapter.add_request(self.index[new.req_id], new)
             self.rows_of[new.req_id] = tuple(list(blocks) for blocks in new.block_ids)
             self.computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
@@ -434,11 +445,11 @@ class V2Worker(SimulatedWorker):
         computed = torch.tensor([self.computed[i] for i in ids]).int()
         seq_lens, starts = computed + torch.tensor(scheduled).int(), _starts(scheduled)
         mode, padding = CUDAGraphMode.NONE, 0
-        states = map(self.evictor.requests.get, ids)
-        prefills = [self.computed[s.request_id] < s.prefill_tokens for s in states if s is not None]
-        if set(scheduled) == {1} and not any(prefills) and not self.evictor.orders:
+        indices = np.array([self.index[i] for i in ids])
+        fits = len(ids) <= max_graph_reqs(self.setup)
+        if fits and self.full_graph(output, indices, computed.numpy(), np.array(scheduled), ids):
             mode = CUDAGraphMode.FULL  # of which vLLM captures some sizes
-            padding = min(self.setup.max_num_seqs, 1 << (len(ids) - 1).bit_length()) - len(ids)
+            padding = min(max_graph_reqs(self.setup), 1 << (len(ids) - 1).bit_length()) - len(ids)
             seq_lens = torch.cat((seq_lens, torch.zeros(padding, dtype=torch.int32)))
             starts = torch.cat((starts, starts[-1:].expand(padding)))
             block_tables = [
@@ -449,7 +460,7 @@ class V2Worker(SimulatedWorker):
             num_reqs=len(ids),
             num_reqs_after_padding=len(ids) + padding,
             num_tokens_after_padding=sum(scheduled) + padding,
-            idx_mapping_np=np.arange(len(ids)),
+            idx_mapping_np=indices,
             num_computed_tokens_np=computed.numpy(),
             num_scheduled_tokens=np.array(scheduled),
             query_start_loc=starts,
@@ -458,9 +469,39 @@ class V2Worker(SimulatedWorker):
         self.adapter.prepare_attn(batch, mode, tuple(block_tables))
         return list(self.evictor.rows), tables
 
+    def full_graph(
+        self,
+        output: SchedulerOutput,
+        indices: np.ndarray,
+        computed: np.ndarray,
+        scheduled: np.ndarray,
+        ids: Sequence[str],
+    ) -> bool:
+        """Whether a step runs in a full graph: vLLM's rule, and then ours."""
+        states = [self.evictor.requests.get(i) for i in ids]
+        prefill = np.array([0 if s is None else s.prefill_tokens for s in states])
+        is_prefilling = computed < prefill
+        is_uniform = (scheduled == 1).all() and not (is_prefilling & (computed == 0)).any()
+        batch = SimpleNamespace(
+            has_prefill=is_prefilling.any(),
+            idx_mapping_np=indices,
+            is_prefilling_np=is_prefilling,
+            num_computed_prefill_tokens_np=np.minimum(computed, prefill),
+            num_scheduled_tokens=scheduled,
+            num_tokens=scheduled.sum(),
+        )
+        self.gathered = batch, 1 if is_uniform else None
+        return self.adapter.gather_batch_req_state(output, False)[1] is not None
+
     def _remove(self, request_id: str) -> None:
         if self.rows_of.pop(request_id, None) is not None:
+            self.free_indices.append(self.index.pop(request_id))
             self.adapter.remove_request(request_id)
+
+
+def max_graph_reqs(setup: Setup) -> int:
+    """Requests of the largest full graph; some steps have more."""
+    return setup.max_num_seqs // 2
 
 
 def of_layer(layer: int, labels: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -24,6 +24,7 @@ from vl_cache_vllm.worker.build import EvictedGroup, build_evictor
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 5, 32, 2, 32
 LAYERS = ["layers.0", "layers.1", "layers.2"]
+MAX_NUM_SEQS = 3
 PAGE_BYTES = NUM_HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
 
 
@@ -65,6 +66,7 @@ def vllm_config(
     cache: KVCacheConfig,
     impl: type = EvictionCPUAttentionImpl,
     token_major: bool = False,
+    graph_tokens: int | None = None,
 ) -> Any:
     """As much of a config as is read, with layers bound to views of one buffer."""
     placement = cache.kv_cache_tensors[0]
@@ -90,8 +92,10 @@ def vllm_config(
         for i, name in enumerate(LAYERS)
     }
     return SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context=layers),
-        scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
+        compilation_config=SimpleNamespace(
+            static_forward_context=layers, max_cudagraph_capture_size=graph_tokens
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=64),
         model_config=SimpleNamespace(
             max_model_len=256,
             dtype=torch.float32,
@@ -121,6 +125,22 @@ def test_pages_are_the_layers_own_memory(order: str) -> None:
             assert worker.pool.pages[page].eq(1.0).all()
             assert worker.pool.pages.sum() == PAGE_BYTES // 4
             layer.kv_cache[block] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("graph_tokens", "expected"),
+    [
+        pytest.param(None, 0, id="no-graphs"),
+        pytest.param(0, 0, id="graphs-are-off"),
+        pytest.param(2, 2, id="small-graphs"),
+        pytest.param(512, MAX_NUM_SEQS, id="graphs-for-all-requests"),
+    ],
+)
+def test_tables_are_as_large_as_graphs(graph_tokens: int | None, expected: int) -> None:
+    cache = cache_config()
+    worker, _ = build_evictor(vllm_config(cache, graph_tokens=graph_tokens), cache)
+    tables = worker.tables
+    assert tables._block_table.numel() == len(LAYERS) * expected * tables.sizes.width
 
 
 def test_of_a_hybrid_model_the_group_of_full_attention() -> None:
@@ -234,6 +254,17 @@ def test_attention_of_somebody_else_is_refused() -> None:
     cache = cache_config()
     with pytest.raises(ValueError, match="attention backend object: use --attention-backend"):
         build_evictor(vllm_config(cache, impl=object), cache)
+
+
+def test_layers_with_different_query_heads_are_refused() -> None:
+    """vLLM would build their metadata apart, and all layers read that of the first."""
+    cache = cache_config()
+    config = vllm_config(cache)
+    config.compilation_config.static_forward_context[LAYERS[1]].num_heads = 8
+    with pytest.raises(
+        ValueError, match=r"query heads in all layers of full attention, not 4, 8, 4"
+    ):
+        build_evictor(config, cache)
 
 
 def test_pages_in_an_order_of_their_own_are_refused() -> None:

@@ -22,7 +22,7 @@ from vl_cache_vllm.policy import PatchGrid
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.evictor import EvictionStep, Evictor
 from vl_cache_vllm.worker.requests import RequestState
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 3, 6, 2, 8, 4
 PROMPT, VISION_END = 63, 50  # 15 whole blocks and a tail of 3, M = 4 at a quarter
@@ -93,7 +93,7 @@ def run_step(
         lengths.append(computed + scheduled)
         rows.append(BatchRow(state, computed, scheduled))
     step = worker.begin_step(
-        rows,
+        Batch.of(rows),
         table,
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor(lengths, dtype=torch.int32),

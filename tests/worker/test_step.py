@@ -21,7 +21,7 @@ from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.requests import RequestState, RequestTable
-from vl_cache_vllm.worker.step import BatchRow, StepPlan, plan_step
+from vl_cache_vllm.worker.step import Batch, BatchRow, StepPlan, plan_step
 
 BLOCK_SIZE = 8
 NUM_LAYERS = 3
@@ -65,7 +65,7 @@ def plan(rows: list[BatchRow], kept: dict[int, int] | None = None) -> StepPlan:
         )
         for index, blocks in (kept or {}).items()
     }
-    return plan_step(rows, BLOCK_SIZE, NUM_LAYERS, orders=orders)
+    return plan_step(Batch.of(rows), BLOCK_SIZE, NUM_LAYERS, orders=orders)
 
 
 def test_a_prompt_in_one_step() -> None:
@@ -134,7 +134,9 @@ def test_an_order_after_some_tokens_of_the_answer() -> None:
     """What the prompt's queries attended to is kept until then, and counts."""
     state = fresh(63)
     state.attention_stats = AttentionStats(state.config, 2, 1, 63, torch.device("cpu"))
-    numbers = plan_step([BatchRow(state, 0, 63)], BLOCK_SIZE, NUM_LAYERS, deferred=["request-1"])
+    numbers = plan_step(
+        Batch.of([BatchRow(state, 0, 63)]), BLOCK_SIZE, NUM_LAYERS, deferred=["request-1"]
+    )
     assert (numbers.kept_whole, numbers.pending_evictions) == ([], [])
     assert len(numbers.observations) == 1
     for computed in range(63, 70):
@@ -306,7 +308,7 @@ def test_table_width_bounds_every_layer_tightly(
     end = whole_blocks(prompt_tokens)
     for beyond in range(1, 2 * BLOCK_SIZE + 2):
         row = BatchRow(evicted(end, kept_blocks), end + beyond - 1, 1)
-        width = plan_step([row], BLOCK_SIZE, num_layers).table_width
+        width = plan_step(Batch.of([row]), BLOCK_SIZE, num_layers).table_width
         assert width == longest + cdiv(beyond, BLOCK_SIZE)
 
 
@@ -321,7 +323,7 @@ def test_table_width_is_that_of_the_widest_row() -> None:
 
 def test_kept_pages_never_exceed_the_prompt() -> None:
     """2 blocks of 64 layers are 128 pages, but a layer cannot keep more than it has."""
-    numbers = plan_step([BatchRow(evicted(32, 2), 39, 1)], BLOCK_SIZE, num_layers=64)
+    numbers = plan_step(Batch.of([BatchRow(evicted(32, 2), 39, 1)]), BLOCK_SIZE, num_layers=64)
     assert numbers.table_width == 32 // BLOCK_SIZE + 1
 
 
@@ -475,7 +477,7 @@ def test_random_batches_token_by_token(
         else:
             width = max(width, position // BLOCK_SIZE + 1)
 
-    numbers = plan_step(rows, BLOCK_SIZE, num_layers, orders=orders)
+    numbers = plan_step(Batch.of(rows), BLOCK_SIZE, num_layers, orders=orders)
     planned = {
         (o.row, index) for o in numbers.observations for index in range(o.query_start, o.query_end)
     }
@@ -519,7 +521,9 @@ def test_only_the_admitted_are_observed() -> None:
     table = RequestTable()
     states = [table.start(name, KVCompressConfig(), 10, 100) for name in "ab"]
     rows = [BatchRow(state, 0, 100) for state in states]
-    numbers = plan_step(rows, 16, 3, {"a"}, {"a": EvictionOrder(96, (1,))})
+    numbers = plan_step(Batch.of(rows), 16, 3, {"a"}, {"a": EvictionOrder(96, (1,))})
     assert [one.state for one in numbers.observations] == [states[0]]
     assert [one.state for one in numbers.pending_evictions] == [states[0]]
-    assert plan_step([BatchRow(states[1], 0, 50)], 16, 3, admitted=set()).observations == []
+    assert (
+        plan_step(Batch.of([BatchRow(states[1], 0, 50)]), 16, 3, admitted=set()).observations == []
+    )

@@ -32,6 +32,7 @@ def warmup_of(config: KVCompressConfig, tokens: int, room: int) -> tuple[WarmupE
         max_num_reqs=2,
         max_num_tokens=64,
         max_table_width=tokens // BLOCK_SIZE + 2,
+        max_graph_reqs=2,
         shard=Shard(),
     )
     return WarmupEviction(worker, tokens, room, num_heads=4), worker

@@ -42,9 +42,10 @@ from vl_cache_vllm.core.later_evictions import (
     DeferredEviction,
     LaterEvictions,
     Trigger,
+    room_under_pressure,
 )
 from vl_cache_vllm.core.observation_budget import ObservationBudget
-from vl_cache_vllm.core.output_reserve import EvictedOutput, OutputReserve
+from vl_cache_vllm.core.output_reserve import EvictedOutput, EvictedOutputs, OutputReserve
 from vl_cache_vllm.core.pressure import PrefillDemand
 from vl_cache_vllm.core.stats import EvictionStats, OrderedEviction
 from vl_cache_vllm.messages import EvictionOrder
@@ -90,7 +91,11 @@ class EvictionBlockManager(FullAttentionManager):
         # Of the step that is being scheduled.
         self._orders: dict[str, tuple[EvictionOrder, OrderedEviction]] = {}
         self._newly_deferred: list[str] = []
+        # Requests about whose prompt is decided, and that still hold what an eviction replaced or
+        # are counted as observed.
+        self._unsettled: set[str] = set()
         self._output_reserve = OutputReserve(self.block_size)
+        self._outputs = EvictedOutputs(self.block_size)
         self._stats = EvictionStats()  # since the last report
         self._reported = EvictionStats()  # what a report without news would say
         self._totals = EvictionStats()  # of all reports
@@ -115,6 +120,7 @@ class EvictionBlockManager(FullAttentionManager):
         self.decisions = EvictionDecisions(
             self._config, self, lookup, others, ObservationBudget(observation_tokens)
         )
+        self._decided = self.decisions.decided_plans
         self._prefill_demand = PrefillDemand(self, others)
         self._num_others = len(others)
         self.later = LaterEvictions(
@@ -142,8 +148,14 @@ class EvictionBlockManager(FullAttentionManager):
             is_on = self.decisions.pressure.is_on
             usable = self.block_pool.num_gpu_blocks - 1  # one is the null block
             free = self.block_pool.get_num_free_blocks()
-            if not is_on and free > usable // 2:  # there is room for evictions, whoever runs
-                return
+            if not is_on:
+                if free > usable // 2:
+                    return
+                # An eviction keeps less than its request has.
+                longest = max((request.num_computed_tokens for request in running), default=0)
+                most_kept = cdiv(longest, self.block_size)
+                if free >= room_under_pressure(len(running), most_kept):
+                    return
 
             def excess() -> int:
                 if not is_on:
@@ -180,6 +192,13 @@ class EvictionBlockManager(FullAttentionManager):
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
         """vLLM's, plus the M kept blocks, a free block for decoding, and the output reserve."""
+        if (
+            request_id in self._decided
+            and request_id not in self.later.due
+            and request_id in self.num_cached_block
+            and not kwargs.get("apply_admission_cap")
+        ):  # what vLLM's returns for a running request
+            return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
         if self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
@@ -217,6 +236,13 @@ class EvictionBlockManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """vLLM's, plus the M kept blocks in a step that evicts the request."""
+        if request_id in self._decided and request_id not in self.later.due:
+            if num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size:
+                return []  # most steps; vLLM's allocates nothing then
+            blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            if request_id in self._evicted:
+                self._outputs.set_held(request_id, self._num_held(request_id))
+            return blocks
         self.decisions.admit_to_observation(request_id, num_tokens_main_model)
         plan = self.decisions.plan_of(request_id)
         if later := self.later.take(request_id):
@@ -235,6 +261,7 @@ class EvictionBlockManager(FullAttentionManager):
             and num_tokens_main_model >= plan.prompt_tokens
         ):
             self.decisions.decide(request_id, plan)
+            self._unsettled.add(request_id)
             bound = self._bound_of(request_id, plan)
             self.later.set_bound(request_id, bound)
             if plan.skip is not None:
@@ -243,7 +270,10 @@ class EvictionBlockManager(FullAttentionManager):
                 # After a preemption the prefill includes generated tokens.
                 kept = min(plan.kept_blocks, bound.kept_blocks) if bound else plan.kept_blocks
                 self._evict_prompt(request_id, plan, kept)
-        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if request_id in self._evicted:
+            self._put_output(request_id)
+        return blocks
 
     def cache_blocks(
         self,
@@ -256,6 +286,8 @@ class EvictionBlockManager(FullAttentionManager):
         """vLLM's, without the blocks after an eviction: they are no prefix of anything."""
         if (evicted := self._evicted.get(request.request_id)) is not None:
             num_tokens = min(num_tokens, evicted.hashed_tokens)
+        if self.num_cached_block.get(request.request_id, 0) >= num_tokens // self.block_size:
+            return  # most steps; vLLM's returns then, too
         plan = self.decisions.plan_of(request.request_id)
         if plan is not None and plan.kept_blocks:
             # Cache the blocks before each such block, then step over it.
@@ -281,21 +313,31 @@ class EvictionBlockManager(FullAttentionManager):
 
         Full attention itself skips nothing, so there is no call of the base.
         """
-        plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
-        if (
-            plan is not None
-            and processed_computed_tokens >= plan.prompt_tokens
-            and not self.later.is_deferred(request_id)
-        ):
-            self.decisions.observation_budget.release(request_id)
-        if evicted is None or not evicted.to_free:
+        if request_id not in self._unsettled:
             return
+        plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
+        assert plan is not None
+        is_observed = self.later.is_deferred(request_id)
+        if processed_computed_tokens < plan.prompt_tokens:
+            is_observed = True
+        if not is_observed:
+            self.decisions.observation_budget.release(request_id)
+        if evicted is not None and evicted.to_free:
+            self._free_replaced(request_id, evicted, processed_computed_tokens)
+        if not is_observed and not (evicted is not None and evicted.to_free):
+            self._unsettled.remove(request_id)
+
+    def _free_replaced(
+        self, request_id: str, evicted: EvictedBlocks, processed_computed_tokens: int
+    ) -> None:
+        """Free what evictions replaced whose steps have been processed."""
         before = self.block_pool.get_num_free_blocks()
         while evicted.to_free and processed_computed_tokens >= evicted.to_free[0].safe_at:
             replaced = evicted.to_free.popleft()
             self._remove_blocks_in_range(request_id, evicted.freed_columns, replaced.columns)
             self.block_pool.free_blocks(replaced.kept)
             evicted.freed_columns = replaced.columns
+        self._outputs.set_held(request_id, self._num_held(request_id))
         self._stats.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -305,6 +347,8 @@ class EvictionBlockManager(FullAttentionManager):
             self._stats.skipped[Skip.SHORT_OUTPUT.value] += 1
         self.decisions.forget(request_id)
         self.later.forget(request_id)
+        self._outputs.discard(request_id)
+        self._unsettled.discard(request_id)
         self._orders.pop(request_id, None)
         if request_id in self._newly_deferred:
             self._newly_deferred.remove(request_id)
@@ -340,6 +384,7 @@ class EvictionBlockManager(FullAttentionManager):
     ) -> None:
         """Evict a request in the step that is being scheduled: take its M kept blocks."""
         evicted = self._evicted.setdefault(request_id, EvictedBlocks(evicted_tokens))
+        self._unsettled.add(request_id)
         assert evicted_tokens > evicted.evicted_tokens
         columns = (evicted_tokens - evicted.evicted_tokens) // self.block_size
         present = len(evicted.kept) + columns
@@ -402,14 +447,14 @@ class EvictionBlockManager(FullAttentionManager):
     def _renew_cached_copies(self, request: Request, num_tokens: int) -> list[int]:
         """Indices of a request's new full blocks whose contents the prefix cache already has.
 
+        There is at least one new full block.
+
         A shortened hit recomputes the observed part of a cached prompt. A second copy in the
         prefix cache would be announced (KV events) as if it were new, and its removal as if it were
         the only one. The first copy is renewed instead, as by a hit: touched and freed, it moves to
         the end of the free queue.
         """
         start, end = self.num_cached_block.get(request.request_id, 0), num_tokens // self.block_size
-        if start >= end:  # every decode step
-            return []
         hashes = resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )
@@ -426,10 +471,12 @@ class EvictionBlockManager(FullAttentionManager):
     @property
     def blocks_held(self) -> int:
         """Blocks of requests that are evicted, or will be when their step ends."""
-        return sum(map(self._num_held, self._evicted))
+        return self._outputs.blocks_held
 
     def _free_blocks_for(self, newcomer: Request) -> int:
         """Free blocks that the output reserve asks for if this request is admitted."""
+        if self.req_to_blocks.keys() <= {newcomer.request_id}:
+            return 0  # no request's end is worth waiting for
 
         def demand(request: Request) -> int:
             if request is newcomer:  # vLLM adds what other groups need
@@ -439,33 +486,39 @@ class EvictionBlockManager(FullAttentionManager):
         total = self.block_pool.num_gpu_blocks - 1  # one is the null block
         return self._output_reserve.free_blocks_for(
             newcomer,
-            self._holders(newcomer),
+            self._outputs,
+            self._others(newcomer),
             demand,
             total - self.block_pool.get_num_free_blocks(),
         )
 
-    def _holders(self, newcomer: Request) -> Iterator[tuple[Request, EvictedOutput | None, int]]:
-        for request_id in {*self.req_to_blocks, newcomer.request_id}:
+    def _others(self, newcomer: Request) -> Iterator[tuple[Request, EvictedOutput | None, int]]:
+        """Requests that hold blocks and have not been evicted, and the newcomer."""
+        for request_id in {*self.req_to_blocks, newcomer.request_id}.difference(self._evicted):
             request = self._lookup(request_id)
             if request is not None:
-                yield request, self._evicted_output(request), self._num_held(request_id)
+                yield request, self._coming_output(request), self._num_held(request_id)
 
-    def _evicted_output(self, request: Request) -> EvictedOutput | None:
-        """How a request grows that is evicted or will be; None for one that keeps its cache.
+    def _put_output(self, request_id: str) -> None:
+        """Note how an evicted request grows from now on."""
+        request, evicted = self._lookup(request_id), self._evicted[request_id]
+        plan = self.decisions.decided(request_id)
+        assert request is not None and plan is not None
+        bound = self.later.bound(request_id)
+        output = EvictedOutput(evicted.evicted_tokens, len(evicted.kept), plan.prompt_blocks, bound)
+        self._outputs.put(request, output, self._num_held(request_id))
+
+    def _coming_output(self, request: Request) -> EvictedOutput | None:
+        """How a request grows that will be evicted; None for one that keeps its cache.
 
         Under pressure, a request that only the load left whole can be evicted when blocks run out.
         """
         request_id, plan = request.request_id, self.decisions.plan(request)
-        bound = self.later.bound(request_id)
-        if (evicted := self._evicted.get(request_id)) is not None:
-            return EvictedOutput(
-                evicted.evicted_tokens, len(evicted.kept), plan.prompt_blocks, bound
-            )
         if plan.skip in FULL_CACHE and self.decisions.pressure.is_on:
             plan = self.decisions.possible_plan(request)
         if not plan.kept_blocks:
             return None
-        bound = bound or self._bound_of(request_id, plan)
+        bound = self.later.bound(request_id) or self._bound_of(request_id, plan)
         evict_at = self._evict_at(request)
         before = 0
         if evict_at > plan.prompt_tokens:

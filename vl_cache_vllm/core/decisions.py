@@ -42,7 +42,8 @@ class EvictionDecisions:
         self.pressure = PressureGauge(config.pressure.high, config.pressure.low)
         # Negative decisions are kept, too. vLLM's end of prefill moves along with a decoding
         # request, so a rule that is asked again later would fire while the request decodes.
-        self._decided: dict[str, EvictionPlan] = {}
+        self.decided_plans: dict[str, EvictionPlan] = {}
+        """The decisions about requests whose prefill has ended, by id; read only."""
         self._unobserved: set[str] = set()  # the observation budget had no room for them
 
     @property
@@ -52,11 +53,11 @@ class EvictionDecisions:
 
     def decided(self, request_id: str) -> EvictionPlan | None:
         """The decision about a request; None while its prefill runs."""
-        return self._decided.get(request_id)
+        return self.decided_plans.get(request_id)
 
     def plan(self, request: Request) -> EvictionPlan:
         """The decision about a request, or what it would be if its prefill ended now."""
-        if decided := self._decided.get(request.request_id):
+        if decided := self.decided_plans.get(request.request_id):
             return decided
         plan = self.possible_plan(request)
         if plan.kept_blocks and request.request_id in self._unobserved:
@@ -68,7 +69,7 @@ class EvictionDecisions:
     def plan_of(self, request_id: str) -> EvictionPlan | None:
         """`plan` by id; None for requests that the scheduler does not know."""
         request = self._lookup(request_id)
-        return self._decided.get(request_id) or (self.plan(request) if request else None)
+        return self.decided_plans.get(request_id) or (self.plan(request) if request else None)
 
     def possible_plan(self, request: Request) -> EvictionPlan:
         """The plan as far as the request alone determines it, whatever the load is."""
@@ -93,13 +94,13 @@ class EvictionDecisions:
 
     def decide(self, request_id: str, plan: EvictionPlan) -> None:
         """Fix the decision about a request whose prefill ends in this step."""
-        self._decided[request_id] = plan
+        self.decided_plans[request_id] = plan
 
     def forget(self, request_id: str) -> None:
         """A request has ended or was preempted; unknown ids are fine."""
         self._unobserved.discard(request_id)
         self.observation_budget.release(request_id)
-        self._decided.pop(request_id, None)
+        self.decided_plans.pop(request_id, None)
 
     def max_hit_tokens(self, request: Request) -> int | None:
         """Longest prefix-cache hit, in tokens, that leaves all observed queries to be computed.
@@ -152,7 +153,7 @@ class EvictionDecisions:
 
         None if it has none among ``num_tokens``, or was admitted before.
         """
-        if self.observation_budget.is_unbounded or request_id in self._decided:
+        if self.observation_budget.is_unbounded or request_id in self.decided_plans:
             return None
         request = self._lookup(request_id)
         if request is None or request_id in self.observation_budget:

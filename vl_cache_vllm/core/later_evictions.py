@@ -34,6 +34,19 @@ FULL_CACHE = {Skip.NO_PRESSURE, Skip.NO_OBSERVATION_ROOM}
 """Why a request was left whole that is evicted when blocks run out."""
 
 
+def room_under_pressure(num_running: int, most_kept: int) -> int:
+    """Free blocks with which nobody need be evicted in this step because blocks may run out.
+
+    What an eviction frees returns some steps later. Until then running requests take blocks, and
+    further evictions their kept ones.
+
+    Args:
+        num_running: running requests.
+        most_kept: the most blocks that one of their evictions keeps.
+    """
+    return 2 * (num_running + most_kept)
+
+
 class Trigger(Enum):
     """What made the scheduler evict a request."""
 
@@ -119,6 +132,8 @@ class LaterEvictions:
         self._has_drafts = has_drafts
         self._bounds: dict[str, AnswerBound] = {}
         self._deferred: dict[str, DeferredEviction] = {}
+        # Computed tokens below which a bounded request has not reached its bound, by id.
+        self._grows_until: dict[str, int] = {}
         self.due: dict[str, LaterEviction] = {}
         """Requests to evict if they are scheduled in the coming step, by id."""
 
@@ -144,12 +159,14 @@ class LaterEvictions:
         later = self.due.pop(request_id, None)
         if later is not None:
             self._deferred.pop(request_id, None)
+            self._grows_until.pop(request_id, None)
         return later
 
     def forget(self, request_id: str) -> None:
         """The request has ended or was preempted; unknown ids are fine."""
         self._bounds.pop(request_id, None)
         self._deferred.pop(request_id, None)
+        self._grows_until.pop(request_id, None)
         self.due.pop(request_id, None)
 
     def plan_deferred(self, lookup: Callable[[str], Request | None], is_short: bool) -> None:
@@ -200,9 +217,13 @@ class LaterEvictions:
             request = lookup(request_id)
             if request is None or request_id in self._deferred:
                 continue
+            if request.num_computed_tokens < self._grows_until.get(request_id, 0) and not is_short:
+                continue
             evicted_before, kept_before = self._last_eviction(request_id)
             evicted = whole_blocks(self._certain_tokens(request), self._block_size)
-            grown = (evicted - (evicted_before or bound.start)) // self._block_size
+            start = evicted_before or bound.start
+            self._grows_until[request_id] = start + bound.growth * self._block_size
+            grown = (evicted - start) // self._block_size
             present = kept_before + (evicted - evicted_before) // self._block_size
             if bound.kept_blocks >= present:
                 continue
@@ -260,10 +281,8 @@ class LaterEvictions:
                 candidates.append((gain, request_id, later))
         if not candidates:
             return
-        # What an eviction frees returns some steps later. Until then running requests take blocks,
-        # and further evictions their kept ones.
         most_kept = max(later.kept_blocks for _, _, later in candidates)
-        missing = max(excess(), 2 * (len(running) + most_kept) - free)
+        missing = max(excess(), room_under_pressure(len(running), most_kept) - free)
         candidates.sort(key=lambda candidate: -candidate[0])
         chosen = 0
         observed = sum(self._observed(later) for later in self.due.values())

@@ -6,12 +6,15 @@ output is generated, but an evicted one grows by several times itself. Prompts t
 fit later, and every preemption repeats a whole prefill.
 """
 
-import math
-from bisect import bisect_right, insort
+from __future__ import annotations
+
+from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy
 from vllm.v1.request import Request
@@ -28,7 +31,7 @@ class OutputLengths:
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=self.LATEST)
         self._sorted: list[float] = []
-        self._sums = [0.0]  # prefix sums of the sorted fractions
+        self._sums = numpy.zeros(1)  # prefix sums of the sorted fractions
 
     def add(self, length: int, max_tokens: int) -> None:
         """Record an output that ended by itself or because its client wanted no more."""
@@ -36,26 +39,29 @@ class OutputLengths:
             self._sorted.remove(self._latest[0])
         self._latest.append(length / max_tokens)
         insort(self._sorted, self._latest[-1])
-        self._sums = [0.0, *accumulate(self._sorted)]
+        self._sums = numpy.array([0.0, *accumulate(self._sorted)])
 
-    def expected(self, generated: int, max_tokens: int) -> int:
-        """Expected length of a running output in tokens: the mean of those that were longer.
+    def expected(self, generated: numpy.ndarray, max_tokens: numpy.ndarray) -> numpy.ndarray:
+        """Expected lengths of running outputs in tokens: the mean of those that were longer.
 
         Args:
-            generated: tokens generated so far.
-            max_tokens: the request's limit, which is expected where few outputs were longer.
+            generated: tokens that each request has generated so far, int64 ``[R]``.
+            max_tokens: the requests' limits, which are expected where few outputs were longer,
+                int64 ``[R]``.
+
+        Returns:
+            int64 ``[R]``.
         """
-        shorter = bisect_right(self._sorted, generated / max_tokens)
+        shorter = numpy.searchsorted(self._sorted, generated / max_tokens, side="right")
         longer = len(self._sorted) - shorter
-        if longer < self.ENOUGH:
-            return max_tokens
-        fraction = (self._sums[-1] - self._sums[shorter]) / longer
-        return math.ceil(fraction * max_tokens - 1e-6)  # sums of fractions are not exact
+        fraction = (self._sums[-1] - self._sums[shorter]) / numpy.maximum(longer, 1)
+        expected = numpy.ceil(fraction * max_tokens - 1e-6)  # sums of fractions are not exact
+        return numpy.where(longer < self.ENOUGH, max_tokens, expected.astype(numpy.int64))
 
 
 @dataclass(frozen=True)
 class EvictedOutput:
-    """What the growth of an evicted request depends on."""
+    """What the growth of an evicted request depends on, apart from its generated tokens."""
 
     evicted_tokens: int  # E, of its last or coming eviction
     kept_blocks: int  # M
@@ -64,15 +70,91 @@ class EvictedOutput:
     blocks_before: int = 0  # that it holds before an eviction that waits; 0: none does
 
 
-@dataclass(frozen=True)
-class Growth:
-    """How a running output grows."""
+class _Column(IntEnum):
+    """Rows of the array of `EvictedOutputs`."""
 
-    kept_blocks: int
-    tokens: int  # beside the kept blocks
-    coming: int  # tokens, until the output ends
-    most_blocks: int  # it is not counted with more, unless it holds more now
-    period: int = 0  # tokens between later evictions; 0: there are none
+    EVICTED_TOKENS = 0
+    KEPT_BLOCKS = 1  # of the last or any later eviction, whichever keeps more
+    KEPT_AGAIN = 2  # of later evictions; 0: there are none
+    PERIOD = 3  # tokens between later evictions; 0: there are none
+    PROMPT_BLOCKS = 4
+    BLOCKS_BEFORE = 5
+    HELD = 6
+    PRIORITY = 7
+    PROMPT_TOKENS = 8  # without generated ones
+    MAX_TOKENS = 9
+
+
+class EvictedOutputs:
+    """The outputs of evicted requests as columns of one array, which vectorised code reads.
+
+    Args:
+        block_size: tokens per block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._requests: list[Request] = []  # by index
+        self._index: dict[str, int] = {}  # by id
+        self._array = numpy.zeros((len(_Column), 16), numpy.int64)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._index
+
+    def put(self, request: Request, output: EvictedOutput, held: int) -> None:
+        """Add a request, or replace what is known of it.
+
+        Args:
+            request: vLLM's, whose tokens are counted when the array is read.
+            output: how it grows.
+            held: blocks that it holds, without null blocks.
+        """
+        index = self._index.setdefault(request.request_id, len(self._requests))
+        if index == len(self._requests):
+            self._requests.append(request)
+            if index == self._array.shape[1]:
+                self._array = numpy.concatenate((self._array, numpy.zeros_like(self._array)), 1)
+        bound = output.bound
+        kept_again = bound.kept_blocks if bound is not None else 0
+        self._requests[index] = request
+        self._array[:, index] = (
+            output.evicted_tokens,
+            max(output.kept_blocks, kept_again),
+            kept_again,
+            bound.growth * self._block_size if bound is not None else 0,
+            output.prompt_blocks,
+            output.blocks_before,
+            held,
+            request.priority,
+            request.num_tokens - request.num_output_tokens,
+            request.max_tokens,
+        )
+
+    def set_held(self, request_id: str, held: int) -> None:
+        """Change the number of blocks that a request holds."""
+        self._array[_Column.HELD, self._index[request_id]] = held
+
+    def discard(self, request_id: str) -> None:
+        """Forget a request; unknown ids are fine."""
+        index = self._index.pop(request_id, None)
+        if index is None:
+            return
+        last = self._requests.pop()
+        if index < len(self._requests):  # the last one takes its place
+            self._requests[index] = last
+            self._index[last.request_id] = index
+            self._array[:, index] = self._array[:, len(self._requests)]
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks that all of them hold."""
+        return int(self._array[_Column.HELD, : len(self._requests)].sum())
+
+    def columns(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """A view of the array, ``[10, R]``, and the tokens that each request has, ``[R]``."""
+        num = len(self._requests)
+        tokens = (request.num_tokens for request in self._requests)
+        return self._array[:, :num], numpy.fromiter(tokens, numpy.int64, num)
 
 
 class OutputReserve:
@@ -89,7 +171,8 @@ class OutputReserve:
     def free_blocks_for(
         self,
         newcomer: Request,
-        holders: Iterable[tuple[Request, EvictedOutput | None, int]],
+        evicted: EvictedOutputs,
+        others: Iterable[tuple[Request, EvictedOutput | None, int]],
         prefill_demand: Callable[[Request], int],
         used: int,
     ) -> int:
@@ -100,66 +183,91 @@ class OutputReserve:
 
         Args:
             newcomer: the request to admit.
-            holders: every request that holds blocks and the newcomer: the request, how it grows
-                if it is or will be evicted, and the blocks that it holds without null blocks.
+            evicted: the requests that have been evicted.
+            others: every other request that holds blocks, and the newcomer: the request, how it
+                grows if it will be evicted, and the blocks that it holds without null blocks.
             prefill_demand: blocks that a request which is not evicted still needs.
             used: blocks of the pool in use.
 
         Returns:
             0 where none of the requests is evicted: admission is then vLLM's alone.
         """
-        lasting = used
-        outputs: list[Growth] = []
-        kept_again = present = 0
-        for request, output, held in holders:
+        lasting = used - evicted.blocks_held
+        to_come = EvictedOutputs(self._block_size)
+        for request, output, held in others:
             if request.priority > newcomer.priority:
                 lasting -= held
             elif output is not None:
                 lasting -= held
-                outputs.append(self._expected_output(request, output))
-                # Evictions that wait for answers to begin may all be still to come.
-                present += max(held, output.blocks_before)
-                if output.bound is not None:
-                    # While one is evicted again, it also holds what will be its kept blocks.
-                    kept_again = max(kept_again, output.bound.kept_blocks)
+                to_come.put(request, output, held)
             else:
                 lasting += prefill_demand(request)
-        peak = max(peak_blocks(outputs, self._block_size) + kept_again, present)
-        return max(0, lasting) + peak - used if outputs else 0
+        (array, tokens), (more, more_tokens) = evicted.columns(), to_come.columns()
+        counted = array[_Column.PRIORITY] <= newcomer.priority
+        array = numpy.concatenate((array[:, counted], more), 1)
+        tokens = numpy.concatenate((tokens[counted], more_tokens))
+        if not len(tokens):
+            return 0
+        # Evictions that wait for answers to begin may all be still to come.
+        present = numpy.maximum(array[_Column.HELD], array[_Column.BLOCKS_BEFORE]).sum()
+        # While one is evicted again, it also holds what will be its kept blocks.
+        kept_again = array[_Column.KEPT_AGAIN].max()
+        peak = peak_blocks(self._growth(array, tokens), self._block_size) + kept_again
+        return max(0, lasting) + int(max(peak, present)) - used
 
-    def _expected_output(self, request: Request, output: EvictedOutput) -> Growth:
-        generated = request.num_output_tokens
-        coming = self.lengths.expected(generated, request.max_tokens) - generated
-        tokens = max(0, request.num_tokens - output.evicted_tokens)
-        kept, period = output.kept_blocks, 0
-        if output.bound is not None:
-            kept = max(kept, output.bound.kept_blocks)
-            period = output.bound.growth * self._block_size
-        return Growth(kept, tokens, max(0, coming), output.prompt_blocks, period)
+    def _growth(self, array: numpy.ndarray, tokens: numpy.ndarray) -> Growth:
+        """How outputs grow; arguments as returned by `EvictedOutputs.columns`."""
+        generated = tokens - array[_Column.PROMPT_TOKENS]
+        expected = self.lengths.expected(generated, array[_Column.MAX_TOKENS])
+        return Growth(
+            kept_blocks=array[_Column.KEPT_BLOCKS],
+            tokens=numpy.maximum(0, tokens - array[_Column.EVICTED_TOKENS]),
+            coming=numpy.maximum(0, expected - generated),
+            most_blocks=array[_Column.PROMPT_BLOCKS],
+            period=array[_Column.PERIOD],
+        )
 
 
-def peak_blocks(outputs: Sequence[Growth], block_size: int) -> int:
+class Growth(NamedTuple):
+    """How R running outputs grow; each field is int64 ``[R]``."""
+
+    kept_blocks: numpy.ndarray
+    tokens: numpy.ndarray  # beside the kept blocks
+    coming: numpy.ndarray  # tokens, until the output ends
+    most_blocks: numpy.ndarray  # it is not counted with more, unless it holds more now
+    period: numpy.ndarray  # tokens between later evictions; 0: there are none
+
+
+def peak_blocks(growth: Growth, block_size: int) -> int:
     """The most blocks that running outputs hold at once, simulated to completion.
 
     Each output frees all its blocks at its end. The moments that are looked at are the ends, and
     the next two later evictions of each output: in between, blocks are only allocated.
+
+    Args:
+        growth: of at least one output.
+        block_size: tokens per block.
     """
-    if not outputs:
-        return 0
-    kept, tokens, coming, most, period = numpy.array([astuple(output) for output in outputs]).T
+    # Unsigned 32-bit numbers divide several times faster than signed ones of 64 bits.
+    kept, tokens, coming, most, period = (field.astype(numpy.uint32) for field in growth)
     is_bounded = period > 0
-    until = -tokens[is_bounded] % period[is_bounded]
-    again = until + period[is_bounded]
-    moments = numpy.unique(numpy.concatenate((coming, until, again)))
+    again = -growth.tokens[is_bounded] % growth.period[is_bounded]
+    again = numpy.concatenate((again, again + growth.period[is_bounded]))
+    moments = numpy.unique(numpy.concatenate((growth.coming, again))).astype(numpy.uint32)
 
     def blocks(moments: numpy.ndarray) -> numpy.ndarray:
-        """Of each output at each moment, ``[outputs, moments]``."""
-        grown = tokens[:, None] + moments
-        # What it has at an eviction counts; before it, there were none.
-        evictions = numpy.maximum(0, -(-grown // numpy.maximum(1, period)[:, None]) - 1)
-        left = grown - evictions * period[:, None]
-        return kept[:, None] + -(-left // block_size)
+        """Of each output at each moment, ``[moments, outputs]``."""
+        left = moments[:, None] + tokens
+        if len(again):
+            # What it has at an eviction counts; before it, there were none.
+            left -= (numpy.maximum(left, 1) - 1) // numpy.maximum(period, 1) * period
+        left += numpy.uint32(block_size - 1)
+        left //= numpy.uint32(block_size)
+        left += kept
+        return left
 
-    limit = numpy.maximum(blocks(numpy.zeros(1, int)), most[:, None])
-    sizes = numpy.minimum(blocks(moments), limit)
-    return int((sizes * (coming[:, None] >= moments)).sum(0).max())
+    limit = numpy.maximum(blocks(numpy.zeros(1, numpy.uint32)), most)
+    sizes = blocks(moments)
+    numpy.minimum(sizes, limit, out=sizes)
+    sizes *= coming >= moments[:, None]
+    return int(sizes.sum(1).max())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vl_cache_vllm.ops.device import pinned
+
 MAX_FRAME = 512  # tokens
 MAX_GROWTH = 600.0  # exp of it times the largest float32 is a float64
 NO_DECAY_LEFT = 104.0  # exp(-104) times 1 is less than the smallest float32
@@ -44,6 +46,6 @@ def decay_frame(length: float, device: torch.device) -> DecayFrame:
     )
     if device.type == "cuda":  # without waiting for the device
         growth, shrinkage = (
-            each.pin_memory().to(device, non_blocking=True) for each in (growth, shrinkage)
+            pinned(each).to(device, non_blocking=True) for each in (growth, shrinkage)
         )
     return DecayFrame(growth, shrinkage, math.exp(-size / length))

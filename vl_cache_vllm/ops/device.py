@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers between host and device that do not synchronise, and timing of device work."""
 
+import platform
 import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import numpy as np
 import torch
 
+PIN_MEMORY = "microsoft" not in " ".join(platform.uname()).lower()
+"""Whether copies go through pinned memory: not on WSL, as in vLLM."""
 
-def to_device(
-    values: Sequence[int] | Sequence[Sequence[int]], device: torch.device
-) -> torch.Tensor:
+
+def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy integers of the host to a device, int64; asynchronous on a GPU."""
-    numbers = torch.tensor(values, dtype=torch.int64)
+    numbers = torch.from_numpy(np.array(values, np.int64))
     if device.type == "cpu":
         return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
+    return pinned(numbers).to(device, non_blocking=True)
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, or the tensor itself where vLLM does not pin memory (WSL)."""
+    return tensor.pin_memory() if PIN_MEMORY else tensor
 
 
 class Fetched:
@@ -26,7 +34,7 @@ class Fetched:
         if values.device.type == "cpu":
             self._values = values.clone()
             return
-        self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._values = torch.empty_like(values, device="cpu", pin_memory=PIN_MEMORY)
         self._values.copy_(values, non_blocking=True)
         self._ready = torch.cuda.Event()
         self._ready.record()

@@ -2,6 +2,7 @@
 """VL-Cache with scores that hold where prompts do not end right before the answer."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,25 +79,34 @@ class VLCachePlusPolicy(VLCachePolicy):
 
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """The ranking by the last query, interleaved with the ranking by the maximum."""
-        last = self._without_sinks(attention.sums)
         assert attention.maxima is not None
-        maxima = self._without_sinks(attention.maxima)
         share: float | torch.Tensor
         if self.maxima_share is None:
-            share = self.share_of_maxima(last, maxima, prompt)
+            pair = attention.sums, attention.maxima
+            share = self.share_of_maxima(*pair, prompt, self.sink_tokens)
         else:
             share = self.maxima_share
-        of_last = self.rankings(last, self.shared_scores, prompt)
-        of_maxima = self.rankings(maxima, self.shared_maxima, prompt)
+
+        def rankings(
+            attention: torch.Tensor, shared: float, part: float | torch.Tensor
+        ) -> Iterator[tuple[torch.Tensor, float | torch.Tensor]]:
+            """Their memory is taken when the first one is read, and freed after the last one."""
+            without_sinks = attention.clone()
+            without_sinks[..., : self.sink_tokens] = 0
+            for scores, fraction in self.rankings(without_sinks, shared, prompt):
+                yield scores, fraction * part
+
         return interleave(
             itertools.chain(
-                ((scores, part * (1.0 - share)) for scores, part in of_last),
-                ((scores, part * share) for scores, part in of_maxima),
+                rankings(attention.sums, self.shared_scores, 1.0 - share),
+                rankings(attention.maxima, self.shared_maxima, share),
             )
         )
 
     @staticmethod
-    def share_of_maxima(last: torch.Tensor, maxima: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def share_of_maxima(
+        last: torch.Tensor, maxima: torch.Tensor, prompt: Prompt, sink_tokens: int = 0
+    ) -> torch.Tensor:
         """Fraction of the kept tokens that the ranking by the maximum chooses, ``[]``.
 
         ``1 - |last| / |maxima|``, with Euclidean norms over the visual tokens of all layers
@@ -105,15 +115,12 @@ class VLCachePlusPolicy(VLCachePolicy):
         Args:
             last, maxima: ``[num_layers, num_kv_heads, tokens]``.
             prompt: kinds of the tokens; without visual ones all tokens count.
+            sink_tokens: first tokens that do not count.
         """
         is_visual = torch.zeros(prompt.tokens, dtype=torch.bool, device=last.device)
         for first, end in prompt.visual or ((0, prompt.tokens),):
             is_visual[first:end] = True
+        is_visual[:sink_tokens] = False
         squares = [(a * is_visual).square().mean() for a in (last, maxima)]
         of_last, of_maxima = prompt.mean_over_ranks(torch.stack(squares)).sqrt()
         return (1.0 - of_last / of_maxima.clamp(min=1e-30)).clamp(*MAXIMA_SHARE)
-
-    def _without_sinks(self, attention: torch.Tensor) -> torch.Tensor:
-        result = attention.clone()
-        result[..., : self.sink_tokens] = 0
-        return result

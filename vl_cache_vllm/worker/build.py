@@ -89,6 +89,11 @@ def build_evictor(
             f"KV compression does not support the attention backend {type(first.impl).__name__}: "
             "use --attention-backend FLASH_ATTN or TRITON_ATTN"
         )
+    if len({layer.num_heads for layer in layers}) > 1:
+        raise ValueError(
+            "KV compression needs the same number of query heads in all layers of full attention, "
+            f"not {', '.join(str(layer.num_heads) for layer in layers)}"
+        )
     cache = first.kv_cache  # [num_blocks, K, N, C]
     heads, tokens, content = cache.shape[1:]
     head_stride, token_stride = cache.stride()[1:3]
@@ -136,6 +141,8 @@ def evictor_over(
     assert spec.kv_compress is not None
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
+    # A graph has as many tokens as requests, or more; without graphs the number is 0.
+    graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     tp_group = tensor_parallel_group(vllm_config.parallel_config.tensor_parallel_size)
     return Evictor(
         spec.kv_compress,
@@ -144,6 +151,7 @@ def evictor_over(
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_table_width=cdiv(model_config.max_model_len, spec.block_size) + 1,
+        max_graph_reqs=min(scheduler.max_num_seqs, graph_tokens),
         tp_group=tp_group,
         shard=Shard(
             tuple(map(extract_layer_index, layer_names)),

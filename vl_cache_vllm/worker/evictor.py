@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData
@@ -34,8 +35,16 @@ from vl_cache_vllm.worker.late_observation import (
 from vl_cache_vllm.worker.requests import RequestTable
 from vl_cache_vllm.worker.selection import select_kept
 from vl_cache_vllm.worker.source import EvictionSource
-from vl_cache_vllm.worker.step import BatchRow, ObservedQueries, PendingEviction, plan_step
-from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, evicted_rows
+from vl_cache_vllm.worker.step import (
+    Batch,
+    BatchRow,
+    ObservedQueries,
+    PendingEviction,
+    observes_prefill,
+    plan_step,
+    table_width,
+)
+from vl_cache_vllm.worker.step_tables import GraphShape, StepTables, TableSizes
 from vl_cache_vllm.worker.tp_group import TPGroup
 from vl_cache_vllm.worker.trace import Trace
 
@@ -75,8 +84,11 @@ class EvictionStep:
             layer_index: index in the pool of each evicted layer, by the same names.
         """
         self.layer_index = layer_index
-        for layer_metadata in {id(m): m for m in map(metadata.get, layer_index)}.values():
-            put_step(layer_metadata, self)
+        last = None
+        for layer_metadata in map(metadata.get, layer_index):
+            if layer_metadata is not last:
+                put_step(layer_metadata, self)
+                last = layer_metadata
 
 
 class Evictor:
@@ -89,6 +101,7 @@ class Evictor:
         max_num_reqs: requests that the model runner may hold at once.
         max_num_tokens: tokens of the largest step.
         max_table_width: pages that one layer of a request can hold.
+        max_graph_reqs: requests of the largest full CUDA graph.
         tp_group: the workers that hold the other heads of these layers.
         shard: which layers and KV heads of the model are on this worker.
     """
@@ -101,6 +114,7 @@ class Evictor:
         max_num_reqs: int,
         max_num_tokens: int,
         max_table_width: int,
+        max_graph_reqs: int = 0,
         tp_group: TPGroup = TPGroup(),  # noqa: B008  frozen
         shard: Shard = Shard(),  # noqa: B008  frozen
     ) -> None:
@@ -114,7 +128,10 @@ class Evictor:
         self._query_buffer = QueryBuffer()
         self.max_late_queries = MAX_LATE_QUERIES
         """Queries of a step that wait for its last layer at most; the buffer holds no more."""
-        self.tables = StepTables(pool, max_num_reqs, max_num_tokens, max_table_width)
+        sizes = TableSizes(
+            pool.num_layers, max_num_reqs, max_num_tokens, max_table_width, max_graph_reqs
+        )
+        self.tables = StepTables(pool, sizes)
         self.cached_requests: CachedRequestData | None = None
         """What the scheduler says about the step's requests that are not new."""
         self.admitted: set[str] | None = None
@@ -149,11 +166,27 @@ class Evictor:
         for request_id in ended:
             self.requests.drop(request_id)
         if admitted is not None:
-            self.admitted = (self.admitted or set()).difference(ended).union(admitted)
+            self.admitted = self.admitted or set()
+            self.admitted.difference_update(ended)
+            self.admitted.update(admitted)
+
+    def observes_prefill(self, row: BatchRow) -> bool:
+        """Whether a row that prefills is observed in the step of the last `begin_output`."""
+        block_size = self.pool.block_size
+        return observes_prefill(row, block_size, self.admitted, self.orders, self.deferred)
+
+    def table_width(self, columns: np.ndarray, ends: np.ndarray) -> int:
+        """Bound of the pages of any layer of some requests.
+
+        Args:
+            columns: of the requests, int64 ``[4, R]`` (`vl_cache_vllm.worker.requests`).
+            ends: logical tokens of each, int ``[R]``.
+        """
+        return table_width(columns, ends, self.pool.block_size, self.pool.num_layers)
 
     def begin_step(
         self,
-        rows: Sequence[BatchRow],
+        batch: Batch,
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -162,7 +195,7 @@ class Evictor:
         """Plan a step.
 
         Args:
-            rows: the batch in order, R requests.
+            batch: the scheduled requests, R.
             block_table: int32 ``[>= R, C]``.
             query_start_loc: int32 ``[>= R + 1]``.
             seq_lens: logical lengths after the step, int32 ``[>= R]``.
@@ -172,35 +205,36 @@ class Evictor:
         Returns:
             The step, or None when vLLM's own path serves it unchanged.
         """
-        evicted = evicted_rows([row.state for row in rows])  # before the plan evicts more
         plan = plan_step(
-            rows,
+            batch,
             self.pool.block_size,
             self.pool.num_layers,
             self.admitted,
             self.orders,
             self.deferred,
         )
+        for eviction in plan.pending_evictions:
+            self.requests.note(eviction.state)
         for state in plan.kept_whole:
             assert state.attention_stats is not None
             self._reports.append(partial(_report, state.attention_stats.stopwatch))
             state.attention_stats = None
         if plan.is_plain and graph is None:
             return None
-        num_reqs = graph.num_reqs if graph else len(rows)
-        block_table = block_table[:num_reqs]
+        num_reqs = graph.num_reqs if graph else len(batch.num_computed)
+        block_table = _first(num_reqs, block_table)
         tables = None
         if graph is not None or plan.needs_tables:
             assert graph is None or not (plan.observations or plan.pending_evictions), (
                 "a step in a full CUDA graph cannot be observed"
             )
             tables = self.tables.fill(
-                evicted,
-                sum(row.num_scheduled for row in rows),
+                batch.columns[1:],  # before this step, which evicts at its end
+                batch.num_tokens,
                 plan.table_width,
                 block_table,
-                query_start_loc[: num_reqs + 1],
-                seq_lens[:num_reqs],
+                _first(num_reqs + 1, query_start_loc),
+                _first(num_reqs, seq_lens),
                 graph,
             )
         late, observations = None, plan.observations
@@ -212,7 +246,7 @@ class Evictor:
         for observation in plan.observations:
             if not observation.num_blocks:
                 assert tables is not None
-                drafts = rows[observation.row].num_scheduled - 1
+                drafts = int(batch.num_scheduled[observation.row]) - 1
                 step.num_keys[observation.row] = tables.seq_lens[:, observation.row] - drafts
         return step
 
@@ -363,6 +397,11 @@ class Evictor:
                 policy.name,
             )
         return Prompt(source.max_tokens, state.visual, grids, self.shard, rank_mean)
+
+
+def _first(number: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The first rows of a tensor; slicing costs time even where it changes nothing."""
+    return tensor if tensor.shape[0] == number else tensor[:number]
 
 
 def _report(

@@ -23,7 +23,12 @@ class EvictionGPUWorker(EvictionWorkerMixin):
     """The GPU `Worker` with eviction."""
 
     def determine_available_memory(self) -> int:
-        """vLLM's, with an eviction in the profiling run."""
+        """vLLM's, with an eviction in the profiling run.
+
+        vLLM then captures some graphs to estimate the memory of all of them. That is before
+        `initialize_from_config`, so these graphs read vLLM's own tables. Ours have as many kernels,
+        and the tables that they read are part of the profiling run.
+        """
         runner: Any = self.model_runner
         runner.profile_run = partial(self._profile_run, runner.profile_run)
         try:

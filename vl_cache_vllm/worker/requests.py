@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a worker knows of its requests, from the start of a prefill to the request's end."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from vllm.config import ModelConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
@@ -37,13 +38,29 @@ class RequestState:
     num_evictions: int = 0
 
 
+def columns_of(states: Iterable[RequestState]) -> np.ndarray:
+    """What a step needs to know of every request, int64 ``[4, R]``.
+
+    The rows are the prefill's tokens, E, M, and the slot; the last three are 0 for a request that
+    is not evicted.
+    """
+    columns = [
+        (s.prefill_tokens, s.evicted_tokens, s.kept_blocks, s.slot)
+        if s.evicted_tokens
+        else (s.prefill_tokens, 0, 0, 0)
+        for s in states
+    ]
+    return np.array(columns, np.int64).reshape(-1, 4).T
+
+
 class RequestTable:
     """The states of the requests on this worker, by request id."""
 
     def __init__(self) -> None:
         self._states: dict[str, RequestState] = {}
+        self._by_slot: list[RequestState | None] = [None]  # no request has slot 0
         self._free_slots: list[int] = []
-        self._num_slots = 1  # no request has slot 0
+        self._columns = np.zeros((4, 1), np.int64)  # `columns_of` the requests, by slot
 
     def start(
         self,
@@ -57,11 +74,28 @@ class RequestTable:
         """Return a fresh state for a request that starts or restarts its prefill."""
         self.drop(request_id)
         if not self._free_slots:
-            self._free_slots.append(self._num_slots)
-            self._num_slots += 1
+            num_slots = len(self._by_slot)
+            self._free_slots = [*range(2 * num_slots - 1, num_slots - 1, -1)]
+            self._by_slot += [None] * num_slots
+            self._columns = np.concatenate((self._columns, np.zeros_like(self._columns)), 1)
         slot = self._free_slots.pop()
         state = RequestState(request_id, slot, config, vision_end, prefill_tokens, visual, grids)
-        self._states[request_id] = state
+        self._states[request_id] = self._by_slot[slot] = state
+        self.note(state)
+        return state
+
+    def note(self, state: RequestState) -> None:
+        """Take in that a request has been evicted."""
+        self._columns[:, state.slot] = columns_of([state])[:, 0]
+
+    def columns(self, slots: np.ndarray) -> np.ndarray:
+        """`columns_of` the requests in some slots, a copy; zeros for slots without a request."""
+        return self._columns[:, slots]
+
+    def in_slot(self, slot: int) -> RequestState:
+        """The state of the request in a slot."""
+        state = self._by_slot[slot]
+        assert state is not None
         return state
 
     def add(
@@ -95,6 +129,8 @@ class RequestTable:
         """Forget a request; unknown ids are fine."""
         if (state := self._states.pop(request_id, None)) is not None:
             self._free_slots.append(state.slot)
+            self._by_slot[state.slot] = None
+            self._columns[:, state.slot] = 0
 
     def drop_all_but(self, request_ids: Container[str]) -> None:
         """Forget requests whose id is not among ``request_ids``."""

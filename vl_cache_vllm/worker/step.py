@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a scheduled batch to what eviction must do in that step: host-side integers only.
 
-Runner-neutral: the V1 and V2 adapters translate their batches into `BatchRow`s.
+Runner-neutral: the V1 and V2 adapters translate their batches into a `Batch`. Rows that decode are
+planned as arrays; only those that prefill or are evicted cost time of their own.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.core.admission import plan_eviction
 from vl_cache_vllm.messages import EvictionOrder
-from vl_cache_vllm.worker.requests import RequestState
+from vl_cache_vllm.worker.requests import RequestState, columns_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,38 @@ class BatchRow:
     state: RequestState
     num_computed: int  # before this step
     num_scheduled: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The scheduled requests of a step, R rows in the order of a model runner."""
+
+    request_ids: Sequence[str]  # R
+    num_computed: np.ndarray  # int [R], before this step
+    num_scheduled: np.ndarray  # int [R]
+    columns: np.ndarray  # int64 [4, R], `columns_of` the requests before this step
+    state: Callable[[int], RequestState]  # of a row
+
+    @classmethod
+    def of(cls, rows: Sequence[BatchRow]) -> "Batch":
+        """The batch of some rows."""
+        return cls(
+            [row.state.request_id for row in rows],
+            np.array([row.num_computed for row in rows], np.int64),
+            np.array([row.num_scheduled for row in rows], np.int64),
+            columns_of(row.state for row in rows),
+            lambda row: rows[row].state,
+        )
+
+    def row(self, index: int) -> BatchRow:
+        """One row."""
+        computed, scheduled = self.num_computed[index], self.num_scheduled[index]
+        return BatchRow(self.state(index), int(computed), int(scheduled))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return int(self.num_scheduled.sum())
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ class StepPlan:
 
 
 def plan_step(
-    rows: Sequence[BatchRow],
+    batch: Batch,
     block_size: int,
     num_layers: int,
     admitted: Container[str] | None = None,
@@ -97,7 +131,7 @@ def plan_step(
     The states of the rows to evict are updated, so that the next step sees them evicted.
 
     Args:
-        rows: the batch.
+        batch: the rows of the step.
         block_size: tokens of a block.
         num_layers: layers of the pool.
         admitted: ids of the requests that may be observed; None: all.
@@ -106,26 +140,35 @@ def plan_step(
     """
     orders = orders or {}
     observations, pending_evictions, kept_whole = [], [], []
-    needs_tables, width, query_start = False, 1, 0
-    for index, row in enumerate(rows):
-        state, end = row.state, row.num_computed + row.num_scheduled
-        order = orders.get(state.request_id)
-        width = max(width, _most_pages(state, end, block_size, num_layers))
-        needs_tables |= state.evicted_tokens > 0
+    prefill_tokens, evicted_tokens, kept_blocks, _ = batch.columns
+    ends = batch.num_computed + batch.num_scheduled
+    needs_tables = bool(evicted_tokens.any())
+    is_special = batch.num_computed < prefill_tokens
+    if orders:
+        is_special |= [request_id in orders for request_id in batch.request_ids]
+    for index in np.flatnonzero(is_special).tolist():
+        row = batch.row(index)
+        state, order = row.state, orders.get(row.state.request_id)
+        query_start = int(batch.num_scheduled[:index].sum())
         max_pages = 0
         if order is not None:
-            max_pages = _most_pages(state, order.evicted_tokens, block_size, num_layers)
+            pages = _max_pages(
+                evicted_tokens[index],
+                kept_blocks[index],
+                order.evicted_tokens,
+                block_size,
+                num_layers,
+            )
+            max_pages = int(pages)
         unobserved = 0
         if row.num_computed < state.prefill_tokens:
-            ends = end >= state.prefill_tokens
-            state.is_deferred = ends and state.request_id in deferred
-            ends_whole = ends and order is None and not state.is_deferred
+            ends_prefill = row.num_computed + row.num_scheduled >= state.prefill_tokens
+            state.is_deferred = ends_prefill and state.request_id in deferred
+            ends_whole = ends_prefill and order is None and not state.is_deferred
             if ends_whole and state.attention_stats is not None:
                 kept_whole.append(state)
-            if not ends_whole and (admitted is None or state.request_id in admitted):
-                observation = _observe_prefill(index, row, query_start, block_size)
-                if observation is not None:
-                    observations.append(observation)
+            if observes_prefill(row, block_size, admitted, orders, deferred):
+                observations.append(_observe_prefill(index, row, query_start, block_size))
             if order is not None:
                 first = _observation_start(state)
                 tokens, num_queries = state.prefill_tokens, state.prefill_tokens - first
@@ -152,21 +195,62 @@ def plan_step(
                     max_pages,
                 )
             )
-        query_start += row.num_scheduled
     for eviction in pending_evictions:
         state = eviction.state
         state.evicted_tokens = eviction.order.evicted_tokens
         state.kept_blocks = len(eviction.order.kept_blocks)
         state.num_evictions += 1
+    width = table_width(batch.columns, ends, block_size, num_layers)
     return StepPlan(observations, pending_evictions, kept_whole, needs_tables, width)
 
 
-def _most_pages(state: RequestState, tokens: int, block_size: int, num_layers: int) -> int:
-    """Bound of the pages in which any layer stores the first ``tokens`` logical tokens."""
-    evicted_blocks = state.evicted_tokens // block_size
+def table_width(columns: np.ndarray, ends: np.ndarray, block_size: int, num_layers: int) -> int:
+    """Bound of the pages of any layer of some requests, at least 1.
+
+    Args:
+        columns: of the requests, int64 ``[4, R]`` (`columns_of`).
+        ends: logical tokens of each after the step, int ``[R]``.
+        block_size: tokens of a block.
+        num_layers: layers of the pool.
+    """
+    _, evicted_tokens, kept_blocks, _ = columns
+    pages = _max_pages(evicted_tokens, kept_blocks, ends, block_size, num_layers)
+    return int(pages.max(initial=1))
+
+
+def observes_prefill(
+    row: BatchRow,
+    block_size: int,
+    admitted: Container[str] | None,
+    orders: Container[str],
+    deferred: Container[str],
+) -> bool:
+    """Whether a row that prefills is observed in this step; arguments as for `plan_step`."""
+    state, end = row.state, row.num_computed + row.num_scheduled
+    request_id, vision_end = state.request_id, state.vision_end
+    if vision_end is None or not (admitted is None or request_id in admitted):
+        return False
+    if end >= state.prefill_tokens and request_id not in orders and request_id not in deferred:
+        return False  # it ends whole
+    if not plan_eviction(state.config, block_size, state.prefill_tokens, vision_end).kept_blocks:
+        return False  # the scheduler's rule is at least as strict
+    first, end = _observed_positions(row)
+    return first < end
+
+
+def _max_pages(
+    evicted_tokens: np.ndarray,
+    kept_blocks: np.ndarray,
+    tokens: np.ndarray | int,
+    block_size: int,
+    num_layers: int,
+) -> np.ndarray:
+    """Bound of the pages in which any layer stores the first ``tokens`` logical tokens, ``[R]``."""
+    evicted_blocks = evicted_tokens // block_size
     # Every layer has at least one of the kept pages.
-    most_kept = state.kept_blocks * num_layers - (num_layers - 1)
-    return cdiv(tokens, block_size) - evicted_blocks + max(0, min(evicted_blocks, most_kept))
+    most_kept = kept_blocks * num_layers - (num_layers - 1)
+    kept = np.maximum(0, np.minimum(evicted_blocks, most_kept))
+    return (tokens + block_size - 1) // block_size - evicted_blocks + kept
 
 
 def _observation_start(state: RequestState) -> int:
@@ -175,24 +259,26 @@ def _observation_start(state: RequestState) -> int:
     return state.config.policy.observation_start(state.vision_end, state.prefill_tokens)
 
 
+def _observed_positions(row: BatchRow) -> tuple[int, int]:
+    """First and end position of the queries of a prefill that are observed in this step."""
+    # A last chunk of one token may be scheduled together with draft tokens after the prefill.
+    end = min(row.num_computed + row.num_scheduled, row.state.prefill_tokens)
+    return max(row.num_computed, _observation_start(row.state)), end
+
+
 def _observe_prefill(
     index: int, row: BatchRow, query_start: int, block_size: int
-) -> ObservedQueries | None:
-    state = row.state
-    # A last chunk of one token may be scheduled together with draft tokens after the prefill.
-    end = min(row.num_computed + row.num_scheduled, state.prefill_tokens)
-    vision_end = state.vision_end
-    if vision_end is None:
-        return None
-    if not plan_eviction(state.config, block_size, state.prefill_tokens, vision_end).kept_blocks:
-        return None  # the scheduler's rule is at least as strict
-    first = max(row.num_computed, _observation_start(state))
-    if first >= end:
-        return None
+) -> ObservedQueries:
+    first, end = _observed_positions(row)
     before = query_start - row.num_computed  # index in the step that position 0 would have
-    num_blocks = cdiv(end, block_size)
     return ObservedQueries(
-        index, state, before + first, before + end, first, num_blocks, state.prefill_tokens
+        index,
+        row.state,
+        before + first,
+        before + end,
+        first,
+        cdiv(end, block_size),
+        row.state.prefill_tokens,
     )
 
 

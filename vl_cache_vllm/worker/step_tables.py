@@ -1,20 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """The per-layer tables of a step, in device buffers that full CUDA graphs can replay."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import round_up
 
 from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagePool
-from vl_cache_vllm.worker.requests import RequestState
 
 _ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
 
-_NOT_EVICTED = (0, 0, 0)
+MAX_TABLE_BYTES = 128 << 20
+"""Bound of the tables of full graphs; those of one request of the maximum length always fit."""
+
+
+@dataclass(frozen=True)
+class TableSizes:
+    """What the buffers of a worker depend on."""
+
+    num_layers: int
+    max_num_reqs: int  # requests that the model runner may hold at once
+    max_num_tokens: int  # tokens of the largest step
+    max_table_width: int  # pages that one layer of a request can hold
+    max_graph_reqs: int  # requests of the largest full CUDA graph; 0: there are no graphs
+
+    @property
+    def width(self) -> int:
+        """Entries of a row of the widest table."""
+        return round_up(self.max_table_width, _ALIGNED_ENTRIES)
+
+    @property
+    def graph_entries(self) -> int:
+        """Entries of one layer's table in all graphs."""
+        bound = MAX_TABLE_BYTES // (4 * self.num_layers)
+        narrowest = self.max_graph_reqs * _ALIGNED_ENTRIES
+        most = self.max_graph_reqs * self.width
+        return min(most, max(bound, self.width, narrowest))
+
+    def graph_width(self, num_reqs: int) -> int:
+        """Entries of a row of the table in a graph of this many requests."""
+        fitting = self.graph_entries // num_reqs // _ALIGNED_ENTRIES * _ALIGNED_ENTRIES
+        return min(self.width, fitting)
+
+    def num_bytes(self) -> int:
+        """Bytes of all buffers of `StepTables`."""
+        tables = 4 * self.num_layers * (self.graph_entries + self.max_num_reqs)
+        slots = 8 * self.num_layers * self.max_num_tokens
+        kept = (self.max_num_reqs + 1) * (8 * self.num_layers + 4 * self.width)
+        return tables + slots + kept
 
 
 @dataclass(frozen=True)
@@ -30,34 +66,32 @@ class StepTables:
 
     Args:
         pool: the cache of this worker's layers.
-        max_num_reqs: requests that the model runner may hold at once.
-        max_num_tokens: tokens of the largest step.
-        max_table_width: pages that one layer of a request can hold.
+        sizes: of the buffers.
     """
 
-    def __init__(
-        self, pool: PagePool, max_num_reqs: int, max_num_tokens: int, max_table_width: int
-    ) -> None:
-        self._pool = pool
-        self._max_table_width = round_up(max_table_width, _ALIGNED_ENTRIES)
+    def __init__(self, pool: PagePool, sizes: TableSizes) -> None:
+        self._pool, self.sizes = pool, sizes
+        max_num_reqs = sizes.max_num_reqs
         device, num_layers = pool.device, pool.num_layers
         # int64 [max_num_reqs + 1, num_layers]. Row 0 stays zero: it serves requests that are not
         # evicted.
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # int64 [max_num_reqs + 1, max_table_width], ids of the kept blocks
+        # int32 [max_num_reqs + 1, width], ids of the kept blocks
         self._kept_blocks = torch.zeros(
-            max_num_reqs + 1, self._max_table_width, dtype=torch.int64, device=device
+            max_num_reqs + 1, sizes.width, dtype=torch.int32, device=device
         )
         # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
         self._block_table = torch.zeros(
-            num_layers * max_num_reqs * self._max_table_width, dtype=torch.int32, device=device
+            num_layers * sizes.graph_entries, dtype=torch.int32, device=device
         )
         self._seq_lens = torch.zeros(num_layers * max_num_reqs, dtype=torch.int32, device=device)
-        self._slots = torch.zeros(num_layers * max_num_tokens, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(
+            num_layers * sizes.max_num_tokens, dtype=torch.int64, device=device
+        )
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_rows: tuple[list[tuple[int, int, int]], EvictedRows] | None = None
+        self._last_rows: tuple[np.ndarray, EvictedRows] | None = None
 
     def kept_pages(self, slot: int) -> torch.Tensor:
         """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
@@ -81,7 +115,7 @@ class StepTables:
 
     def fill(
         self,
-        evicted: list[tuple[int, int, int]],
+        evicted: np.ndarray,
         num_tokens: int,
         table_width: int,
         block_table: torch.Tensor,
@@ -92,7 +126,8 @@ class StepTables:
         """Compute the tables of a step.
 
         Args:
-            evicted: `evicted_rows` of each of the R requests, before padding.
+            evicted: E, M and the slot of each request before padding, int64 ``[3, <= R]``; zeros
+                for one that is not evicted.
             num_tokens: tokens of the step, before padding.
             table_width: bound of any layer's pages of any request.
             block_table: int32 ``[R, C]``, padded to the graph.
@@ -101,46 +136,52 @@ class StepTables:
             graph: the full CUDA graph that reads the tables; None: no graph.
 
         Returns:
-            Views of the buffers; the next call overwrites them.
+            The tables; the next call overwrites them.
         """
         num_reqs = block_table.shape[0]
         if graph is not None:
-            evicted = evicted + [_NOT_EVICTED] * (num_reqs - len(evicted))
-            tables = self._views(num_reqs, graph.num_tokens, self._max_table_width)
+            assert num_reqs <= self.sizes.max_graph_reqs, (
+                f"a graph of {num_reqs} requests, but tables for {self.sizes.max_graph_reqs}"
+            )
+            width = self.sizes.graph_width(num_reqs)
+            assert table_width <= width, f"a graph of {width} pages, but a request of {table_width}"
+            tables = self._views(num_reqs, graph.num_tokens, width)
         else:
             width = round_up(min(table_width, block_table.shape[1]), _ALIGNED_ENTRIES)
             tables = self._views(num_reqs, num_tokens, width)
+        if (padding := num_reqs - evicted.shape[1]) > 0:
+            evicted = np.concatenate((evicted, np.zeros((3, padding), np.int64)), 1)
         # Consecutive decode steps share these rows until a request joins, ends or is evicted.
-        if self._last_rows is None or self._last_rows[0] != evicted:
-            columns = to_device([*zip(*evicted, strict=True)], block_table.device)
-            evicted_tokens, _, slot = columns
-            most_kept = max(1, *(kept_blocks for _, kept_blocks, _ in evicted))
-            kept_blocks = self._kept_blocks[slot, :most_kept]
+        if self._last_rows is None or not np.array_equal(self._last_rows[0], evicted):
+            evicted_tokens, _, slot = to_device(evicted, block_table.device)
+            most_kept = max(1, int(evicted[1].max(initial=0)))
+            kept_blocks = self._kept_blocks[slot, :most_kept].long()
             rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
             self._last_rows = evicted, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
 
     def _views(self, num_reqs: int, num_tokens: int, width: int) -> LayerTables:
-        """The buffers in the shapes of a step; consecutive steps mostly share the shapes."""
+        """The buffers in the shapes of a step; consecutive steps mostly share the shapes.
+
+        Steps that are in no graph may have more requests, but mostly narrower tables. If theirs do
+        not fit, they get a table of their own.
+        """
         shape = num_reqs, num_tokens, width
         if self._last_views is None or self._last_views[0] != shape:
+            self._last_views = None  # frees a table of its own
             num_layers = self._pool.num_layers
+            if num_layers * num_reqs * width <= len(self._block_table):
+                block_table = _prefix_view(self._block_table, num_layers, num_reqs, width)
+            else:
+                block_table = self._block_table.new_zeros(num_layers, num_reqs, width)
             views = LayerTables(
-                _prefix_view(self._block_table, num_layers, num_reqs, width),
+                block_table,
                 _prefix_view(self._seq_lens, num_layers, num_reqs),
                 _prefix_view(self._slots, num_layers, num_tokens),
             )
             self._last_views = shape, views
         return self._last_views[1]
-
-
-def evicted_rows(states: Sequence[RequestState]) -> list[tuple[int, int, int]]:
-    """E, M and the slot of each request; zeros where it is not evicted."""
-    return [
-        (s.evicted_tokens, s.kept_blocks, s.slot) if s.evicted_tokens else _NOT_EVICTED
-        for s in states
-    ]
 
 
 def _prefix_view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vl_cache_vllm.worker.build import EvictedGroup
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.requests import RequestState
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 
 
 def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
@@ -18,7 +18,7 @@ def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
 
 
 class V1Adapter:
-    """Translates the runner's batch into `BatchRow`s and attaches the step to the metadata.
+    """Translates the runner's batch into a `Batch` and attaches the step to the metadata.
 
     V1 does not announce that a request restarts after a preemption. It replaces the request's list
     of block ids then (`_update_states`), whereas it extends the list in place while the request
@@ -60,7 +60,7 @@ class V1Adapter:
             )
         ]
         step = self._evictor.begin_step(
-            rows,
+            Batch.of(rows),
             batch.block_table[group].get_device_tensor(batch.num_reqs),
             runner.query_start_loc.gpu,
             runner.seq_lens,

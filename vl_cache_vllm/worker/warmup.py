@@ -7,7 +7,9 @@ request finds its kernels compiled. Eviction needs, at most:
 - scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of one prompt allocate at once;
 - queries that a step holds until its last layer, up to `late_observation.MAX_LATE_QUERIES`;
-- tables: 4 bytes per layer, request and block of the longest sequence.
+- tables: 4 bytes per layer, request of a graph and block of the longest sequence, at most 128 MiB.
+
+`vl_cache_vllm.worker.memory` has the formula.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
-from vl_cache_vllm.worker.step import BatchRow
+from vl_cache_vllm.worker.step import Batch, BatchRow
 
 QUERIES = 64  # most that are observed in each of two steps
 
@@ -143,7 +145,7 @@ class WarmupEviction:
             end - start, self._num_heads, head_size, dtype=pool.pages.dtype, device=pool.device
         )
         step = self._worker.begin_step(
-            [BatchRow(self._state, start, end - start)],
+            Batch.of([BatchRow(self._state, start, end - start)]),
             numbers(0).expand(1, cdiv(end, pool.block_size)).contiguous(),
             numbers(0, end - start),
             numbers(end),
