@@ -42,6 +42,11 @@ class PrefilledPrompt:
     def tokens(self) -> int:
         return self.cache[0][0].shape[1]
 
+    @property
+    def asked(self) -> int:
+        """Tokens of the prompt itself."""
+        return self.tokens - self.generated
+
 
 class OfflineModel:
     """A Llama language model in float32 with access to its KV cache."""

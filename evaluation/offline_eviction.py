@@ -24,7 +24,7 @@ def evict(
             are not recorded.
     """
     policy, tokens, num_layers = config.policy, prompt.tokens, len(prompt.cache)
-    asked = tokens - prompt.generated
+    asked = prompt.asked
     plan = plan_eviction(config, block_size, asked, prompt.pages)
     if not plan.kept_blocks:
         return None
@@ -91,11 +91,11 @@ def decode(
     if positions is None:
         return None
     cache, tokens = kept(prompt.cache, positions), prompt.tokens
-    asked = tokens - prompt.generated
-    plan = plan_eviction(config, block_size, asked, prompt.pages)
-    bound = AnswerBound.of(config, plan, asked, block_size)
-    if bound is None:
+    if config.every is None:
         return model.correct(prompt, cache)
+    plan = plan_eviction(config, block_size, prompt.asked, prompt.pages)
+    bound = AnswerBound.of(config, plan, prompt.asked, block_size)
+    assert bound is not None, "a prompt that is evicted has a bound"
     output = [torch.tensor([prompt.first])]
     evicted, fed = whole_blocks(tokens, block_size), prompt.expected[:-1]
     while fed:

@@ -12,21 +12,21 @@ from dataclasses import replace
 
 from evaluation.pretrained.pools import POOLS
 from evaluation.pretrained.tasks import (
-    EXTRA_TOKENS,
     GIVEN_WORDS,
     PARAGRAPH,
     SPLITS,
+    Document,
     Encode,
     Place,
     PretrainedCase,
     Statement,
     Tokenizer,
     Writer,
+    case_of,
+    check_known,
     encoder,
-    page_of,
+    pages_of,
     paragraphs,
-    prompt_around,
-    prose_of,
 )
 
 TASKS = ("copy200", "list16")
@@ -45,26 +45,23 @@ def long_answer_cases(
 ) -> list[PretrainedCase]:
     """``count`` cases of each task in each form; arguments and errors of `pretrained_cases`."""
     tasks, forms = list(tasks), list(forms)
-    for names, known in (([split], SPLITS), (tasks, TASKS), (forms, FORMS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    check_known([split], SPLITS)
+    check_known(tasks, TASKS)
+    check_known(forms, FORMS)
     encode = encoder(tokenizer)
     cases = []
-    for index in range(count):
-        pages, placed = _document(encode, split, index)
+    num_documents = max((-(-count // PER_DOCUMENT[task]) for task in tasks), default=0)
+    for index in range(num_documents):
+        document = _document(encode, split, index)
         for form in forms:
             for task in tasks:
-                asked = [s for s in placed if s[0].task == task]
+                asked = [s for s in document.statements if s[0].task == task]
                 for statement, places in asked[: max(0, count - index * PER_DOCUMENT[task])]:
-                    cases.append(_case(encode, form, statement, places, pages, f"{split}/{index}"))
+                    cases.append(_case(encode, form, document, statement, places))
     return cases
 
 
-def _document(
-    encode: Encode, split: str, index: int
-) -> tuple[tuple[tuple[int, ...], ...], list[tuple[Statement, tuple[Place, ...]]]]:
-    """Pages of a document, and its statements with the places of their answers."""
+def _document(encode: Encode, split: str, index: int) -> Document:
     rng = random.Random(f"long/{split}/{index}")
     chosen = rng.sample(paragraphs(split), len(paragraphs(split)))
     passages, rest = _passages(encode, chosen)
@@ -76,16 +73,9 @@ def _document(
     ]
     rng.shuffle(statements)
     num_pages = NUM_PAGES[index % len(NUM_PAGES)]
-    length = LENGTHS[index % len(LENGTHS)] // num_pages
-    prose = prose_of(encode, rest)
-    pages, placed = [], []
-    for page in range(num_pages):
-        lead = PARAGRAPH if page else ""
-        of_page = statements[page::num_pages]
-        ids, places = page_of(encode, rng, prose, [], of_page, length, lead)
-        pages.append(tuple(ids))
-        placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
-    return tuple(pages), placed
+    page_tokens = LENGTHS[index % len(LENGTHS)] // num_pages
+    pages, placed = pages_of(encode, rng, rest, [], statements, num_pages, page_tokens)
+    return Document(f"{split}/{index}", pages, tuple(placed))
 
 
 def _passages(
@@ -107,30 +97,12 @@ def _passages(
 def _case(
     encode: Encode,
     form: str,
+    document: Document,
     statement: Statement,
     places: tuple[Place, ...],
-    pages: tuple[tuple[int, ...], ...],
-    group: str,
 ) -> PretrainedCase:
-    given = GIVEN_WORDS.get(LIKE[statement.task])
-    if form == "completion" and given is not None:
-        whole = len(places)
-        statement = statement.begun(given)
-        places = places[whole - len(statement.answer_range(encode, PARAGRAPH)) :]
-    before, after = prompt_around(encode, form, statement)
-    sentence = encode(PARAGRAPH + statement.text)
-    begun = len(encode(PARAGRAPH + statement.start.rstrip()))
+    given = GIVEN_WORDS.get(LIKE[statement.task], 0)
+    case = case_of(encode, form, document, statement, places, given)
     if form == "chat":  # replies repeat the sentence from its beginning
-        sentence, begun = encode(statement.text), 0
-    return PretrainedCase(
-        statement.task,
-        form,
-        group,
-        pages,
-        tuple(before),
-        tuple(after),
-        (statement.answer,),
-        len(encode(statement.answer)) + EXTRA_TOKENS[form],
-        places,
-        output=tuple(sentence[begun:]),
-    )
+        return replace(case, output=tuple(encode(statement.text)))
+    return replace(case, output=tuple(encode(PARAGRAPH + statement.text)[len(case.after) :]))

@@ -358,22 +358,10 @@ def generate(encode: Encode, split: str, index: int) -> Document:
         for statement in writer.statements(task, PER_DOCUMENT[task])
     ]
     rng.shuffle(statements)
-    prose = prose_of(encode, chosen)
-    pages, placed = [], []
-    for page in range(num_pages):
-        ids, places = page_of(
-            encode,
-            rng,
-            prose,
-            headings[page : page + 1],
-            statements[page::num_pages],
-            length // num_pages,
-            PARAGRAPH if page else "",
-        )
-        pages.append(tuple(ids))
-        placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    page_tokens = length // num_pages
+    pages, placed = pages_of(encode, rng, chosen, headings, statements, num_pages, page_tokens)
     rng.shuffle(placed)  # so that all pages are asked about
-    return Document(f"{split}/{index}", tuple(pages), tuple(placed))
+    return Document(f"{split}/{index}", pages, tuple(placed))
 
 
 def _quotations(
@@ -401,6 +389,42 @@ def prose_of(encode: Encode, chosen: Iterable[Sequence[str]]) -> deque[list[int]
     """Token ids of the sentences of paragraphs."""
     sentences = [(PARAGRAPH if i == 0 else " ") + s for p in chosen for i, s in enumerate(p)]
     return deque(encode(s) for s in [sentences[0].lstrip(), *sentences[1:]])
+
+
+def pages_of(
+    encode: Encode,
+    rng: random.Random,
+    chosen: Iterable[Sequence[str]],
+    headings: Sequence[Statement],
+    statements: Sequence[Statement],
+    num_pages: int,
+    page_tokens: int,
+) -> tuple[tuple[tuple[int, ...], ...], list[tuple[Statement, tuple[Place, ...]]]]:
+    """Pages of equally many tokens, among which the statements are dealt out.
+
+    Args:
+        chosen: paragraphs of the prose.
+        headings: one for each page, or none at all.
+        statements: sentences to insert.
+
+    Returns:
+        Token ids of each page, and the statements and headings with the places of their answers.
+    """
+    prose = prose_of(encode, chosen)
+    pages, placed = [], []
+    for page in range(num_pages):
+        ids, places = page_of(
+            encode,
+            rng,
+            prose,
+            headings[page : page + 1],
+            statements[page::num_pages],
+            page_tokens,
+            PARAGRAPH if page else "",
+        )
+        pages.append(tuple(ids))
+        placed += [(s, tuple((page, i) for i in indices)) for s, indices in places]
+    return tuple(pages), placed
 
 
 def page_of(
@@ -509,7 +533,7 @@ class Writer:
         return self._take(kind)
 
 
-def prompt_around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
+def _around(encode: Encode, form: str, statement: Statement) -> tuple[list[int], list[int]]:
     """Token ids before and after the pages."""
     if form == "completion":
         return encode(OPENING), encode(PARAGRAPH + statement.start.rstrip())
@@ -517,6 +541,46 @@ def prompt_around(encode: Encode, form: str, statement: Statement) -> tuple[list
         return encode(OPENING), encode(f"{PARAGRAPH}{statement.question}{ASSISTANT}")
     before = f"{USER}Answer the question from the text: {statement.question}{PARAGRAPH}"
     return encode(before), encode(ASSISTANT)
+
+
+def case_of(
+    encode: Encode,
+    form: str,
+    document: Document,
+    statement: Statement,
+    places: tuple[Place, ...],
+    given: int,
+) -> PretrainedCase:
+    """The question for a statement of a document.
+
+    Args:
+        form: one of `FORMS`.
+        places: of the answer's tokens.
+        given: words of the answer that a completion begins with.
+    """
+    if form == "completion" and given:
+        whole = len(places)
+        statement = statement.begun(given)
+        places = places[whole - len(statement.answer_range(encode, PARAGRAPH)) :]
+    before, after = _around(encode, form, statement)
+    return PretrainedCase(
+        statement.task,
+        form,
+        document.name,
+        document.pages,
+        tuple(before),
+        tuple(after),
+        (statement.answer,),
+        len(encode(statement.answer)) + EXTRA_TOKENS[form],
+        places,
+    )
+
+
+def check_known(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError if there is an unknown name."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def pretrained_cases(
@@ -535,10 +599,8 @@ def pretrained_cases(
         ValueError: for an unknown split, task or form.
     """
     tasks, forms = list(tasks), list(forms)
-    for names, known in ((tasks, TASKS), (forms, FORMS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    check_known(tasks, TASKS)
+    check_known(forms, FORMS)
     encode = encoder(tokenizer)
     missing = {(task, form): count for task in tasks for form in forms}
     cases = []
@@ -552,23 +614,7 @@ def pretrained_cases(
                 asked = [s for s in document.statements if s[0].task == task]
                 for statement, places in asked[: min(PER_DOCUMENT[task], missing[task, form])]:
                     missing[task, form] -= 1
-                    if form == "completion" and task in GIVEN_WORDS:
-                        whole = len(places)
-                        statement = statement.begun(GIVEN_WORDS[task])
-                        places = places[whole - len(statement.answer_range(encode, PARAGRAPH)) :]
-                    before, after = prompt_around(encode, form, statement)
-                    cases.append(
-                        PretrainedCase(
-                            task,
-                            form,
-                            document.name,
-                            document.pages,
-                            tuple(before),
-                            tuple(after),
-                            (statement.answer,),
-                            len(encode(statement.answer)) + EXTRA_TOKENS[form],
-                            places,
-                        )
-                    )
+                    given = GIVEN_WORDS.get(task, 0)
+                    cases.append(case_of(encode, form, document, statement, places, given))
         index += 1
     return cases
