@@ -25,6 +25,7 @@ from unittest import mock
 from benchmarks import shape
 from testing.cli import make_parser, set_vllm_environment
 from testing.results import Row, write_report
+from testing.v2_runner import v2_runner
 
 PROMPT_TOKENS, BLOCK_SIZE, NUM_LAYERS = 640, 16, 36
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_TOKENS = 8192, 256, 16384
@@ -221,22 +222,8 @@ class WorkerUnderTest:
             max_table_width=MAX_MODEL_LEN // BLOCK_SIZE + 1,
             max_graph_reqs=MAX_NUM_SEQS,
         )
-        metadata = SimpleNamespace()
         layers = {f"layer.{index}": index for index in range(NUM_LAYERS)}
-        runner: Any = SimpleNamespace(
-            vllm_config=SimpleNamespace(
-                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_NUM_SEQS]),
-                parallel_config=SimpleNamespace(data_parallel_size=1),
-            ),
-            max_num_reqs=MAX_NUM_SEQS,
-            model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-            model_state=SimpleNamespace(
-                add_request=lambda *_: None,
-                remove_request=lambda *_: None,
-                prepare_attn=lambda *_, **__: dict.fromkeys(layers, metadata),
-            ),
-            gather_batch_req_state=lambda *_: (self._gathered, 1),
-        )
+        runner, _ = v2_runner(MAX_NUM_SEQS, [MAX_NUM_SEQS], lambda *_: (self._gathered, 1), layers)
         self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(0, layers))
         self._gathered: Any = None
         self._count = 0

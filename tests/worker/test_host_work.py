@@ -10,6 +10,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 
+from testing.v2_runner import v2_runner
 from tests.helpers.calls import calls_during
 from tests.helpers.pools import make_pool
 from vl_cache_vllm.config import KVCompressConfig
@@ -37,20 +38,7 @@ class Decoding:
             max_table_width=20,
             max_graph_reqs=MAX_REQS,
         )
-        runner: Any = SimpleNamespace(
-            vllm_config=SimpleNamespace(
-                compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_REQS]),
-                parallel_config=SimpleNamespace(data_parallel_size=1),
-            ),
-            max_num_reqs=MAX_REQS,
-            model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-            model_state=SimpleNamespace(
-                add_request=lambda *_: None,
-                remove_request=lambda *_: None,
-                prepare_attn=lambda *_, **__: {"layer": SimpleNamespace()},
-            ),
-            gather_batch_req_state=lambda *_: (self.gathered, 1),
-        )
+        runner, _ = v2_runner(MAX_REQS, [MAX_REQS], lambda *_: (self.gathered, 1))
         self.adapter = V2Adapter(runner, self.evictor, EvictedGroup(0, {"layer": 0}))
         self.ids = [f"request-{index}" for index in range(num_reqs)]
         for index, request_id in enumerate(self.ids):

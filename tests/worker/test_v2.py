@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
+from testing.v2_runner import v2_runner
 from tests.worker.test_warmup import BLOCK_SIZE, NUM_LAYERS, warmup_of
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder
@@ -27,21 +28,8 @@ NUM_REQS = 2  # of the graph
 
 def adapter(state: Any = None, data_parallel_size: int = 1) -> tuple[V2Adapter, Any]:
     """One whose attention metadata is an object for the only layer group."""
-    metadata = SimpleNamespace()
-    runner: Any = SimpleNamespace(
-        max_num_reqs=NUM_REQS,
-        vllm_config=SimpleNamespace(
-            compilation_config=SimpleNamespace(cudagraph_capture_sizes=[2, 1]),
-            parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
-        ),
-        req_states=SimpleNamespace(num_computed_tokens_np=np.zeros(NUM_REQS, int)),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-        model_state=SimpleNamespace(
-            add_request=lambda *_: None,
-            remove_request=None,
-            prepare_attn=lambda *_, **__: {"layer": metadata},
-        ),
-        gather_batch_req_state=lambda *_: state,
+    runner, metadata = v2_runner(
+        NUM_REQS, [2, 1], lambda *_: state, data_parallel_size=data_parallel_size
     )
     _, worker = warmup_of(KVCompressConfig(), 100, 100)
     return V2Adapter(runner, worker, EvictedGroup(0, {"layer": 0})), metadata
