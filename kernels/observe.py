@@ -576,6 +576,20 @@ def columns_kernel(
     )
 
 
+@triton.jit
+def _num_keys(
+    request,  # [16] int64, of _describe
+    layer,  # int
+):
+    """Keys of a layer up to the request's last query, int32."""
+    given = tl.load(request + 3)
+    return tl.load(
+        given.to(tl.pointer_type(tl.int32)) + layer,
+        mask=given != 0,
+        other=tl.load(request + 2).to(tl.int32),
+    )
+
+
 # Compiled once for all steps.
 @triton.jit(
     do_not_specialize=["total_rows", "num_splits"],
@@ -620,12 +634,7 @@ def statistics_of_step_kernel(
     num_rows = tl.load(request + 1).to(tl.int32)
     if first_row >= num_rows:
         return
-    given = tl.load(request + 3)
-    num_keys = tl.load(
-        given.to(tl.pointer_type(tl.int32)) + layer,
-        mask=given != 0,
-        other=tl.load(request + 2).to(tl.int32),
-    )
+    num_keys = _num_keys(request, layer)
     keys_per_split = tl.load(request + 8).to(tl.int32)
     maximum, total = _statistics(
         query + tl.cast(layer, tl.int64) * layer_stride + tl.load(request) * query_stride,
@@ -706,12 +715,7 @@ def columns_of_step_kernel(
     kv_head = (tl.program_id(1) % NUM_KV_HEADS).to(tl.int64)
     request = requests + tl.program_id(2) * 16
     num_rows = tl.load(request + 1).to(tl.int32)
-    given = tl.load(request + 3)
-    num_keys = tl.load(
-        given.to(tl.pointer_type(tl.int32)) + layer,
-        mask=given != 0,
-        other=tl.load(request + 2).to(tl.int32),
-    )
+    num_keys = _num_keys(request, layer)
     if first_key >= num_keys:
         return
     of_rows = tl.program_id(1).to(tl.int64) * total_rows + tl.load(request + 9)
@@ -815,6 +819,16 @@ def _constants(
     }
 
 
+def _exponents(scale: float, softcap: float) -> tuple[float, float]:
+    """``to_base_2`` and ``cap_exponent`` of a layer with a softmax scale and a soft cap.
+
+    The kernels' logits are capped and in their own unit, or not yet scaled.
+    """
+    if softcap > 0:
+        return math.log2(math.e), 2 * scale * math.log2(math.e) / softcap
+    return scale * math.log2(math.e), 0.0
+
+
 def _column_options(constants: dict[str, Any], has_maxima: bool) -> dict[str, Any]:
     """How the second pass is compiled, so that three programs fit on an SM where they can."""
     # Others would spill, or their tiles take so much shared memory that no third program fits.
@@ -889,10 +903,8 @@ def observe(
     tiles_per_split = triton.cdiv(key_tiles, min(num_splits, key_tiles))
     num_splits = triton.cdiv(key_tiles, tiles_per_split)
     assert query.stride(2) == 1 and column_sums.stride(1) == 1
-    # The kernels' logits are capped and in their own unit, or not yet scaled.
-    unit = 1.0 if params.softcap > 0 else params.scale
-    to_base_2, margin = unit * math.log2(math.e), math.log(params.threshold) / unit
-    cap_exponent = 2 * params.scale * math.log2(math.e) / params.softcap if params.softcap else 0.0
+    to_base_2, cap_exponent = _exponents(params.scale, params.softcap)
+    margin = math.log2(params.threshold) / to_base_2
     inputs = (
         query,
         query.stride(0),
@@ -1024,9 +1036,7 @@ def observe_layers(
         first_row += number
     total_rows, end = first_row, len(table)
     for scale in scales:
-        unit = 1.0 if softcap > 0 else scale  # as in `observe`
-        exponent = 2 * scale * math.log2(math.e) / softcap if softcap > 0 else 0.0
-        table += _bits(unit * math.log2(math.e)), _bits(exponent)
+        table += map(_bits, _exponents(scale, softcap))
     numbers = to_device(table, query.device)
     keys = _KeyTable.of(PagedKeys(pool, requests[0].table))
     assert query.stride(3) == 1
