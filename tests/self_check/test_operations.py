@@ -149,6 +149,8 @@ FAULTS = (
         frozenset({"observe: sums", "observe: maxima"}),
     ),
     Fault("_float", "bits.to(tl.int32)", "(0 * bits + 0x3F800000).to(tl.int32)", LAYERS),
+    Fault("_num_keys", "tl.load(request + 2)", "(tl.load(request + 2) - 1)", LAYERS),
+    Fault("_num_keys", "tl.int32)) + layer", "tl.int32)) + 0 * layer", LAYERS - DENSE),
     Fault(
         "statistics_of_step_kernel",
         "if num_splits == 1:",
