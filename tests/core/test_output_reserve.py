@@ -217,7 +217,7 @@ def test_outputs_that_come_and_go(steps: list[tuple[int, bool, int]]) -> None:
         if is_put:
             outputs.put(request, EvictedOutput(4 * number, 1, 7), held)
             expected[request.request_id] = number, held
-        elif held > 5 and request.request_id in outputs:
+        elif held > 5 and request.request_id in expected:
             outputs.set_held(request.request_id, held)
             expected[request.request_id] = expected[request.request_id][0], held
         else:

@@ -317,9 +317,9 @@ class EvictionBlockManager(FullAttentionManager):
             return
         plan, evicted = self.decisions.decided(request_id), self._evicted.get(request_id)
         assert plan is not None
-        is_observed = self.later.is_deferred(request_id)
-        if processed_computed_tokens < plan.prompt_tokens:
-            is_observed = True
+        is_observed = processed_computed_tokens < plan.prompt_tokens or self.later.is_deferred(
+            request_id
+        )
         if not is_observed:
             self.decisions.observation_budget.release(request_id)
         if evicted is not None and evicted.to_free:

@@ -98,9 +98,6 @@ class EvictedOutputs:
         self._index: dict[str, int] = {}  # by id
         self._array = numpy.zeros((len(_Column), 16), numpy.int64)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._index
-
     def put(self, request: Request, output: EvictedOutput, held: int) -> None:
         """Add a request, or replace what is known of it.
 
