@@ -22,7 +22,7 @@ layers (worker).
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -559,5 +559,6 @@ class EvictionBlockManager(FullAttentionManager):
         return self._totals + self._current_stats()
 
     def _current_stats(self) -> EvictionStats:
-        is_on = self.decisions.pressure.is_on if self.decisions.by_pressure else None
-        return replace(self._stats, blocks_held=self.blocks_held, pressure=is_on)
+        self._stats.blocks_held = self.blocks_held
+        self._stats.pressure = self.decisions.pressure.is_on if self.decisions.by_pressure else None
+        return self._stats

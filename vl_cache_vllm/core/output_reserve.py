@@ -97,6 +97,8 @@ class EvictedOutputs:
         self._requests: list[Request] = []  # by index
         self._index: dict[str, int] = {}  # by id
         self._array = numpy.zeros((len(_Column), 16), numpy.int64)
+        self.blocks_held = 0
+        """Blocks that all of them hold."""
 
     def put(self, request: Request, output: EvictedOutput, held: int) -> None:
         """Add a request, or replace what is known of it.
@@ -111,6 +113,8 @@ class EvictedOutputs:
             self._requests.append(request)
             if index == self._array.shape[1]:
                 self._array = numpy.concatenate((self._array, numpy.zeros_like(self._array)), 1)
+            self._array[_Column.HELD, index] = 0
+        self.set_held(request.request_id, held)
         bound = output.bound
         kept_again = bound.kept_blocks if bound is not None else 0
         self._requests[index] = request
@@ -129,23 +133,21 @@ class EvictedOutputs:
 
     def set_held(self, request_id: str, held: int) -> None:
         """Change the number of blocks that a request holds."""
-        self._array[_Column.HELD, self._index[request_id]] = held
+        index = self._index[request_id]
+        self.blocks_held += held - int(self._array[_Column.HELD, index])
+        self._array[_Column.HELD, index] = held
 
     def discard(self, request_id: str) -> None:
         """Forget a request; unknown ids are fine."""
         index = self._index.pop(request_id, None)
         if index is None:
             return
+        self.blocks_held -= int(self._array[_Column.HELD, index])
         last = self._requests.pop()
         if index < len(self._requests):  # the last one takes its place
             self._requests[index] = last
             self._index[last.request_id] = index
             self._array[:, index] = self._array[:, len(self._requests)]
-
-    @property
-    def blocks_held(self) -> int:
-        """Blocks that all of them hold."""
-        return int(self._array[_Column.HELD, : len(self._requests)].sum())
 
     def columns(self) -> tuple[numpy.ndarray, numpy.ndarray]:
         """A view of the array, ``[10, R]``, and the tokens that each request has, ``[R]``."""

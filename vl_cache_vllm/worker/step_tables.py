@@ -91,7 +91,7 @@ class StepTables:
             num_layers * sizes.max_num_tokens, dtype=torch.int64, device=device
         )
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
-        self._last_rows: tuple[np.ndarray, EvictedRows] | None = None
+        self._last_rows: tuple[bytes, EvictedRows] | None = None
 
     def kept_pages(self, slot: int) -> torch.Tensor:
         """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
@@ -152,12 +152,13 @@ class StepTables:
         if (padding := num_reqs - evicted.shape[1]) > 0:
             evicted = np.concatenate((evicted, np.zeros((3, padding), np.int64)), 1)
         # Consecutive decode steps share these rows until a request joins, ends or is evicted.
-        if self._last_rows is None or not np.array_equal(self._last_rows[0], evicted):
+        key = evicted.tobytes()
+        if self._last_rows is None or self._last_rows[0] != key:
             evicted_tokens, _, slot = to_device(evicted, block_table.device)
             most_kept = max(1, int(evicted[1].max(initial=0)))
             kept_blocks = self._kept_blocks[slot, :most_kept].long()
             rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
-            self._last_rows = evicted, rows
+            self._last_rows = key, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
 
