@@ -19,13 +19,14 @@ def test_the_page_is_up_to_date() -> None:
     overhead = results.overhead["rows"]
     assert {row["step"] for row in overhead} == {"prefill", "decode"}
     assert report.overhead_table(overhead) in page
+    assert report.overhead_table(results.overhead_amx["rows"]) in page
 
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The committed results by name. Tests change them, and the page uses the changed ones."""
     names = ("serving", "serving-ample", "serving-early", "offline", "turns", "overhead")
-    names += ("host-time", "host-time-before")
+    names += ("overhead-amx", "host-time", "host-time-before")
     loaded = {name: copy.deepcopy(report.load(name)) for name in names}
     monkeypatch.setattr(report, "load", loaded.__getitem__)
     return loaded
