@@ -138,7 +138,7 @@ class Time:
 
     def __str__(self) -> str:
         return (
-            f"time  {self.operation:<34}{self.case:<50}{self.milliseconds:>8.3f} ms"
+            f"time  {self.operation:<36}{self.case:<50}{self.milliseconds:>8.3f} ms"
             f"{self.bound_milliseconds:>8.3f} ms bound"
         )
 

@@ -26,11 +26,11 @@ class Row:
 
     def __str__(self) -> str:
         verdict = "pass" if self.passed else "FAIL"
-        text = f"{verdict}  {self.name:<34}{self.case:<50}{self.error:>11.3g}{self.limit:>11.3g}"
+        text = f"{verdict}  {self.name:<36}{self.case:<50}{self.error:>11.3g}{self.limit:>11.3g}"
         return f"{text}  {self.note}".rstrip()
 
 
-HEADER = f"      {'what':<34}{'case':<50}{'error':>11}{'limit':>11}"
+HEADER = f"      {'what':<36}{'case':<50}{'error':>11}{'limit':>11}"
 
 
 def broken(name: str, case: str, error: BaseException | str) -> Row:
