@@ -76,7 +76,7 @@ def measure(model: Path, settings: dict[str, Any] | None, options: Any) -> list[
         ) as llm,
     ):
         for images in options.images:
-            for batch in {1: None, options.batch: None}:
+            for batch in sorted({1, options.batch}):
                 if images * batch > MAX_IMAGES:
                     continue
                 requests = [harness.image_request("llava", QUESTION, range(images))] * batch

@@ -98,7 +98,7 @@ class EvictedOutputs:
         self._index: dict[str, int] = {}  # by id
         self._array = numpy.zeros((len(_Column), 16), numpy.int64)
         self.blocks_held = 0
-        """Blocks that all of them hold."""
+        """Blocks that all of them hold; a counter, because every step reads it."""
 
     def put(self, request: Request, output: EvictedOutput, held: int) -> None:
         """Add a request, or replace what is known of it.

@@ -9,7 +9,7 @@ where the model's weights have replaced numpy's code in the caches.
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import accumulate, compress
 
 import numpy as np
 from vllm.utils.math_utils import cdiv
@@ -149,10 +149,11 @@ def plan_step(
     is_special = batch.num_computed < prefill_tokens
     if orders:
         is_special |= [request_id in orders for request_id in batch.request_ids]
-    for index in compress(range(len(ends)), is_special.tolist()):
-        row = batch.row(index)
+    special = [*compress(range(len(ends)), is_special.tolist())]
+    starts = [*accumulate(batch.num_scheduled.tolist(), initial=0)] if special else []
+    for index in special:
+        row, query_start = batch.row(index), starts[index]
         state, order = row.state, orders.get(row.state.request_id)
-        query_start = sum(batch.num_scheduled[:index].tolist())
         max_pages = 0
         if order is not None:
             pages = _max_pages(
