@@ -77,7 +77,7 @@ PARTS := build/accuracy-pretrained
 accuracy-pretrained: env
 	mkdir -p build
 	$(PRETRAINED) --forms completion chat --samples 20 --policies h2o@0.1 --budgets 1.0 --json $(PARTS)-h2o.json
-	$(PRETRAINED) --forms completion chat --policies vlcache-plus $(TENTH) --json $(PARTS).json
+	$(PRETRAINED) --forms completion chat --policies vlcache-plus vlcache-plus:evict_after=0 $(TENTH) --json $(PARTS).json
 	$(PRETRAINED) --report $(PARTS)-h2o.json $(PARTS).json --json benchmarks/results/accuracy-pretrained.json
 
 accuracy-agent: env
