@@ -28,12 +28,13 @@ void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, in
 template <typename Cell>
 void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t source_stride,
              const int64_t* kept_row, const int64_t* kept_pages, const int32_t* positions,
-             int64_t num_layers, int64_t num_kv_heads, int64_t max_kept, int64_t layer_stride,
-             int64_t block_stride) {
+             int64_t num_layers, int64_t first_layer, int64_t num_moved, int64_t num_kv_heads,
+             int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
   const int64_t head_cells = 2 * move.block_size * move.head_size;  // elements of one head's part
   const auto page_at = [&](int64_t page_id) { return pages + page_id * num_kv_heads * head_cells; };
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t layer = 0; layer < num_layers; ++layer) {
+  for (int64_t moved = 0; moved < num_moved; ++moved) {
+    const int64_t layer = first_layer + moved;
     int64_t page_index = 0;  // among the request's kept pages; a layer follows the layers before it
     for (int64_t before = 0; before < layer; ++before) page_index += kept_pages[before];
     for (int64_t page = 0; page < kept_pages[layer]; ++page, ++page_index) {
@@ -41,7 +42,7 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
                          kept_row[page_index / num_layers] * block_stride);
       for (int64_t head = 0; head < num_kv_heads; ++head) {
         const int32_t* kept =
-            positions + (layer * num_kv_heads + head) * max_kept + page * move.block_size;
+            positions + (moved * num_kv_heads + head) * max_kept + page * move.block_size;
         for (int64_t token = 0; token < move.block_size; ++token) {
           const Cell* from =
               page_at(source_pages[layer * source_stride + kept[token] / move.block_size]);
@@ -60,18 +61,20 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
 // source_pages: [num_layers, C], page ids, rows at a distance of source_stride elements
 // kept_row: [M], block ids of the destination
 // kept_pages: [num_layers], pages of each layer, with the sum M * num_layers
-// positions: [num_layers, num_kv_heads, max_kept], indices in the layer's source pages
+// positions: [num_moved, num_kv_heads, max_kept], indices in the source pages of the layers from
+//     first_layer on, whose pages are filled
 // layer_stride, block_stride: pages from layer to layer and from block to block
 extern "C" void vlc_compact(void* pages, const int64_t* key_index, const int64_t* value_index,
                             const int32_t* source_pages, int64_t source_stride,
                             const int64_t* kept_row, const int64_t* kept_pages,
                             const int32_t* positions, int64_t cell_bytes, int64_t num_layers,
-                            int64_t num_kv_heads, int64_t block_size, int64_t head_size,
-                            int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
+                            int64_t first_layer, int64_t num_moved, int64_t num_kv_heads,
+                            int64_t block_size, int64_t head_size, int64_t max_kept,
+                            int64_t layer_stride, int64_t block_stride) {
   const Move move = {key_index, value_index, block_size, head_size};
   const auto run = [&](auto* cells) {
     compact(cells, move, source_pages, source_stride, kept_row, kept_pages, positions, num_layers,
-            num_kv_heads, max_kept, layer_stride, block_stride);
+            first_layer, num_moved, num_kv_heads, max_kept, layer_stride, block_stride);
   };
   if (cell_bytes == 1) run(static_cast<uint8_t*>(pages));
   if (cell_bytes == 2) run(static_cast<uint16_t*>(pages));

@@ -10,7 +10,7 @@ from vl_cache_vllm.core.admission import plan_eviction, whole_blocks
 from vl_cache_vllm.core.later_evictions import AnswerBound
 from vl_cache_vllm.policy import Prompt
 from vl_cache_vllm.worker.attention_stats import AttentionStats
-from vl_cache_vllm.worker.selection import Selection, select_kept
+from vl_cache_vllm.worker.selection import Division, EvictionInput, Selection, select_kept
 from vl_cache_vllm.worker.source import EvictionSource
 
 
@@ -42,18 +42,20 @@ def evict(
         for i, ((keys, _), queries) in enumerate(zip(prompt.cache, prompt.queries, strict=True)):
             seen = queries[first - prompt.pages : end - prompt.pages]
             observed.add(i, seen, keys, first, scale, 0.0)
-    selection = select_kept(
-        config,
-        observed,
-        observed.dense_entries,
-        Prompt(tokens, prompt.visual, prompt.grids),
-        prompt.queries[0].shape[1],
-        sum(end - first for first, end in ranges),
-        plan.kept_blocks,
-        EvictionSource.of_prompt(tokens, num_layers, block_size),
-        max(0, prompt.generated - 1),
+    selected = select_kept(
+        EvictionInput(
+            config,
+            observed,
+            observed.dense_entries,
+            Prompt(tokens, prompt.visual, prompt.grids),
+            prompt.queries[0].shape[1],
+            sum(end - first for first, end in ranges),
+            plan.kept_blocks,
+            EvictionSource.of_prompt(tokens, num_layers, block_size),
+            max(0, prompt.generated - 1),
+        )
     )
-    return _with_tails(selection, prompt.cache, tokens % block_size, block_size)
+    return _with_tails(*selected, prompt.cache, tokens % block_size, block_size)
 
 
 def kept(cache: Cache, positions: list[Tensor]) -> Cache:
@@ -142,22 +144,26 @@ def _evict_again(
     for i, (keys, _) in enumerate(cache):
         first = source.max_tokens - num_queries
         observed.add(i, queries[i], keys, first, head_size**-0.5, 0.0, lengths[i])
-    selection = select_kept(
-        config,
-        observed,
-        observed.dense_entries,
-        Prompt(source.max_tokens, lengths=source.cached_tokens),
-        num_heads,
-        num_queries,
-        kept_blocks,
-        source,
+    selected = select_kept(
+        EvictionInput(
+            config,
+            observed,
+            observed.dense_entries,
+            Prompt(source.max_tokens, lengths=source.cached_tokens),
+            num_heads,
+            num_queries,
+            kept_blocks,
+            source,
+        )
     )
-    return kept(cache, _with_tails(selection, cache, tail, block_size))
+    return kept(cache, _with_tails(*selected, cache, tail, block_size))
 
 
-def _with_tails(selection: Selection, cache: Cache, tail: int, block_size: int) -> list[Tensor]:
+def _with_tails(
+    division: Division, selection: Selection, cache: Cache, tail: int, block_size: int
+) -> list[Tensor]:
     """The selected cache indices of each layer and those of its tail, [KV heads, kept]."""
-    sizes = (selection.kept_pages * block_size).tolist()
+    sizes = (division.kept_pages * block_size).tolist()
     result = []
     for row, size, (keys, _) in zip(selection.positions, sizes, cache, strict=True):
         length = keys.shape[1]

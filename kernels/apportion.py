@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.apportion.apportion` as one launch of one program, in float64.
+"""`vl_cache_vllm.ops.apportion.apportion` as one launch, a program per request, in float64.
 
 The torch function sorts the kinks of the sum of the quotas. The kernel needs no sort: it evaluates
 the sum at every kink, in chunks, and keeps the two kinks around the total.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from vl_cache_vllm.ops.apportion import check_total_pages
+from vl_cache_vllm.ops.apportion import check_totals
+from vl_cache_vllm.ops.device import to_device
 
 CHUNK = 16  # kinks, or layers, compared with all layers at once
 
@@ -60,22 +63,24 @@ def _remainder(
 
 
 # Compiled once for all prompts.
-@triton.jit(
-    do_not_specialize=["total"], do_not_specialize_on_alignment=["weights", "max_pages", "pages"]
-)
+@triton.jit(do_not_specialize_on_alignment=["weights", "max_pages", "pages", "totals"])
 def apportion_kernel(
-    weights,  # [num_layers] float64, positive
-    pages,  # [num_layers] int64, output: pages of each layer
-    total,  # int, pages of all layers
-    max_pages,  # [num_layers] int64, cap of each layer in pages
+    weights,  # [R, num_layers] float64, positive
+    pages,  # [R, num_layers] int64, output: pages of each layer
+    totals,  # [R] int64, pages of all layers
+    max_pages,  # [R, num_layers] int64, cap of each layer in pages
     num_layers,  # int
     LAYERS: tl.constexpr,  # num_layers rounded up to a power of 2
     CHUNK: tl.constexpr,  # kinks or layers per iteration
 ):
-    """Grid ``(1,)``: one program holds all layers."""
+    """Grid ``(R,)``: one program holds all layers of a request."""
+    request = tl.program_id(0)
+    weights += request * num_layers
+    pages += request * num_layers
+    max_pages += request * num_layers
     layer = tl.arange(0, LAYERS)
     exists = layer < num_layers
-    total = tl.full((), total, tl.float64)
+    total = tl.load(totals + request).to(tl.float64)
     cap = tl.load(max_pages + layer, mask=exists, other=1).to(tl.float64)
     largest = tl.max(_finite(weights, layer, exists), 0)
     weight = _weight(weights, layer, exists, largest)
@@ -125,20 +130,23 @@ def apportion_kernel(
 
 
 def apportion(
-    weights: torch.Tensor, total_pages: int, max_pages: torch.Tensor, capacity: int
+    weights: torch.Tensor,
+    total_pages: Sequence[int],
+    max_pages: torch.Tensor,
+    capacities: Sequence[int],
 ) -> torch.Tensor:
-    """Divide a total of pages among the layers; arguments as for the operation.
+    """Divide totals of pages among the layers; arguments as for the operation.
 
-    Grid ``(1,)``: a few dozen layers fit one program, and a single launch needs no synchronisation
+    Grid ``(R,)``: a few dozen layers fit one program, and a single launch needs no synchronisation
     between the steps.
     """
-    num_layers = weights.shape[0]
-    check_total_pages(num_layers, total_pages, capacity)
-    pages = torch.empty(num_layers, dtype=torch.int64, device=weights.device)
-    apportion_kernel[1,](
+    num_reqs, num_layers = weights.shape
+    check_totals(num_layers, total_pages, capacities)
+    pages = torch.empty(num_reqs, num_layers, dtype=torch.int64, device=weights.device)
+    apportion_kernel[num_reqs,](
         weights.double().contiguous(),
         pages,
-        total_pages,
+        to_device(total_pages, weights.device),
         max_pages.contiguous(),
         num_layers,
         LAYERS=triton.next_power_of_2(num_layers),

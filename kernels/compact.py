@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.compact.compact` as one launch, a program per destination page and KV head.
+"""`vl_cache_vllm.ops.compact.compact_all` as one launch.
+
+A program fills one KV head of one destination page.
 
 L layers, C source pages of each, M kept blocks.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from vl_cache_vllm.ops.compact import Move
+from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.ops.page_pool import PagePool
 
 
 # Compiled once for all prompts.
 @triton.jit(
-    do_not_specialize=["source_stride", "max_kept", "layer_stride", "block_stride"],
-    do_not_specialize_on_alignment=["source_pages", "kept_row"],
+    do_not_specialize=["layer_stride", "block_stride"],
+    do_not_specialize_on_alignment=["moves"],
 )
 def compact_kernel(
     pages,  # [num_pages, num_kv_heads, cells of one head], the pool, any element type
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
-    source_pages,  # [L, C] int32, page ids of each layer in the order of its tokens
-    source_stride,  # int, elements from layer to layer of source_pages
-    kept_row,  # [M] int64, block ids of the destination
-    kept_pages,  # [L] int64, pages of each layer
-    positions,  # [L, num_kv_heads, max_kept] int32, indices in the layer's source pages
-    max_kept,  # int, tokens
+    moves,  # [requests, 9] int64, of _describe
     num_layers,  # int, L
     layer_stride,  # int, pages from layer to layer
     block_stride,  # int, pages from block to block
@@ -41,7 +42,11 @@ def compact_kernel(
     TOKENS: tl.constexpr,  # block_size rounded up to a power of 2
     ELEMENTS: tl.constexpr,  # head_size rounded up to a power of 2
 ):
-    """Fill one KV head of one destination page. Grid ``(M * L, num_kv_heads)``.
+    """Fill one KV head of one destination page. Grid ``(most M * L, num_kv_heads, requests)``.
+
+    Of each request there are page ids of its source, int32 ``[L, C]``, block ids of its kept
+    blocks, int64 ``[M]``, the pages of each layer, int64 ``[L]``, and positions in the source of
+    some layers, int32 ``[n, num_kv_heads, max_kept]``.
 
     Program ``(f, head)`` fills the page with index f among the request's kept pages, which is page
     ``f % L`` of kept block ``f // L``. The page belongs to the layer whose range contains f. For
@@ -51,66 +56,86 @@ def compact_kernel(
         layer    0  0  0  0  1  2     number of layers whose range ends at or before f
         page     0  1  2  3  0  0     f minus the pages of the layers before
     """
+    move = moves + tl.program_id(2) * 9
     page_index = tl.program_id(0).to(tl.int64)  # f
     head = tl.program_id(1).to(tl.int64)
+    if page_index >= tl.load(move) * num_layers:
+        return
+    kept_pages = tl.load(move + 7).to(tl.pointer_type(tl.int64))
     layers = tl.arange(0, LAYERS)
     exists = layers < num_layers
     pages_of = tl.load(kept_pages + layers, mask=exists, other=0)
     ends = tl.cumsum(pages_of, 0)
     layer = tl.sum((exists & (ends <= page_index)).to(tl.int64))
+    moved = layer - tl.load(move + 1)  # index of the layer in the positions
+    if (moved < 0) | (moved >= tl.load(move + 2)):
+        return
     page = page_index - tl.sum(tl.where(layers < layer, pages_of, 0))
 
     token = tl.arange(0, TOKENS)
     used = token < block_size
-    row = positions + (layer * tl.num_programs(1) + head) * max_kept
+    row = tl.load(move + 8).to(tl.pointer_type(tl.int32))
+    row += (moved * tl.num_programs(1) + head) * tl.load(move + 3)
     position = tl.load(row + page * block_size + token, mask=used, other=0)  # [TOKENS]
-    of_layer = source_pages + layer * source_stride
+    of_layer = tl.load(move + 5).to(tl.pointer_type(tl.int32)) + layer * tl.load(move + 4)
     page_id = tl.load(of_layer + position // block_size, mask=used, other=0).to(tl.int64)
     source = page_id * page_stride  # [TOKENS]
+    kept_row = tl.load(move + 6).to(tl.pointer_type(tl.int64))
     block = tl.load(kept_row + page_index // num_layers)
     destination = (page_index % num_layers * layer_stride + block * block_stride) * page_stride
 
     element = tl.arange(0, ELEMENTS)
-    moved = used[:, None] & (element < head_size)[None, :]
+    wanted = used[:, None] & (element < head_size)[None, :]
     from_page = pages + head * head_stride + source[:, None]
     to_page = pages + head * head_stride + destination
     from_token, to_token = (position % block_size)[:, None], token[:, None]
     cell = key_offset + element[None, :] * key_element_stride
-    key = tl.load(from_page + cell + from_token * key_token_stride, mask=moved)
-    tl.store(to_page + cell + to_token * key_token_stride, key, mask=moved)
+    key = tl.load(from_page + cell + from_token * key_token_stride, mask=wanted)
+    tl.store(to_page + cell + to_token * key_token_stride, key, mask=wanted)
     cell = value_offset + element[None, :] * value_element_stride
-    value = tl.load(from_page + cell + from_token * value_token_stride, mask=moved)
-    tl.store(to_page + cell + to_token * value_token_stride, value, mask=moved)
+    value = tl.load(from_page + cell + from_token * value_token_stride, mask=wanted)
+    tl.store(to_page + cell + to_token * value_token_stride, value, mask=wanted)
 
 
-def compact(
-    pool: PagePool,
-    source_pages: torch.Tensor,
-    kept_row: torch.Tensor,
-    kept_pages: torch.Tensor,
-    positions: torch.Tensor,
-) -> None:
+def _describe(move: Move) -> tuple[list[int], list[torch.Tensor]]:
+    """A move as the kernel reads it, 9 integers, and the tensors that these point to."""
+    assert move.source_pages.stride(1) == 1 and move.source_pages.dtype == torch.int32
+    tensors = [
+        move.source_pages,
+        move.kept_row.contiguous(),
+        move.kept_pages.contiguous(),
+        move.positions.contiguous(),
+    ]
+    numbers = [
+        len(move.kept_row),
+        move.first_layer,  # 1
+        len(move.positions),
+        move.positions.shape[2],  # 3
+        move.source_pages.stride(0),
+    ]
+    return numbers + [tensor.data_ptr() for tensor in tensors], tensors  # from 5 on
+
+
+def compact_all(pool: PagePool, moves: Sequence[Move]) -> None:
     """Copy the kept tokens into the kept blocks; arguments as for the operation.
 
-    Grid ``(M * L, num_kv_heads)``: a program fills one KV head of one destination page. Its size
-    depends on shapes alone; each program finds its layer from ``kept_pages`` on the device.
+    Grid ``(most M * L, num_kv_heads, requests)``: a program fills one KV head of one destination
+    page. Its size depends on shapes alone; each program finds its layer from ``kept_pages`` on the
+    device, and ends if that is no layer of the move. Integers and addresses go to the device in
+    one copy.
 
     Raises:
         ValueError: if the tokens of a page have no regular strides. Every GPU cache has them.
     """
     num_kv_heads, head_size = pool.num_kv_heads, pool.packing.key_index.shape[1]
-    assert source_pages.stride(1) == 1
     page_stride, head_stride, _ = pool.pages.stride()
-    compact_kernel[kept_row.shape[0] * pool.num_layers, num_kv_heads](
+    described = [_describe(move) for move in moves]
+    num_pages = max(len(move.kept_row) for move in moves) * pool.num_layers
+    compact_kernel[num_pages, num_kv_heads, len(moves)](
         pool.pages,
         page_stride,
         head_stride,
-        source_pages,
-        source_pages.stride(0),
-        kept_row.contiguous(),
-        kept_pages.contiguous(),
-        positions.contiguous(),
-        positions.shape[2],
+        to_device([number for numbers, _ in described for number in numbers], pool.device),
         pool.num_layers,
         pool.layer_stride,
         pool.block_stride,
@@ -122,3 +147,15 @@ def compact(
         TOKENS=triton.next_power_of_2(pool.block_size),
         ELEMENTS=triton.next_power_of_2(head_size),
     )
+
+
+def compact(
+    pool: PagePool,
+    source_pages: torch.Tensor,
+    kept_row: torch.Tensor,
+    kept_pages: torch.Tensor,
+    positions: torch.Tensor,
+    first_layer: int = 0,
+) -> None:
+    """`compact_all` for one request; arguments as for the operation."""
+    compact_all(pool, [Move(source_pages, kept_row, kept_pages, positions, first_layer)])

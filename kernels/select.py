@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.select.select` as one launch, a program per layer and KV head.
+"""`vl_cache_vllm.ops.select.select_all` as one launch, a program per layer and KV head.
 
 Each token gets an unsigned key whose order is the order of selection. A radix select finds the key
 of the last kept token, eight bits per pass, without sorting. One more pass writes the positions of
@@ -16,10 +16,16 @@ Example with 4-bit keys, two bits per pass, and 3 kept tokens::
     kept: keys above 0111, then keys equal to it, until 3 are kept: positions 0, 1, 3
 """
 
+import struct
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from vl_cache_vllm.kernels.rank import ordered_bits
+
+from vl_cache_vllm.ops.device import to_device
+from vl_cache_vllm.ops.select import Candidates
 
 BLOCK = 1024  # tokens per iteration
 
@@ -29,8 +35,8 @@ def _keys(
     scores,  # [num_tokens] float32, of one layer and KV head
     precedence,  # [num_tokens] int64, 32 bits used; not read without HAS_PRECEDENCE
     token,  # [BLOCK] int32, positions to load
-    first_recent,  # scalar int64, position of the first recent token
-    num_tokens,  # scalar int64, tokens that can be selected
+    first_recent,  # scalar int32, position of the first recent token
+    num_tokens,  # scalar int32, tokens that can be selected
     HAS_PRECEDENCE: tl.constexpr,  # bool
 ):
     """Unsigned keys in the order of selection, uint64 ``[BLOCK]``: the largest is kept first.
@@ -49,31 +55,35 @@ def _keys(
     return tl.where(token >= first_recent, highest, key)
 
 
-# Compiled once for all prompts and ratios. The ratio has a type because Triton passes floats in 32
-# bits by default, in which a tenth of 10 tokens is more than one token.
-@triton.jit(do_not_specialize=["width", "max_kept"])
+# Compiled once for all prompts and ratios.
+@triton.jit(do_not_specialize_on_alignment=["candidates"])
 def select_kernel(
-    scores,  # [num_layers, num_kv_heads, width] float32
-    num_tokens_of,  # [num_layers] int64, tokens of each layer that can be selected
-    kept_tokens,  # [num_layers] int64, budget of each layer in tokens
-    precedence,  # [width] int64, 32 bits used; not read without HAS_PRECEDENCE
-    positions,  # [num_layers, num_kv_heads, max_kept] int32, output: kept positions
-    width,  # int, tokens
-    max_kept,  # int, tokens
-    recent_ratio: tl.float64,  # fraction of the budget for the most recent tokens
-    HAS_PRECEDENCE: tl.constexpr,  # bool
+    candidates,  # [requests, 9] int64, of _describe
+    HAS_PRECEDENCE: tl.constexpr,  # bool, of all candidates
     BLOCK: tl.constexpr,  # tokens per iteration
 ):
-    """Select the tokens of one KV head. Grid ``(num_layers, num_kv_heads)``."""
+    """Select the tokens of one KV head. Grid ``(most layers, num_kv_heads, requests)``.
+
+    Of each request there are scores float32 ``[layers, num_kv_heads, width]``, int64 ``[layers]``
+    the tokens of each layer that can be selected and those that are kept, precedences int64
+    ``[width]``, and the output, kept positions int32 ``[layers, num_kv_heads, max_kept]``.
+    """
+    request = candidates + tl.program_id(2) * 9
     layer = tl.program_id(0).to(tl.int64)
+    if layer >= tl.load(request):
+        return
     row = layer * tl.num_programs(1) + tl.program_id(1)
-    scores += row * width
-    num_tokens = tl.load(num_tokens_of + layer)
-    positions += row * max_kept
-    kept = tl.load(kept_tokens + layer)
+    width = tl.load(request + 1)
+    max_kept = tl.load(request + 2).to(tl.int32)
+    scores = tl.load(request + 4).to(tl.pointer_type(tl.float32)) + row * width
+    num_tokens = tl.load(tl.load(request + 5).to(tl.pointer_type(tl.int64)) + layer).to(tl.int32)
+    precedence = tl.load(request + 7).to(tl.pointer_type(tl.int64))
+    positions = tl.load(request + 8).to(tl.pointer_type(tl.int32)) + row * max_kept
+    kept = tl.load(tl.load(request + 6).to(tl.pointer_type(tl.int64)) + layer).to(tl.int32)
+    recent_ratio = tl.load(request + 3).to(tl.float64, bitcast=True)
     # As in the specification: round to nine decimals, then up.
     recent = tl.floor(kept.to(tl.float64) * recent_ratio * 1e9 + 0.5) / 1e9
-    first_recent = num_tokens - tl.ceil(recent).to(tl.int64)
+    first_recent = num_tokens - tl.ceil(recent).to(tl.int32)
     steps = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
 
@@ -93,19 +103,73 @@ def select_kernel(
         last = (last << 8) | tl.sum(tl.where(is_last, bins, 0)).to(tl.uint64)
         wanted -= tl.sum(tl.where(is_last, above, 0))
 
-    num_equal = tl.zeros((), tl.int64)
-    num_kept = tl.zeros((), tl.int64)
+    num_equal = tl.zeros((), tl.int32)
+    num_kept = tl.zeros((), tl.int32)
     for start in range(0, tl.where(kept > 0, num_tokens, 0), BLOCK):
         token = start + steps
         key = _keys(scores, precedence, token, first_recent, num_tokens, HAS_PRECEDENCE)
         exists = token < num_tokens
         equal = exists & (key == last)
-        number = num_equal + tl.cumsum(equal.to(tl.int64), 0)  # from 1
+        number = num_equal + tl.cumsum(equal.to(tl.int32), 0)  # from 1
         is_kept = (exists & (key > last)) | (equal & (number <= wanted))
-        entry = num_kept + tl.cumsum(is_kept.to(tl.int64), 0) - 1
+        entry = num_kept + tl.cumsum(is_kept.to(tl.int32), 0) - 1
         tl.store(positions + entry, token.to(tl.int32), mask=is_kept & (entry < max_kept))
-        num_equal += tl.sum(equal.to(tl.int64))
-        num_kept += tl.sum(is_kept.to(tl.int64))
+        num_equal += tl.sum(equal.to(tl.int32))
+        num_kept += tl.sum(is_kept.to(tl.int32))
+
+
+def _describe(one: Candidates, positions: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
+    """Candidates as the kernel reads them, 9 integers, and the tensors that these point to.
+
+    Args:
+        one: the candidates.
+        positions: the output.
+    """
+    tensors = [
+        one.scores.float().contiguous(),
+        one.num_tokens.contiguous(),
+        one.kept_tokens.contiguous(),
+        one.scores if one.precedence is None else one.precedence.contiguous(),
+        positions,
+    ]
+    num_layers, _, width = one.scores.shape
+    ratio_bits = struct.unpack("q", struct.pack("d", one.recent_ratio))[0]
+    numbers = [num_layers, width, one.max_kept, ratio_bits, *(t.data_ptr() for t in tensors)]
+    return numbers, tensors
+
+
+def select_all(candidates: Sequence[Candidates]) -> list[torch.Tensor]:
+    """Select tokens by score; arguments as for the operation.
+
+    Grid ``(most layers, num_kv_heads, requests)``: a program selects the tokens of one KV head.
+    Integers and addresses go to the device in one copy.
+
+    Scores must not be NaN, and precedences must fit 32 bits. Candidates with precedences and those
+    without take a launch each.
+    """
+    result = [
+        torch.empty(
+            *one.scores.shape[:2], one.max_kept, dtype=torch.int32, device=one.scores.device
+        )
+        for one in candidates
+    ]
+    for has_precedence in (False, True):
+        pairs = [
+            pair
+            for pair in zip(candidates, result, strict=True)
+            if (pair[0].precedence is not None) == has_precedence
+        ]
+        if not pairs:
+            continue
+        described = [_describe(*pair) for pair in pairs]
+        device = pairs[0][1].device
+        num_layers = max(len(positions) for _, positions in pairs)
+        select_kernel[num_layers, pairs[0][1].shape[1], len(pairs)](
+            to_device([number for numbers, _ in described for number in numbers], device),
+            HAS_PRECEDENCE=has_precedence,
+            BLOCK=BLOCK,
+        )
+    return result
 
 
 def select(
@@ -116,26 +180,6 @@ def select(
     max_kept: int,
     precedence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Select tokens by score; arguments as for the operation.
-
-    Grid ``(num_layers, num_kv_heads)``: a program selects the tokens of one KV head.
-
-    Scores must not be NaN, and precedences must fit 32 bits.
-    """
-    num_layers, num_kv_heads, width = scores.shape
-    positions = torch.empty(
-        num_layers, num_kv_heads, max_kept, dtype=torch.int32, device=scores.device
-    )
-    select_kernel[num_layers, num_kv_heads](
-        scores.float().contiguous(),
-        num_tokens.contiguous(),
-        kept_tokens.contiguous(),
-        scores if precedence is None else precedence.contiguous(),
-        positions,
-        width,
-        max_kept,
-        float(recent_ratio),
-        HAS_PRECEDENCE=precedence is not None,
-        BLOCK=BLOCK,
-    )
-    return positions
+    """`select_all` for the layers of one request; arguments as for the operation."""
+    one = Candidates(scores, num_tokens, kept_tokens, float(recent_ratio), max_kept, precedence)
+    return select_all([one])[0]

@@ -14,7 +14,7 @@ from evaluation.cases import page_reader_cases
 from testing.engine import held_positions, read_trace, read_trace_lines, running_llm
 from training.pages import TASKS
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.worker.selection import Selection, select_kept
+from vl_cache_vllm.worker.selection import Division, EvictionInput, Selection, select_kept
 
 CASES = 50
 MAX_BYTES = 16 << 20
@@ -118,10 +118,10 @@ def test_later_evictions_of_the_sweep_are_those_of_vllm(
     of_policy = {"policy": "vlcache-plus", "budget": 0.2, "every": 32, "evict_after": 0}
     config = KVCompressConfig.from_dict(of_policy)
     assert config is not None
-    selections: list[Selection] = []
+    selections: list[tuple[Division, Selection]] = []
 
-    def select_and_note(*args: Any) -> Selection:
-        selections.append(select_kept(*args))
+    def select_and_note(one: EvictionInput) -> tuple[Division, Selection]:
+        selections.append(select_kept(one))
         return selections[-1]
 
     monkeypatch.setattr(offline_eviction, "select_kept", select_and_note)
@@ -152,8 +152,9 @@ def test_later_evictions_of_the_sweep_are_those_of_vllm(
             continue
         own = [r for r in records if r["request_id"].split("-")[0] == output.request_id]
         assert len(own) >= len(of_case) >= 2
-        for number, (selection, record) in enumerate(zip(of_case, own, strict=False)):
-            assert (selection.kept_pages * 32).tolist() == record["kept_tokens"]
+        pairs = zip(of_case, own, strict=False)
+        for number, ((division, selection), record) in enumerate(pairs):
+            assert (division.kept_pages * 32).tolist() == record["kept_tokens"]
             others = others_kept(selection, record)
             if number == 0 and others:
                 break  # rounding decided between scores that are nearly equal: caches differ

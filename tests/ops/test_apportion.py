@@ -86,10 +86,10 @@ def exact_apportion(weights: list[float], total: int, caps: Caps) -> Reference:
 def distribute(weights: list[float], total: int, caps: Caps) -> list[int]:
     caps = as_list(caps, weights)
     result = apportion(
-        torch.tensor(weights, dtype=torch.float64), total, torch.tensor(caps), sum(caps)
+        torch.tensor([weights], dtype=torch.float64), [total], torch.tensor([caps]), [sum(caps)]
     )
     assert result.dtype == torch.int64
-    return result.tolist()
+    return result[0].tolist()
 
 
 def check(weights: list[float], total: int, caps: Caps) -> list[int]:
@@ -258,7 +258,19 @@ def test_exact_ties_go_to_the_lower_layer_whatever_its_weight(
 )
 def test_weights_beyond_reason_still_add_up(weights: list[float]) -> None:
     """Of a policy's, which may be anybody's: wrong, but not so that the cache is overrun."""
-    caps = torch.tensor([6, 6, 6])
-    pages = apportion(torch.tensor(weights, dtype=torch.float64), 10, caps, 18)
+    caps = torch.tensor([[6, 6, 6]])
+    pages = apportion(torch.tensor([weights], dtype=torch.float64), [10], caps, [18])
     assert int(pages.sum()) == 10
     assert int(pages.min()) >= 1 and int(pages.max()) <= 6
+
+
+def test_requests_do_not_change_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(5, 7, generator=generator, dtype=torch.float64)
+    caps = torch.randint(3, 9, (5, 7), generator=generator)
+    totals = [7, 13, 19, 20, 21]
+    found = apportion(weights, totals, caps, caps.sum(1).tolist())
+    for row, own, total, cap in zip(found, weights, totals, caps, strict=True):
+        assert row.tolist() == distribute(own.tolist(), total, cap.tolist())
+    with pytest.raises(ValueError, match="cannot distribute 6 pages over 7 layers"):
+        apportion(weights, [7, 13, 6, 20, 21], caps, caps.sum(1).tolist())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers.pools import PAGE_ORDERS, key_of, make_pool, page_number, value_of
-from vl_cache_vllm.ops.compact import compact
+from vl_cache_vllm.ops.compact import Move, compact, compact_all
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -160,3 +160,33 @@ def test_layers_may_have_other_pages(page_order: str, packing: str) -> None:
                     expected = read(before, source, head, position % 4)
                     assert torch.equal(read(pool, page, head, token % 4), expected)
         page_index += pages
+
+
+@pytest.mark.parametrize("page_order", PAGE_ORDERS)
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_layers_of_several_requests_move_together(page_order: str, packing: str, cut: int) -> None:
+    """Two requests, of which one is moved a few layers at a time."""
+    layout = {
+        "num_layers": 5,
+        "num_blocks": 31,
+        "num_kv_heads": 2,
+        "block_size": 4,
+        "head_size": 8,
+        "dtype": torch.float32,
+    }
+    pool, expected = (make_pool(page_order, packing, **layout) for _ in range(2))  # type: ignore[arg-type]
+    blocks = torch.randperm(31, generator=torch.Generator().manual_seed(5))
+    requests = [
+        (blocks[:6], blocks[6:9], (1, 2, 3, 4, 5)),
+        (blocks[9:17], blocks[17:19], (6, 1, 1, 1, 1)),
+    ]
+    moves = []
+    for prompt_row, kept_row, kept_pages in requests:
+        positions = random_positions(kept_pages, 2, 4, prompt_tokens=4 * len(prompt_row))
+        pages = pool.block_pages(prompt_row), kept_row, torch.tensor(kept_pages)
+        compact(expected, *pages, positions)
+        moves.append((pages, positions))
+    (first, of_first), (second, of_second) = moves
+    compact_all(pool, [Move(*first, of_first), Move(*second, of_second[:cut])])
+    compact_all(pool, [Move(*second, of_second[cut:], cut)])
+    assert torch.equal(pool.pages, expected.pages)

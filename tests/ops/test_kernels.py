@@ -222,7 +222,7 @@ class _NoSorting(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [70, 5000])
 def test_rankings_take_a_launch_each_and_no_sort(tokens: int) -> None:
     policy, sums = VLCachePlusPolicy(), torch.rand(2, 3, tokens)
-    attention = Attention(sums, torch.rand(2, 3, tokens))
+    attention = Attention(sums, torch.rand(2, 3, tokens)).with_common()
     with dispatch.use("triton"), kernels.recorded() as launches, _NoSorting():
         policy.token_scores(attention, Prompt(tokens, ((5, 50),)))
     assert Counter(launch.kernel.__name__ for launch in launches) == {

@@ -70,7 +70,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         positions = torch.arange(8, dtype=torch.int32).expand(2, 2, 8).contiguous()
         source_pages = torch.tensor([[0, 1, 2], [4, 5, 6]], dtype=torch.int32)
         kept = torch.tensor([3]), torch.tensor([1, 1])
-        return torch.rand(8, 2, 64), index, index + 32, source_pages, *kept, positions, 4, 1
+        return torch.rand(8, 2, 64), index, index + 32, source_pages, *kept, positions, 0, 4, 1
     if name == "rank":
         return (torch.rand(2, 2, 9),)
     if name == "look_ahead":

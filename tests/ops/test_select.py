@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.ops.select import Candidates, select, select_all
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -165,3 +165,32 @@ def test_equal_precedence_changes_nothing() -> None:
         plain = select(scores, all_of(scores), kept, 0.1, 30)
         for layer, count in enumerate(kept.tolist()):
             assert torch.equal(alike[layer, :, :count], plain[layer, :, :count])
+
+
+def test_requests_do_not_change_each_other() -> None:
+    """Requests of different lengths and numbers of layers, some with precedences."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = []
+    for layers, width, most, ratio, grouped in (
+        (1, 63, 20, 0.1, False),
+        (3, 2000, 512, 0.0, True),
+        (2, 1025, 1025, 0.3, False),
+        (4, 40, 8, 1.0, True),
+    ):
+        ends = torch.randint(most, width + 1, (layers,), generator=generator)
+        kept = torch.randint(1, most + 1, (layers,), generator=generator)
+        groups = torch.randint(0, 3, (width,), generator=generator) if grouped else None
+        scores = torch.rand(layers, 2, width, generator=generator)
+        candidates.append(Candidates(scores, ends, kept, ratio, most, groups))
+    for one, found in zip(candidates, select_all(candidates), strict=True):
+        expected = select(
+            one.scores,
+            one.num_tokens,
+            one.kept_tokens,
+            one.recent_ratio,
+            one.max_kept,
+            one.precedence,
+        )
+        assert found.shape == expected.shape
+        for layer, kept in enumerate(one.kept_tokens.tolist()):
+            assert torch.equal(found[layer, :, :kept], expected[layer, :, :kept])

@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from vl_cache_vllm.ops.rank import merge_ranking
-from vl_cache_vllm.policy import Attention, scoring
+from vl_cache_vllm.policy import Attention
 from vl_cache_vllm.policy.prompt import PatchGrid, Prompt
 from vl_cache_vllm.policy.scoring import average, interleave, smooth
 from vl_cache_vllm.policy.snapkv import SnapKVPolicy
@@ -133,21 +132,3 @@ def test_any_cut_is_the_best_of_four() -> None:
         kept = set((merged >= 1 / cut).nonzero().flatten().tolist())
         tops = (best(rankings[i][0][0, 0], int(cut * shares[i])) for i in range(4))
         assert kept == set().union(*tops)
-
-
-@pytest.mark.parametrize("ranked", [1, 120, 121, 1 << 20])
-def test_layers_are_ranked_in_groups(monkeypatch: pytest.MonkeyPatch, ranked: int) -> None:
-    """Two layers at once, or one, or all: the result is the same."""
-    one, other = torch.rand(2, 5, 3, 20)
-    whole = interleave([(one, 0.3), (other, torch.tensor(0.7))])
-    sizes: list[int] = []
-
-    def merge(merged: torch.Tensor, scores: torch.Tensor, share: torch.Tensor) -> None:
-        sizes.append(len(scores))
-        merge_ranking(merged, scores, share)
-
-    monkeypatch.setattr(scoring, "RANKED_SCORES", ranked)
-    monkeypatch.setattr(scoring, "merge_ranking", merge)
-    assert torch.equal(interleave([(one, 0.3), (other, torch.tensor(0.7))]), whole)
-    expected = {1: [1] * 5, 120: [2, 2, 1], 121: [2, 2, 1], 1 << 20: [5]}[ranked]
-    assert sizes == 2 * expected

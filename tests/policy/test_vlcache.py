@@ -29,7 +29,7 @@ def weights_of(policy: VLCachePolicy, density: list[float], budget: float) -> to
 
 
 def scored(policy: VLCachePolicy, attention: torch.Tensor) -> torch.Tensor:
-    return policy.token_scores(Attention(attention), Prompt(attention.shape[-1]))
+    return policy.token_scores(Attention(attention).with_common(), Prompt(attention.shape[-1]))
 
 
 DENSITIES = pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_preset() -> None:
 def test_rankings_are_interleaved(share: float) -> None:
     attention = attention_of()
     assert attention.maxima is not None
-    scores = VLCachePlusPolicy(maxima_share=share).token_scores(attention, PROMPT)
+    scores = VLCachePlusPolicy(maxima_share=share).token_scores(attention.with_common(), PROMPT)
     of_maxima = rankings(attention.maxima, 0.9, share)
     expected = interleave(rankings(attention.sums, 0.55, 1 - share) + of_maxima)
     torch.testing.assert_close(scores, expected)
@@ -57,43 +57,61 @@ def test_share_falls_with_the_attention_of_the_last_query() -> None:
     maxima[0, 1, 10], maxima[1, 0, 20] = 0.6, 0.8
     maxima[..., 0] = maxima[..., 55] = 1.0  # a sink and a text token: they do not count
 
-    def share(last: torch.Tensor) -> float:
-        return float(VLCachePlusPolicy.share_of_maxima(last, maxima, PROMPT))
+    def share(last: torch.Tensor, prompt: Prompt = PROMPT) -> float:
+        common = Attention(last, maxima).with_common()
+        assert common.common_sums is not None and common.common_maxima is not None
+        return float(
+            VLCachePlusPolicy.share_of_maxima(common.common_sums, common.common_maxima, prompt)
+        )
 
     assert share(maxima) == pytest.approx(0.1)
     assert share(0.75 * maxima) == pytest.approx(0.25)
     assert share(0.5 * maxima) == pytest.approx(0.5)
     assert share(0 * maxima) == pytest.approx(0.9)
     # Without visual tokens, as with --kv-compress-text, all tokens count.
-    whole = VLCachePlusPolicy.share_of_maxima(0.4 * maxima, maxima, Prompt(60))
-    assert float(whole) == pytest.approx(0.6)
+    assert share(0.4 * maxima, Prompt(60)) == pytest.approx(0.6)
 
 
-def test_share_of_all_ranks_together() -> None:
-    """Each rank sees half of the KV heads; the mean over ranks is passed in."""
+def test_scores_of_all_ranks_together() -> None:
+    """Each rank sees some of the KV heads; the mean over ranks is passed in."""
     attention = attention_of()
     assert attention.maxima is not None
-    last, maxima = attention.sums[:, :2], attention.maxima[:, :2]
-    whole = VLCachePlusPolicy.share_of_maxima(last, maxima, PROMPT)
-    parts = [
-        torch.stack([(a[:, i : i + 1, 5:50] ** 2).sum() / 120 for a in (last, maxima)])
-        for i in range(2)
+    number = attention.sums.shape[1]
+    ranks = [
+        Attention(attention.sums[:, i : i + 1], attention.maxima[:, i : i + 1])
+        for i in range(number)
     ]
-    for rank in range(2):
-        prompt = Prompt(60, PROMPT.visual, mean_over_ranks=lambda _: sum(parts) / 2)
-        own = last[:, rank : rank + 1], maxima[:, rank : rank + 1]
-        torch.testing.assert_close(VLCachePlusPolicy.share_of_maxima(*own, prompt), whole)
+    squares: list[torch.Tensor] = []
+    for rank in ranks:
+        rank.with_common(lambda own: squares.append(own) or own)  # type: ignore[func-returns-value]
+    whole = VLCachePlusPolicy().token_scores(attention.with_common(), PROMPT)
+    for i, rank in enumerate(ranks):
+        own = rank.with_common(lambda _: sum(squares) / number)  # type: ignore[arg-type]
+        scores = VLCachePlusPolicy().token_scores(own, PROMPT)
+        torch.testing.assert_close(scores, whole[:, i : i + 1])
+
+
+def test_layers_are_scored_in_groups() -> None:
+    attention = attention_of().with_common()
+    whole = VLCachePlusPolicy().token_scores(attention, PROMPT)
+    for layer in range(len(whole)):
+        part = slice(layer, layer + 1)
+        alone = VLCachePlusPolicy().token_scores(
+            attention.of_layers(part), PROMPT.of_layers(part, len(whole))
+        )
+        assert torch.equal(alone, whole[part])
 
 
 def test_sinks_do_not_rank() -> None:
     """Their attention raises neither their own score nor that of the tokens after them."""
     attention = attention_of()
-    loud = Attention(attention.sums.clone(), attention.maxima.clone())  # type: ignore[union-attr]
-    for values in (loud.sums, loud.maxima):
-        values[..., :2] = 50.0  # type: ignore[index]
-    quiet = Attention(attention.sums.clone(), attention.maxima.clone())  # type: ignore[union-attr]
-    for values in (quiet.sums, quiet.maxima):
-        values[..., :2] = 0.0  # type: ignore[index]
+    loud, quiet = (
+        Attention(attention.sums.clone(), attention.maxima.clone())  # type: ignore[union-attr]
+        for _ in range(2)
+    )
+    for one, value in ((loud, 50.0), (quiet, 0.0)):
+        one.sums[..., :2] = one.maxima[..., :2] = value  # type: ignore[index]
+    loud, quiet = loud.with_common(), quiet.with_common()
     policy = VLCachePlusPolicy(sink_tokens=2)
     assert torch.equal(policy.token_scores(loud, PROMPT), policy.token_scores(quiet, PROMPT))
     one = VLCachePlusPolicy(sink_tokens=1)
@@ -106,7 +124,7 @@ def test_sinks_do_not_rank() -> None:
 def test_inputs_are_not_changed() -> None:
     attention = attention_of()
     copy = attention_of()
-    VLCachePlusPolicy().token_scores(attention, PROMPT)
+    VLCachePlusPolicy().token_scores(attention.with_common(), PROMPT)
     assert torch.equal(attention.sums, copy.sums)
     assert attention.maxima is not None and copy.maxima is not None
     assert torch.equal(attention.maxima, copy.maxima)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from benchmarks.kernels import recorded
 from tests.worker.test_evictor import (
@@ -191,8 +192,12 @@ def test_launches_do_not_grow_with_requests_and_layers(
     assert not {"statistics_kernel", "columns_kernel"} & found.keys()
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 class _CountLaunches(TorchDispatchMode):
-    """Counts the operations of torch that are more than another view of a tensor."""
+    """Counts the operations of torch that do more than view a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,18 +205,19 @@ class _CountLaunches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        inputs = {one.data_ptr() for one in args if isinstance(one, torch.Tensor)}
-        is_new = isinstance(found, torch.Tensor) and found.data_ptr() not in inputs
-        self.number += is_new and "empty" not in func.overloadpacket.__name__
+        inputs = {_storage(one) for one in tree_iter(args) if isinstance(one, torch.Tensor)}
+        name = func.overloadpacket.__name__
+        is_view = isinstance(found, torch.Tensor) and _storage(found) in inputs
+        self.number += "empty" not in name and (name.endswith("_") or not is_view)
         return found
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("policy", "triton", "others"), [("vlcache", 3, 38), ("vlcache-plus", 11, 78)]
+    ("policy", "triton", "others"), [("vlcache", 0, 25), ("vlcache-plus", 8, 51)]
 )
 def test_launches_of_another_request_that_finishes(policy: str, triton: int, others: int) -> None:
-    """Budgets; these launches are not joined."""
+    """`apportion`, `select` and `compact` are joined; budgets for a policy's own operations."""
 
     def launched(num_reqs: int) -> tuple[int, int]:
         worker = make_worker(pool_of(), max_num_reqs=4, policy=policy, min_kept_tokens=0)

@@ -15,8 +15,15 @@ from vl_cache_vllm.config import KVCompressConfig, _field_types
 from vl_cache_vllm.policy import POLICIES, PatchGrid, Prompt
 from vl_cache_vllm.policy.experimental import ExperimentalOptions
 from vl_cache_vllm.policy.vlcache import VLCachePolicy
+from vl_cache_vllm.worker import selection as selection_module
 from vl_cache_vllm.worker.attention_stats import AttentionStats
-from vl_cache_vllm.worker.selection import select_kept
+from vl_cache_vllm.worker.selection import (
+    EvictionInput,
+    Selection,
+    divide,
+    select_kept,
+    selections,
+)
 from vl_cache_vllm.worker.source import EvictionSource
 
 TOKENS, BLOCK, LAYERS, KV_HEADS, HEADS = 70, 8, 3, 2, 4
@@ -75,20 +82,22 @@ def test_accepted_settings_can_be_carried_out(name: str, data: st.DataObject) ->
         observed.add(layer, query, key, first, 0.3, 0.0)
     # More would not be evicted (`plan_eviction`).
     kept_blocks = min(config.kept_blocks(-(-TOKENS // BLOCK), BLOCK), TOKENS // BLOCK)
-    choice = select_kept(
-        config,
-        observed,
-        observed.dense_entries,
-        PROMPT,
-        HEADS,
-        TOKENS - first,
-        kept_blocks,
-        EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK),
+    division, selection = select_kept(
+        EvictionInput(
+            config,
+            observed,
+            observed.dense_entries,
+            PROMPT,
+            HEADS,
+            TOKENS - first,
+            kept_blocks,
+            EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK),
+        )
     )
-    pages = choice.kept_pages.tolist()
+    pages = division.kept_pages.tolist()
     assert sum(pages) == kept_blocks * LAYERS
     assert all(1 <= count <= TOKENS // BLOCK for count in pages)
-    for count, heads in zip(pages, choice.positions, strict=True):
+    for count, heads in zip(pages, selection.positions, strict=True):
         for head in heads[:, : count * BLOCK].tolist():
             assert head == sorted(set(head))
             assert head[0] >= 0 and head[-1] < TOKENS // BLOCK * BLOCK
@@ -116,16 +125,9 @@ def test_layers_divide_what_a_minimum_of_tokens_keeps() -> None:
         kept_blocks = config.kept_blocks(-(-TOKENS // BLOCK), BLOCK)
         assert kept_blocks == max(1, minimum // BLOCK)
         observed.attention.sums.uniform_()
-        select_kept(
-            config,
-            observed,
-            torch.arange(1, LAYERS + 1),
-            PROMPT,
-            HEADS,
-            4,
-            kept_blocks,
-            EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK),
-        )
+        source = EvictionSource.of_prompt(TOKENS, LAYERS, BLOCK)
+        dense = torch.arange(1, LAYERS + 1)
+        select_kept(EvictionInput(config, observed, dense, PROMPT, HEADS, 4, kept_blocks, source))
     assert seen == [0.01, 4 * BLOCK / TOKENS]
 
 
@@ -153,13 +155,76 @@ def test_layers_of_different_lengths(name: str) -> None:
         query = torch.randn(1, HEADS, 8, generator=generator)
         observed.add(layer, query, key, 74, 0.3, 0.0, torch.tensor(end))
     for kept_blocks in (1, 3, 4):
-        choice = select_kept(
-            config, observed, observed.dense_entries, Prompt(75), HEADS, 1, kept_blocks, source
+        dense, prompt = observed.dense_entries, Prompt(75)
+        division, selection = select_kept(
+            EvictionInput(config, observed, dense, prompt, HEADS, 1, kept_blocks, source)
         )
-        assert choice.kept_pages.sum() == kept_blocks * LAYERS
-        assert (choice.kept_pages <= own).all()
-        assert ((choice.density > 0) & (choice.density <= 1)).all()
-        for layer, pages in enumerate(choice.kept_pages.tolist()):
-            for head in choice.positions[layer, :, : pages * BLOCK].tolist():
+        assert division.kept_pages.sum() == kept_blocks * LAYERS
+        assert (division.kept_pages <= own).all()
+        assert ((division.density > 0) & (division.density <= 1)).all()
+        for layer, pages in enumerate(division.kept_pages.tolist()):
+            for head in selection.positions[layer, :, : pages * BLOCK].tolist():
                 assert head == sorted(set(head))
                 assert head[-1] < own[layer] * BLOCK
+
+
+def random_input(name: str, tokens: int, seed: int, **options: Any) -> EvictionInput:
+    config = KVCompressConfig.from_dict({"policy": name, **options})
+    assert config is not None
+    observed = AttentionStats(config, LAYERS, KV_HEADS, tokens, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(LAYERS):
+        query = torch.randn(9, HEADS, 8, generator=generator)
+        key = torch.randn(KV_HEADS, tokens, 8, generator=generator)
+        observed.add(layer, query, key, tokens - 9, 0.3, 0.0)
+    source = EvictionSource.of_prompt(tokens, LAYERS, BLOCK)
+    prompt = Prompt(tokens, ((4, 40),))
+    return EvictionInput(config, observed, observed.dense_entries, prompt, HEADS, 9, 3, source)
+
+
+@pytest.mark.parametrize(
+    ("most", "scored", "groups"),
+    [
+        # Requests of 3 layers; a layer of the first has 140 scores, of the second 180, third 100.
+        (1 << 20, 1 << 20, [[(0, 0), (1, 0), (2, 0)]]),
+        (840, 840, [[(0, 0)], [(1, 0), (2, 0)]]),
+        (600, 300, [[(0, 0), (0, 2), (1, 0)], [(1, 1), (1, 2)], [(2, 0)]]),
+        (1, 1, [[(request, layer)] for request in range(3) for layer in range(LAYERS)]),
+    ],
+    ids=["all", "requests", "layers", "one"],
+)
+@pytest.mark.parametrize("name", ["vlcache", "vlcache-plus", "random", "pyramidkv"])
+def test_groups_of_layers_keep_what_all_together_keep(
+    name: str,
+    most: int,
+    scored: int,
+    groups: list[list[tuple[int, int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if a group has layers of several requests, with other settings."""
+    inputs = [
+        random_input(name, 70, 1),
+        random_input(name, 90, 2, budget=0.3, recent_ratio=0.2),
+        random_input(name, 50, 3, experimental={"diversity": 0.5}),
+    ]
+    expected = [select_kept(one) for one in inputs]
+    monkeypatch.setattr(selection_module, "MAX_SCORES", most)
+    monkeypatch.setattr(selection_module, "MAX_SCORED", scored)
+    division = divide(inputs)
+    parts: list[list[Selection]] = [[] for _ in inputs]
+    found = []
+    for group in selections(inputs, division):
+        found.append([(part.request, part.first_layer) for part in group])
+        for part in group:
+            parts[part.request].append(part)
+    assert found == groups
+    for index, (own, selection) in enumerate(expected):
+        assert torch.equal(division.density[index], own.density)
+        assert torch.equal(division.kept_pages[index], own.kept_pages)
+        together = selection_module.whole(parts[index])
+        assert torch.equal(together.scores, selection.scores)
+        for layer, pages in enumerate(own.kept_pages.tolist()):
+            kept = slice(pages * BLOCK)
+            assert torch.equal(
+                together.positions[layer, :, kept], selection.positions[layer, :, kept]
+            )

@@ -86,7 +86,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
 
         monkeypatch.setattr(module, name, run)
 
-    spy(selection, "select", lambda *args: args[5] is not None)
+    spy(selection, "select_all", lambda candidates: candidates[0].precedence is not None)
     spy(
         attention_stats,
         "observe",
@@ -103,7 +103,7 @@ def test_what_requests_may_ask_for_is_compiled_before(
     if policy == "vlcache-plus":
         kinds = [(False, True, True), (True, True, True)]  # no elite queries, but diversity
     assert seen == {
-        *(("select", has_precedence) for has_precedence in (False, True)),
+        *(("select_all", has_precedence) for has_precedence in (False, True)),
         # Few queries take other kernels than many do.
         *(("observe", (many, *kind, False)) for kind in kinds for many in (False, True)),
         # While a request decodes, the device alone knows how many keys a layer has.
@@ -126,7 +126,7 @@ def test_scores_of_the_whole_room_are_held_while_vllm_profiles() -> None:
     warmup.observe()
     state = worker.requests.get("warm-up")
     assert state is not None and state.attention_stats is not None
-    held = state.attention_stats.attention.sums.numel() + warmup._others.attention.sums.numel()
+    held = state.attention_stats._sums.numel() + warmup._others._sums.numel()
     assert held == 260 * NUM_LAYERS * NUM_KV_HEADS
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divide a total of pages among the layers, in proportion to their weights."""
 
+from collections.abc import Sequence
+
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
@@ -9,9 +11,14 @@ from vl_cache_vllm.ops.rank import torch_rank
 
 @operation
 def apportion(
-    weights: torch.Tensor, total_pages: int, max_pages: torch.Tensor, capacity: int
+    weights: torch.Tensor,
+    total_pages: Sequence[int],
+    max_pages: torch.Tensor,
+    capacities: Sequence[int],
 ) -> torch.Tensor:
-    """Give layer l a whole number of pages, from 1 to ``max_pages[l]``, that sum to the total.
+    """Give each layer of R requests a whole number of pages, which sum to the request's total.
+
+    The rest describes one request. Layer l gets from 1 to ``max_pages[l]`` pages.
 
     First compute fractional quotas: ``quota[l] = clip(scale * weights[l], 1, max_pages[l])``, with
     the one ``scale`` for which they sum to ``total_pages``. Then round every quota down. The pages
@@ -24,25 +31,30 @@ def apportion(
     All values that the host needs are arguments, so the call does not synchronise with the device.
 
     Args:
-        weights: positive, float64 ``[num_layers]``; only their proportions matter.
-        total_pages: ``num_layers <= total_pages <= capacity``.
-        max_pages: full pages that each layer has, at least 1, int64 ``[num_layers]``.
-        capacity: sum of ``max_pages``, which the host knows.
+        weights: positive, float64 ``[R, num_layers]``; only the proportions in a row matter.
+        total_pages: of each request, ``num_layers <= total_pages <= capacity``.
+        max_pages: full pages that each layer has, at least 1, int64 ``[R, num_layers]``.
+        capacities: sum of each row of ``max_pages``, which the host knows.
 
     Returns:
-        Pages of each layer, int64 ``[num_layers]``.
+        Pages of each layer, int64 ``[R, num_layers]``.
 
     Raises:
-        ValueError: if ``total_pages`` is outside its bounds.
+        ValueError: if a total is outside its bounds.
 
     Source: docs/method.md, Layer budgets; docs/adr/0003 explains the exact sum.
     """
-    num_layers = weights.shape[0]
+    check_totals(weights.shape[1], total_pages, capacities)
+    rows = zip(weights, total_pages, max_pages, strict=True)
+    return torch.stack([_of_request(*row) for row in rows])
+
+
+def _of_request(weights: torch.Tensor, total_pages: int, max_pages: torch.Tensor) -> torch.Tensor:
+    """`apportion` for one request."""
     # Scale the weights to at most 1, and bound them so that no intermediate result overflows or
     # underflows float64.
     weights = weights.nan_to_num(nan=0.0, posinf=1e300)
     weights = (weights / weights.max().clamp(min=1e-300)).clamp(min=1e-100)
-    check_total_pages(num_layers, total_pages, capacity)
     quota = _scale_to_sum(weights, float(total_pages), max_pages.double())
     pages = quota.floor().to(torch.int64)
     missing = total_pages - pages.sum()
@@ -52,13 +64,14 @@ def apportion(
     return pages + (torch_rank(remainder) < missing)
 
 
-def check_total_pages(num_layers: int, total_pages: int, capacity: int) -> None:
+def check_totals(num_layers: int, total_pages: Sequence[int], capacities: Sequence[int]) -> None:
     """Raise ValueError if every layer cannot get at least one page, and all together the total."""
-    if not num_layers <= total_pages <= capacity:
-        raise ValueError(
-            f"cannot distribute {total_pages} pages over {num_layers} layers, which need a page "
-            f"each and have {capacity} in all"
-        )
+    for total, capacity in zip(total_pages, capacities, strict=True):
+        if not num_layers <= total <= capacity:
+            raise ValueError(
+                f"cannot distribute {total} pages over {num_layers} layers, which need a page "
+                f"each and have {capacity} in all"
+            )
 
 
 def _scale_to_sum(weights: torch.Tensor, total: float, cap: torch.Tensor) -> torch.Tensor:

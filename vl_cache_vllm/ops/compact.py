@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copy the selected tokens of every layer and KV head into the kept blocks."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
@@ -14,6 +17,7 @@ def compact(
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
+    first_layer: int = 0,
 ) -> None:
     """Gather the keys and values at ``positions`` into the pages of the kept blocks.
 
@@ -43,8 +47,10 @@ def compact(
             before.
         kept_row: block ids of the destination, int64 ``[M]``, none of whose pages is a source.
         kept_pages: pages of each layer, int64 ``[L]``, with the sum M * L.
-        positions: indices in the layer's source pages, int32 ``[L, num_kv_heads, max_kept]``; layer
-            l has ``kept_pages[l] * block_size`` entries, the others have no meaning.
+        positions: indices in the layer's source pages, int32 ``[n, num_kv_heads, max_kept]``, of
+            the n layers from ``first_layer`` on; layer l has ``kept_pages[l] * block_size``
+            entries, the others have no meaning.
+        first_layer: of ``positions``; only the pages of its layers are filled.
     """
     num_layers, block_size = pool.num_layers, pool.block_size
     total_pages = kept_row.shape[0] * num_layers  # F
@@ -52,11 +58,38 @@ def compact(
     page_index = torch.arange(total_pages, device=device)  # [F]
     end = kept_pages.cumsum(0)  # [L], end of each layer's range
     layer = torch.searchsorted(end, page_index, right=True).clamp_(max=num_layers - 1)  # [F]
+    wanted = (layer >= first_layer) & (layer < first_layer + len(positions))
+    page_index, layer = page_index[wanted], layer[wanted]
     page_in_layer = page_index - (end - kept_pages)[layer]
     token = page_in_layer[:, None] * block_size + torch.arange(block_size, device=device)
     heads = torch.arange(pool.num_kv_heads, device=device)
     # [F, num_kv_heads, block_size]
-    source = positions[layer[:, None, None], heads[:, None], token[:, None]].long()
+    source = positions[layer[:, None, None] - first_layer, heads[:, None], token[:, None]].long()
     source_page = source_pages[layer[:, None, None], source // block_size].long()
     destination = pool.page_ids(page_index % num_layers, kept_row[page_index // num_layers])  # [F]
     pool.copy_tokens(source_page, source % block_size, destination)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Kept tokens of some layers of a request; fields as the arguments of `compact`."""
+
+    source_pages: torch.Tensor
+    kept_row: torch.Tensor
+    kept_pages: torch.Tensor
+    positions: torch.Tensor
+    first_layer: int = 0
+
+
+@operation
+def compact_all(pool: PagePool, moves: Sequence[Move]) -> None:
+    """`compact` for each of the moves, which may be layers of several requests."""
+    for move in moves:
+        compact(
+            pool,
+            move.source_pages,
+            move.kept_row,
+            move.kept_pages,
+            move.positions,
+            move.first_layer,
+        )

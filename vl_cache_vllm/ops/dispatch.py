@@ -9,7 +9,7 @@ name and take the same arguments. C++ is called from `native`; the Triton launch
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -54,13 +54,14 @@ def use(implementation: Implementation) -> Iterator[None]:
 def operation(reference: Callable[P, R]) -> Callable[P, R]:
     """Decorator: make the torch function of an operation dispatch to all implementations.
 
-    The device is that of the first argument, a tensor or a `PagePool`.
+    The device is that of the first argument: a tensor, a `PagePool`, or a sequence of what has one.
     """
 
     @functools.wraps(reference)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0] if args else next(iter(kwargs.values()))
-        implementation = implementation_for(first.device)
+        device = (first[0] if isinstance(first, Sequence) else first).device
+        implementation = implementation_for(device)
         return _find(reference, implementation)(*args, **kwargs)
 
     return run

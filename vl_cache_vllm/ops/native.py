@@ -160,6 +160,7 @@ def _compact(
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
+    first_layer: int,
     layer_stride: int,
     block_stride: int,
 ) -> None:
@@ -176,6 +177,8 @@ def _compact(
         _int64(kept_pages),
         positions.int().contiguous(),
         pages.element_size(),
+        kept_pages.shape[0],
+        first_layer,
         *positions.shape[:2],
         *key_index.shape,
         positions.shape[2],
@@ -354,6 +357,7 @@ def compact(
     kept_row: torch.Tensor,
     kept_pages: torch.Tensor,
     positions: torch.Tensor,
+    first_layer: int = 0,
 ) -> None:
     """See the operation.
 
@@ -370,6 +374,7 @@ def compact(
         kept_row,
         kept_pages,
         positions,
+        first_layer,
         pool.layer_stride,
         pool.block_stride,
     )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Select the tokens with the highest scores, for every layer and KV head."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from vl_cache_vllm.ops.dispatch import operation
@@ -53,3 +56,36 @@ def select(
     # One sort puts the kept positions first and keeps each side in increasing order.
     key = torch.where(kept, position, position + tokens)
     return key.sort(dim=-1).values[..., :max_kept] % tokens
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Layers of a request whose tokens are to be selected; fields as the arguments of `select`."""
+
+    scores: torch.Tensor
+    num_tokens: torch.Tensor
+    kept_tokens: torch.Tensor
+    recent_ratio: float
+    max_kept: int
+    precedence: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.scores.device
+
+
+@operation
+def select_all(candidates: Sequence[Candidates]) -> list[torch.Tensor]:
+    """`select` for each of the candidates, which may be layers of several requests."""
+    return [
+        select(
+            one.scores,
+            one.num_tokens,
+            one.kept_tokens,
+            one.recent_ratio,
+            one.max_kept,
+            one.precedence,
+        )
+        for one in candidates
+    ]

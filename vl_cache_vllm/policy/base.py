@@ -126,6 +126,11 @@ class EvictionPolicy(ABC):
         return False
 
     @property
+    def wants_common(self) -> bool:
+        """Whether the policy reads `Attention.common_sums` or `Attention.common_maxima`."""
+        return False
+
+    @property
     def summed_queries(self) -> int | None:
         """Number of last observed queries that `Attention.sums` adds up; None: all of them.
 
@@ -135,7 +140,10 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
-        """Score tokens by the attention that they received.
+        """Score tokens of some layers by the attention that they received.
+
+        A long prompt is scored a few layers at a time. What a policy needs of all layers is in
+        `Attention.common_sums` and `Attention.common_maxima`.
 
         Args:
             attention: of the observed queries.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy knows of a prompt besides its attention."""
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +50,20 @@ class Prompt:
     After an eviction every KV head of every layer holds other tokens, which are counted by their
     place among them. ``lengths`` then has the tokens of each layer, int64 ``[num_layers]``, and
     ``tokens`` is a bound of them.
-
-    ``mean_over_ranks`` serves policies that combine all KV heads. Under tensor parallelism each
-    rank has some of the KV heads, so the ranks agree only on a mean over all of them. It is a
-    collective operation: every rank must call it, and equally often.
     """
 
     tokens: int
     visual: tuple[tuple[int, int], ...] = ()  # (first, end) positions of each image or video
     grids: tuple[PatchGrid, ...] = ()  # of images with a known layout
     shard: Shard = Shard()
-    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
     lengths: torch.Tensor | None = None
+
+    def of_layers(self, layers: slice, num_layers: int) -> "Prompt":
+        """The same for some of ``num_layers`` layers."""
+        numbers = self.shard.layer_numbers(num_layers)[layers]
+        shard = dataclasses.replace(self.shard, layers=numbers)
+        lengths = None if self.lengths is None else self.lengths[layers]
+        return dataclasses.replace(self, shard=shard, lengths=lengths)
 
     def within(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores of tokens, ``[num_layers, num_kv_heads, tokens]``, 0 beyond a layer's length."""

@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from vl_cache_vllm.ops.rank import merge_ranking
 from vl_cache_vllm.policy.prompt import PatchGrid
 
-RANKED_SCORES = 8 << 20
-"""Scores that are ranked at once, or those of one layer."""
-
 POOLING = (
     "Width in tokens, an odd number, of an average over neighbouring positions that is applied to "
     "the scores. 1: no pooling."
@@ -85,10 +82,6 @@ def interleave(rankings: Iterable[tuple[torch.Tensor, float | torch.Tensor]]) ->
             merged = torch.zeros_like(scores, memory_format=torch.contiguous_format)
         if not isinstance(share, torch.Tensor):
             share = torch.full((), share, device=scores.device)
-        # A ranking takes several times the memory of its scores, so layers are ranked in groups.
-        layers = max(1, RANKED_SCORES // scores[0].numel())
-        for first in range(0, len(scores), layers):
-            group = slice(first, first + layers)
-            merge_ranking(merged[group], scores[group], share.float())
+        merge_ranking(merged, scores, share.float())
     assert merged is not None
     return merged

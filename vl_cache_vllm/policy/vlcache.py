@@ -93,13 +93,22 @@ class VLCachePolicy(EvictionPolicy):
         """Whether the policy reads `Prompt.grids`."""
         return self.pooling_2d
 
+    @property
+    def wants_common(self) -> bool:
+        """Whether the policy reads `Attention.common_sums`."""
+        return self.shared_scores > 0
+
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """Accumulated post-vision attention, as in the paper; then the optional steps."""
-        rankings = self.rankings(attention.sums, self.shared_scores, prompt)
+        rankings = self.rankings(attention.sums, attention.common_sums, self.shared_scores, prompt)
         return interleave(rankings) if self.lookahead else next(rankings)[0]
 
     def rankings(
-        self, attention: torch.Tensor, shared: float, prompt: Prompt
+        self,
+        attention: torch.Tensor,
+        common: torch.Tensor | None,
+        shared: float,
+        prompt: Prompt,
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """The optional steps: sharing, pooling and look-ahead.
 
@@ -108,8 +117,8 @@ class VLCachePolicy(EvictionPolicy):
 
         Args:
             attention: not negative, ``[num_layers, num_kv_heads, tokens]``.
-            shared: fraction of a score that all layers and KV heads share, if they hold the same
-                tokens.
+            common: its root mean square over all layers and KV heads, ``[tokens]``.
+            shared: fraction of a score that they share, if all hold the same tokens.
             prompt: kinds and positions of the tokens.
 
         Yields:
@@ -120,7 +129,7 @@ class VLCachePolicy(EvictionPolicy):
         if shared and prompt.lengths is None:
             # The root mean square, not the mean: a few heads with much attention are better
             # evidence than many heads with a little.
-            common = prompt.mean_over_ranks(attention.square().mean((0, 1), keepdim=True)).sqrt()
+            assert common is not None
             scores = torch.lerp(attention, common, shared)
         scores = smooth(scores, self.pooling, prompt.grids if self.pooling_2d else ())
         share = self.lookahead_share if self.lookahead else 0.0
@@ -131,6 +140,8 @@ class VLCachePolicy(EvictionPolicy):
 
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""
+        if self.uniform_mix == 1.0:
+            return torch.ones_like(density)
         num_layers = density.shape[0]
         total = density.sum()
         uniform = torch.full_like(density, 1.0 / num_layers)

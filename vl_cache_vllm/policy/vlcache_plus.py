@@ -73,33 +73,42 @@ class VLCachePlusPolicy(VLCachePolicy):
         return True
 
     @property
+    def wants_common(self) -> bool:
+        """Whether the policy reads what all layers have in common."""
+        return True
+
+    @property
     def summed_queries(self) -> int | None:
         """The sums are the attention of the last query alone."""
         return 1
 
     def token_scores(self, attention: Attention, prompt: Prompt) -> torch.Tensor:
         """The ranking by the last query, interleaved with the ranking by the maximum."""
-        assert attention.maxima is not None
+        last, maxima = attention.common_sums, attention.common_maxima
+        assert attention.maxima is not None and last is not None and maxima is not None
         share: float | torch.Tensor
         if self.maxima_share is None:
-            pair = attention.sums, attention.maxima
-            share = self.share_of_maxima(*pair, prompt, self.sink_tokens)
+            share = self.share_of_maxima(last, maxima, prompt, self.sink_tokens)
         else:
             share = self.maxima_share
 
         def rankings(
-            attention: torch.Tensor, shared: float, part: float | torch.Tensor
+            attention: torch.Tensor,
+            common: torch.Tensor,
+            shared: float,
+            part: float | torch.Tensor,
         ) -> Iterator[tuple[torch.Tensor, float | torch.Tensor]]:
             """Their memory is taken when the first one is read, and freed after the last one."""
-            without_sinks = attention.clone()
-            without_sinks[..., : self.sink_tokens] = 0
-            for scores, fraction in self.rankings(without_sinks, shared, prompt):
+            attention, common = attention.clone(), common.clone()
+            for received in (attention, common):
+                received[..., : self.sink_tokens] = 0
+            for scores, fraction in self.rankings(attention, common, shared, prompt):
                 yield scores, fraction * part
 
         return interleave(
             itertools.chain(
-                rankings(attention.sums, self.shared_scores, 1.0 - share),
-                rankings(attention.maxima, self.shared_maxima, share),
+                rankings(attention.sums, last, self.shared_scores, 1.0 - share),
+                rankings(attention.maxima, maxima, self.shared_maxima, share),
             )
         )
 
@@ -113,7 +122,7 @@ class VLCachePlusPolicy(VLCachePolicy):
         and KV heads, clipped to `MAXIMA_SHARE`.
 
         Args:
-            last, maxima: ``[num_layers, num_kv_heads, tokens]``.
+            last, maxima: root mean squares over all layers and KV heads, ``[tokens]``.
             prompt: kinds of the tokens; without visual ones all tokens count.
             sink_tokens: first tokens that do not count.
         """
@@ -121,6 +130,7 @@ class VLCachePlusPolicy(VLCachePolicy):
         for first, end in prompt.visual or ((0, prompt.tokens),):
             is_visual[first:end] = True
         is_visual[:sink_tokens] = False
-        squares = [(a * is_visual).square().mean() for a in (last, maxima)]
-        of_last, of_maxima = prompt.mean_over_ranks(torch.stack(squares)).sqrt()
+        of_last, of_maxima = torch.linalg.vector_norm(
+            torch.stack((last, maxima)) * is_visual, dim=1
+        )
         return (1.0 - of_last / of_maxima.clamp(min=1e-30)).clamp(*MAXIMA_SHARE)

@@ -7,14 +7,14 @@ wrong operation is seen in its own results only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vl_cache_vllm.ops.apportion import apportion
-from vl_cache_vllm.ops.compact import compact
+from vl_cache_vllm.ops.compact import Move, compact_all
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.look_ahead import look_ahead
 from vl_cache_vllm.ops.observe import (
@@ -25,7 +25,7 @@ from vl_cache_vllm.ops.observe import (
 )
 from vl_cache_vllm.ops.page_pool import PagedKeys, PagePacking, PagePool
 from vl_cache_vllm.ops.rank import merge_ranking, rank
-from vl_cache_vllm.ops.select import select
+from vl_cache_vllm.ops.select import Candidates, select_all
 
 SHORT_DECAY, LONG_DECAY = 1.0, 80.0  # tokens, as in vlcache-plus
 
@@ -354,26 +354,39 @@ class SyntheticPrompt:
         """Pages for random, equal and steep weights; the last meet the cap and the floor."""
         steep = 10.0 ** -torch.arange(len(self.weights), device=self.device).double()
         weights = self.weights, torch.ones_like(self.weights), steep
-        return {"": torch.stack([self._apportion(each) for each in weights])}
+        return {"": self._apportion(torch.stack(weights))}
 
     def _apportion(self, weights: torch.Tensor) -> torch.Tensor:
-        return apportion(weights, self.total_pages, self.own_pages, self.capacity)
+        num_reqs = len(weights)
+        own_pages = self.own_pages.expand(num_reqs, -1)
+        return apportion(
+            weights, [self.total_pages] * num_reqs, own_pages, [self.capacity] * num_reqs
+        )
 
     def select(self) -> dict[str, torch.Tensor]:
-        positions = self._select()
+        """The first layer, and the others, as in a step that evicts several requests."""
+        positions = torch.cat(self._select(self._parts()))
         kept = (self.kept_pages * self.block_size).tolist()  # entries beyond have no meaning
         parts = [row[:, :count] for row, count in zip(positions, kept, strict=True)]
         return {"": torch.cat(parts, 1)}
 
-    def _select(self) -> torch.Tensor:
-        return select(
-            self.scores,
-            self.own_pages * self.block_size,
-            self.kept_pages * self.block_size,
-            self.case.recent_ratio,
-            self.max_pages * self.block_size,
-            self.precedence if self.case.grouped else None,
+    def _select(self, parts: Sequence[slice]) -> list[torch.Tensor]:
+        return select_all(
+            [
+                Candidates(
+                    self.scores[layers],
+                    self.own_pages[layers] * self.block_size,
+                    self.kept_pages[layers] * self.block_size,
+                    self.case.recent_ratio,
+                    self.max_pages * self.block_size,
+                    self.precedence if self.case.grouped else None,
+                )
+                for layers in parts
+            ]
         )
+
+    def _parts(self) -> list[slice]:
+        return [slice(0, 1), slice(1, self.case.shape.num_layers)]
 
     def rank(self) -> dict[str, torch.Tensor]:
         return {"": rank(self.scores)}
@@ -392,14 +405,16 @@ class SyntheticPrompt:
 
     def compact(self) -> dict[str, torch.Tensor]:
         """Compact into this prompt's own pool, which changes it; the cells of the kept pages."""
-        self._compact()
+        self._compact(self._parts())
         kept = self._kept_row()
         layers = torch.arange(self.case.shape.num_layers, device=self.device)
         pages = self.pool.page_ids(layers[:, None], kept).flatten()
         return {"": self.pool.pages[pages], "elsewhere": self._without(pages)}
 
-    def _compact(self) -> None:
-        compact(self.pool, self.source, self._kept_row(), self.kept_pages, self.positions)
+    def _compact(self, parts: Sequence[slice]) -> None:
+        pages = self.source, self._kept_row(), self.kept_pages
+        moves = [Move(*pages, self.positions[layers], layers.start) for layers in parts]
+        compact_all(self.pool, moves)
 
     def _kept_row(self) -> torch.Tensor:
         return self.row[: self.kept_blocks]
@@ -454,6 +469,7 @@ class SyntheticPrompt:
         )
         column = 8 * heads * case.tokens  # float32, read and written
         out: LayerTables = self.step[-1]
+        layers = [slice(0, shape.num_layers)]
         return [
             Operation("observe", lambda: self.observe_into(sums, None, dense), keys + column),
             Operation(
@@ -473,15 +489,30 @@ class SyntheticPrompt:
                 keys + 2 * column,
                 copies=True,
             ),
-            Operation("apportion", lambda: self._apportion(self.weights), 16 * shape.num_layers),
+            Operation(
+                "apportion",
+                lambda: self._apportion(self.weights[None]),
+                16 * shape.num_layers,
+                copies=True,
+            ),
             Operation("look_ahead", lambda: look_ahead(self.attention, LONG_DECAY), column),
             Operation(
                 "merge_ranking",
                 lambda: merge_ranking(maxima, self.attention, self.shares[0]),
                 column + column // 2,
             ),
-            Operation("select", self._select, 4 * self.scores.numel() + 4 * kept),
-            Operation("compact", self._compact, kept * (2 * 2 * shape.head_size * size + 4)),
+            Operation(
+                "select",
+                lambda: self._select(layers),
+                4 * self.scores.numel() + 4 * kept,
+                copies=True,
+            ),
+            Operation(
+                "compact",
+                lambda: self._compact(layers),
+                kept * (2 * 2 * shape.head_size * size + 4),
+                copies=True,
+            ),
             Operation(
                 "layer_tables",
                 lambda: layer_tables(self.pool, *self.step),

@@ -25,6 +25,7 @@ class AttentionStats:
         num_layers, num_kv_heads: of the cache.
         tokens: up to the last observed query, in the longest layer.
         device: of the results.
+        generated: tokens that are generated before the eviction, for which `extend` needs no copy.
 
     ``attention`` is what the policy scores by. ``dense_entries``, int64 ``[num_layers]``, is that
     of `observe`; ``similarity`` is that of `key_similarity`, shaped as the sums, None without the
@@ -38,6 +39,7 @@ class AttentionStats:
         num_kv_heads: int,
         tokens: int,
         device: torch.device,
+        generated: int = 0,
     ) -> None:
         policy = config.policy
         self._threshold = policy.density_threshold
@@ -45,13 +47,27 @@ class AttentionStats:
         self._options = config.experimental
         self.tokens = tokens
         self.stopwatch = Stopwatch(device)
-        sums = torch.zeros(num_layers, num_kv_heads, tokens, device=device)
-        self.attention = Attention(sums, torch.zeros_like(sums) if policy.wants_maxima else None)
+        # float32 [num_layers, num_kv_heads, >= tokens], zero beyond the tokens so far
+        self._sums = torch.zeros(num_layers, num_kv_heads, tokens + generated, device=device)
+        self._maxima = torch.zeros_like(self._sums) if policy.wants_maxima else None
+        self._similarity = torch.zeros_like(self._sums) if self._options.diversity else None
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
-        self.similarity = torch.zeros_like(sums) if self._options.diversity else None
         self._last_weights: tuple[tuple[int, int], torch.Tensor] | None = None
         # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    @property
+    def attention(self) -> Attention:
+        """What the observed queries pay to the tokens so far."""
+        maxima = self._maxima
+        return Attention(
+            self._sums[..., : self.tokens], None if maxima is None else maxima[..., : self.tokens]
+        )
+
+    @property
+    def similarity(self) -> torch.Tensor | None:
+        """Mean similarity of the keys so far, if the option ``diversity`` is on."""
+        return None if self._similarity is None else self._similarity[..., : self.tokens]
 
     def extend(self, tokens: int) -> None:
         """Make room for tokens that were generated; the last query is one of theirs.
@@ -59,15 +75,15 @@ class AttentionStats:
         Args:
             tokens: up to the last observed query, more than before.
         """
-        more = tokens - self.tokens
-        sums, maxima = self.attention.sums, self.attention.maxima
         if self._summed_queries is not None:
-            sums = torch.zeros_like(sums)  # of queries that are no longer the last
-        if maxima is not None:
-            maxima = pad(maxima, (0, more))
-        self.attention = Attention(pad(sums, (0, more)), maxima)
-        if self.similarity is not None:
-            self.similarity = pad(self.similarity, (0, more))
+            self._sums.zero_()  # of queries that are no longer the last
+        more = tokens - self._sums.shape[-1]
+        if more > 0:
+            self._sums = pad(self._sums, (0, more))
+            if self._maxima is not None:
+                self._maxima = pad(self._maxima, (0, more))
+            if self._similarity is not None:
+                self._similarity = pad(self._similarity, (0, more))
         self.tokens = tokens
         self._last_weights = None
 
@@ -100,21 +116,21 @@ class AttentionStats:
             weights = elite_queries(query, key, first_position, params, options.elite_window)
         if self._summed_queries is not None:
             weights = self._only_last(query.shape[0], first_position)
-        maxima = self.attention.maxima
+        maxima = self._maxima
         observe(
             query,
             key,
             first_position,
             params,
-            self.attention.sums[layer],
+            self._sums[layer],
             self.dense_entries[layer],
             weights,
             None if maxima is None else maxima[layer],
             num_keys,
         )
-        if self.similarity is not None and is_last:
+        if self._similarity is not None and is_last:
             assert isinstance(key, torch.Tensor)
-            self.similarity[layer] = key_similarity(key[:, :end])
+            self._similarity[layer, :, :end] = key_similarity(key[:, :end])
 
     def of_layers(
         self,
@@ -142,9 +158,9 @@ class AttentionStats:
             first_position + num_queries,
             self._threshold,
             table,
-            self.attention.sums,
+            self._sums,
             self.dense_entries,
-            self.attention.maxima,
+            self._maxima,
             first_summed,
             num_keys,
         )
@@ -157,8 +173,7 @@ class AttentionStats:
         chunk = num_queries, first_position
         if self._last_weights is None or self._last_weights[0] != chunk:
             assert self._summed_queries is not None
-            sums = self.attention.sums
-            weights = sums.new_ones(sums.shape[1], num_queries)
+            weights = self._sums.new_ones(self._sums.shape[1], num_queries)
             weights[:, : max(0, self.tokens - self._summed_queries - first_position)] = 0
             self._last_weights = chunk, weights
         return self._last_weights[1]

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import CachedRequestData
 from vl_cache_vllm.attention.per_layer import LayerInputs
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.messages import EvictionOrder, EvictionReport, PendingReport, put_step
-from vl_cache_vllm.ops.compact import compact
+from vl_cache_vllm.ops.compact import Move, compact_all
 from vl_cache_vllm.ops.device import Fetched, Stopwatch, to_device
 from vl_cache_vllm.ops.dispatch import implementation_for
 from vl_cache_vllm.ops.layer_tables import LayerTables
@@ -33,7 +33,14 @@ from vl_cache_vllm.worker.late_observation import (
     split_late,
 )
 from vl_cache_vllm.worker.requests import RequestTable
-from vl_cache_vllm.worker.selection import select_kept
+from vl_cache_vllm.worker.selection import (
+    Division,
+    EvictionInput,
+    Selection,
+    divide,
+    selections,
+    whole,
+)
 from vl_cache_vllm.worker.source import EvictionSource
 from vl_cache_vllm.worker.step import (
     Batch,
@@ -298,6 +305,7 @@ class Evictor:
                 self.pool.num_kv_heads,
                 observation.tokens,
                 self.pool.device,
+                state.config.policy.evict_after,
             )
         elif state.attention_stats.tokens < observation.tokens:
             state.attention_stats.extend(observation.tokens)
@@ -323,8 +331,45 @@ class Evictor:
         return reports
 
     def _evict_all(self, step: EvictionStep) -> None:
+        """Evict the step's requests together; `selection` says how."""
+        pool, evictions = self.pool, step.pending_evictions
+        stopwatch = Stopwatch(pool.device)
+        with stopwatch:
+            inputs = self._inputs(step)
+            division = divide(inputs)
+            kept_rows = [
+                to_device(eviction.order.kept_blocks, pool.device) for eviction in evictions
+            ]
+            parts: list[Selection] = []
+            for group in selections(inputs, division, self.tp_group.mean):
+                moves = [
+                    Move(
+                        inputs[part.request].source.page_ids,
+                        kept_rows[part.request],
+                        division.kept_pages[part.request],
+                        part.positions,
+                        part.first_layer,
+                    )
+                    for part in group
+                ]
+                compact_all(pool, moves)
+                if self._trace is not None:
+                    parts += group
+                del moves
+                group.clear()  # so that the next one can use its memory
+            for eviction, pages, row in zip(evictions, division.kept_pages, kept_rows, strict=True):
+                self.tables.set_kept(eviction.state.slot, pages, row)
+        self._report_all(evictions, inputs, division, stopwatch)
+        if self._trace is not None:
+            for index, (eviction, one) in enumerate(zip(evictions, inputs, strict=True)):
+                selection = whole([part for part in parts if part.request == index])
+                self._trace.write(eviction, one, division.of(index), selection)
+
+    def _inputs(self, step: EvictionStep) -> list[EvictionInput]:
+        """What each eviction of the step is decided on."""
+        pool, evictions = self.pool, step.pending_evictions
         stats = []
-        for eviction in step.pending_evictions:
+        for eviction in evictions:
             state = eviction.state
             assert state.attention_stats is not None, (
                 f"request {state.request_id} is to be evicted but was never observed"
@@ -332,61 +377,66 @@ class Evictor:
             stats.append(state.attention_stats)
         # One sum over the ranks for all requests of the step.
         dense_entries = self.tp_group.sum(torch.stack([one.dense_entries for one in stats]))
-        for arguments in zip(step.pending_evictions, stats, dense_entries, strict=True):
-            self._evict(step, *arguments)
-
-    def _evict(
-        self,
-        step: EvictionStep,
-        eviction: PendingEviction,
-        stats: AttentionStats,
-        dense_entries: torch.Tensor,
-    ) -> None:
-        state, pool = eviction.state, self.pool
-        stopwatch = Stopwatch(pool.device)
-        with stopwatch:
+        slots = [one.state.slot if one.evicted_before else 0 for one in evictions]
+        kept_before = self.tables.kept_pages(to_device(slots, pool.device))
+        inputs = []
+        for eviction, observed, dense, kept in zip(
+            evictions, stats, dense_entries, kept_before, strict=True
+        ):
             if step.tables is None:
                 page_ids = pool.block_pages(step.block_table[eviction.row, : eviction.max_pages])
             else:
                 page_ids = step.tables.block_table[:, eviction.row]
-            kept_before = self.tables.kept_pages(state.slot if eviction.evicted_before else 0)
-            source = EvictionSource.of(eviction, pool, page_ids, kept_before)
-            prompt = self._prompt(eviction, source)
-            selection = select_kept(
-                state.config,
-                stats,
-                dense_entries,
-                prompt,
-                self.num_heads,
-                eviction.num_queries,
-                len(eviction.order.kept_blocks),
-                source,
-                eviction.unobserved,
+            source = EvictionSource.of(eviction, pool, page_ids, kept)
+            inputs.append(
+                EvictionInput(
+                    eviction.state.config,
+                    observed,
+                    dense,
+                    self._prompt(eviction, source),
+                    self.num_heads,
+                    eviction.num_queries,
+                    len(eviction.order.kept_blocks),
+                    source,
+                    eviction.unobserved,
+                )
             )
-            kept_row = to_device(eviction.order.kept_blocks, pool.device)
-            compact(pool, page_ids, kept_row, selection.kept_pages, selection.positions)
-            self.tables.set_kept(state.slot, selection.kept_pages, kept_row)
-        state.attention_stats = None
-        kept_tokens = selection.kept_pages * pool.block_size
-        tokens = Fetched(torch.stack((kept_tokens + source.tail, source.cached_tokens)))
-        self._reports.append(
-            partial(_report, stats.stopwatch, stopwatch, tokens, self._layer_numbers)
-        )
-        if self._trace is not None:
-            self._trace.write(eviction, prompt, selection, stats, source)
+        return inputs
+
+    def _report_all(
+        self,
+        evictions: Sequence[PendingEviction],
+        inputs: Sequence[EvictionInput],
+        division: Division,
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Note the reports of a step; the requests share its time by their tokens."""
+        pool = self.pool
+        tails = to_device([one.source.tail for one in inputs], pool.device)[:, None]
+        kept_tokens = division.kept_pages * pool.block_size + tails
+        tokens = Fetched(torch.stack((kept_tokens, division.cached_tokens), 1))
+        total = sum(one.prompt.tokens for one in inputs)
+        for index, (eviction, one) in enumerate(zip(evictions, inputs, strict=True)):
+            compaction = Stopwatch(pool.device)
+            compaction.share(stopwatch, one.prompt.tokens / total)
+            self._reports.append(
+                partial(
+                    _report,
+                    one.observed.stopwatch,
+                    compaction,
+                    tokens,
+                    index,
+                    self._layer_numbers,
+                )
+            )
+            eviction.state.attention_stats = None
 
     def _prompt(self, eviction: PendingEviction, source: EvictionSource) -> Prompt:
         """The tokens as policies see them; patch grids only where somebody reads them."""
         state = eviction.state
         policy = state.config.policy
-        rank_mean = self.tp_group.mean
         if not source.is_first:
-            return Prompt(
-                source.max_tokens,
-                shard=self.shard,
-                mean_over_ranks=rank_mean,
-                lengths=source.cached_tokens,
-            )
+            return Prompt(source.max_tokens, shard=self.shard, lengths=source.cached_tokens)
         grids = state.grids() if policy.wants_grids or self._trace is not None else ()
         if policy.wants_grids and not all(
             any(first <= grid.first < end for grid in grids) for first, end in state.visual
@@ -396,7 +446,7 @@ class Evictor:
                 "are treated as a sequence",
                 policy.name,
             )
-        return Prompt(source.max_tokens, state.visual, grids, self.shard, rank_mean)
+        return Prompt(source.max_tokens, state.visual, grids, self.shard)
 
 
 def _first(number: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -408,12 +458,20 @@ def _report(
     observation: Stopwatch,
     compaction: Stopwatch | None = None,
     tokens: Fetched | None = None,
+    index: int = 0,
     layer_numbers: Sequence[int] = (),
 ) -> EvictionReport:
-    """Build a report; blocks until the device has finished the eviction."""
+    """Build a report; blocks until the device has finished the eviction.
+
+    Args:
+        observation, compaction: the request's times.
+        tokens: of each layer after and before the evictions of a step, ``[R, 2, num_layers]``.
+        index: of the request among them.
+        layer_numbers: indices of the layers in the model.
+    """
     if compaction is None or tokens is None:
         return EvictionReport(observation.seconds())
-    after, before = tokens.wait().tolist()
+    after, before = tokens.wait()[index].tolist()
     ratios = {
         layer: kept / cached
         for layer, kept, cached in zip(layer_numbers, after, before, strict=True)

@@ -2,12 +2,13 @@
 """Device memory that eviction takes on one worker, as a formula.
 
 vLLM's profiling run measures the same (`vl_cache_vllm.worker.warmup`); the formula says where it
-goes. What a policy's own scores and rankings allocate for the moment is not in it.
+goes. Other policies may allocate more for the moment than rankings do; the profile includes it.
 """
 
 from dataclasses import dataclass
 
 from vl_cache_vllm.worker.late_observation import MAX_LATE_QUERIES
+from vl_cache_vllm.worker.selection import MAX_SCORED, MAX_SCORES
 from vl_cache_vllm.worker.step_tables import TableSizes
 
 
@@ -16,14 +17,15 @@ class MemoryUse:
     """Bytes on one worker."""
 
     tables: int  # tables, lengths and slots of all layers, and what is kept of every request
-    scores: int  # sums and maxima of all prompts under observation
-    positions: int  # of the tokens that an eviction of the longest prompt keeps, at most
+    observed: int  # sums and maxima of all prompts under observation
+    selected: int  # scores of the layers that are selected at once, and the positions they keep
+    rankings: int  # of the layers that are ranked at once
     queries: int  # that a step holds until its last layer
 
     @property
     def total(self) -> int:
-        """All of them; one eviction runs at a time."""
-        return self.tables + self.scores + self.positions + self.queries
+        """All of them."""
+        return self.tables + self.observed + self.selected + self.rankings + self.queries
 
 
 def memory_use(
@@ -42,13 +44,18 @@ def memory_use(
         max_model_len: tokens of the longest prompt.
         observed_tokens: bound of the tokens under observation
             (`vl_cache_vllm.core.observation_budget`).
-        wants_maxima: whether the policy reads the maxima over the queries.
+        wants_maxima: whether the policy reads the maxima over the queries, as `vlcache-plus`,
+            which also ranks.
         query_bytes: of one token's query in a layer on this worker.
     """
-    per_token = 4 * sizes.num_layers * num_kv_heads
+    of_layer = num_kv_heads * max_model_len
+    of_prompt = sizes.num_layers * of_layer
+    observed = 4 * sizes.num_layers * num_kv_heads * observed_tokens
     return MemoryUse(
         sizes.num_bytes(),
-        per_token * observed_tokens * (2 if wants_maxima else 1),
-        per_token * max_model_len,
+        observed * (2 if wants_maxima else 1),
+        8 * min(of_prompt, max(MAX_SCORES, of_layer)),
+        # Attention without sinks, shared scores, those of the look-ahead, and 16 bytes to sort.
+        28 * min(of_prompt, max(MAX_SCORED, of_layer)) if wants_maxima else 0,
         sizes.num_layers * MAX_LATE_QUERIES * query_bytes,
     )

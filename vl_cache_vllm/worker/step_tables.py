@@ -93,9 +93,9 @@ class StepTables:
         self._last_views: tuple[tuple[int, int, int], LayerTables] | None = None
         self._last_rows: tuple[bytes, EvictedRows] | None = None
 
-    def kept_pages(self, slot: int) -> torch.Tensor:
-        """Kept pages of each layer of the request in a slot, int64 ``[num_layers]``."""
-        return self._kept_pages[slot]
+    def kept_pages(self, slots: torch.Tensor | int) -> torch.Tensor:
+        """Kept pages of each layer of the request in a slot, or in each of some slots, int64."""
+        return self._kept_pages[slots]
 
     def set_kept(self, slot: int, kept_pages: torch.Tensor, kept_row: torch.Tensor) -> None:
         """Store the result of an eviction.

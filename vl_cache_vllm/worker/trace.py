@@ -11,10 +11,7 @@ import torch
 from vllm.utils.math_utils import cdiv
 
 from vl_cache_vllm.config import KVCompressConfig
-from vl_cache_vllm.policy import Prompt
-from vl_cache_vllm.worker.attention_stats import AttentionStats
-from vl_cache_vllm.worker.selection import Selection
-from vl_cache_vllm.worker.source import EvictionSource
+from vl_cache_vllm.worker.selection import Division, EvictionInput, Selection
 from vl_cache_vllm.worker.step import PendingEviction
 
 
@@ -46,24 +43,22 @@ class Trace:
     def write(
         self,
         eviction: PendingEviction,
-        prompt: Prompt,
+        decided_on: EvictionInput,
+        division: Division,
         selection: Selection,
-        stats: AttentionStats,
-        source: EvictionSource,
     ) -> None:
         """Append one eviction; reads the device back.
 
         Args:
             eviction: which request, and its blocks.
-            prompt: its visual tokens and patch grids.
+            decided_on: its prompt and the observed attention.
+            division: of the layers' budgets.
             selection: what was kept.
-            stats: the observed attention.
-            source: what was chosen from.
         """
-        state = eviction.state
+        state, prompt = eviction.state, decided_on.prompt
         config = state.config
-        kept_tokens = (selection.kept_pages * self._block_size).tolist()
-        cached_tokens = source.cached_tokens.tolist()
+        kept_tokens = (division.kept_pages * self._block_size).tolist()
+        cached_tokens = division.cached_tokens.tolist()
         record: dict[str, Any] = {
             "request_id": state.request_id,
             "eviction": state.num_evictions,
@@ -80,7 +75,7 @@ class Trace:
             "vision_end": state.vision_end,
             "block_size": self._block_size,
             "kept_blocks": len(eviction.order.kept_blocks),
-            "density": selection.density.tolist(),
+            "density": division.density.tolist(),
             "kept_tokens": kept_tokens,
             "visual": prompt.visual,
             "grids": [dataclasses.astuple(grid) for grid in prompt.grids],
@@ -88,9 +83,10 @@ class Trace:
         if self._positions:
             record["kept_positions"] = _trimmed(selection.positions, kept_tokens)
         if self._scores:
-            record["attention"] = _rounded(stats.attention.sums, cached_tokens)
-            if stats.attention.maxima is not None:
-                record["maxima"] = _rounded(stats.attention.maxima, cached_tokens)
+            attention = decided_on.observed.attention
+            record["attention"] = _rounded(attention.sums, cached_tokens)
+            if attention.maxima is not None:
+                record["maxima"] = _rounded(attention.maxima, cached_tokens)
             record["scores"] = _rounded(selection.scores, cached_tokens)
         # One write call per line: workers of several engines may share the file.
         os.write(self._file, (json.dumps(record) + "\n").encode())

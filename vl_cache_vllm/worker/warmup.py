@@ -4,8 +4,8 @@
 vLLM then leaves enough memory for the largest eviction, whatever the policy is, and the first
 request finds its kernels compiled. Eviction needs, at most:
 
-- scores: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
-- what the policy and the selection of one prompt allocate at once;
+- attention: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
+- what the policy and the selection of a few layers allocate at once;
 - queries that a step holds until its last layer, up to `late_observation.MAX_LATE_QUERIES`;
 - tables: 4 bytes per layer, request of a graph and block of the longest sequence, at most 128 MiB.
 
