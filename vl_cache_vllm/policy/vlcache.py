@@ -141,7 +141,7 @@ class VLCachePolicy(EvictionPolicy):
     def layer_weights(self, density: torch.Tensor, budget: float, prompt: Prompt) -> torch.Tensor:
         """``clip(d_l / sum(d) * budget * num_layers, min_layer_budget, 1)`` (Algorithm 1)."""
         if self.uniform_mix == 1.0:
-            return torch.ones_like(density)
+            return torch.full_like(density, min(1.0, max(self.min_layer_budget, budget)))
         num_layers = density.shape[0]
         total = density.sum()
         uniform = torch.full_like(density, 1.0 / num_layers)
