@@ -159,41 +159,42 @@ def selections(
         mean_over_ranks: as for `Attention.with_common`.
     """
     kept_tokens = division.kept_pages * inputs[0].source.block_size
-    group: list[tuple[int, int]] = []
-    candidates: list[Candidates] = []
-    number = 0
-
-    def selected() -> list[Selection]:
-        rows = zip(group, candidates, select_all(candidates), strict=True)
-        return [Selection(*key, one.scores, positions) for key, one, positions in rows]
-
+    group: list[tuple[int, int, Candidates]] = []
+    number = 0  # of scores in the group
     for request, one in enumerate(inputs):
         policy, attention = one.config.policy, one.observed.attention
         if policy.wants_common:
             attention = attention.with_common(mean_over_ranks)
         precedence = policy.precedence(one.prompt, attention.sums.device)
-        own = attention.sums[0].numel()
-        count = max(1, MAX_SCORED // own)
+        of_layer = attention.sums[0].numel()
+        count = max(1, MAX_SCORED // of_layer)
         for first in range(0, one.num_layers, count):
             layers = slice(first, min(first + count, one.num_layers))
-            scored = (layers.stop - layers.start) * own
+            scored = (layers.stop - first) * of_layer
             if group and number + scored > MAX_SCORES:
-                yield selected()
-                group, candidates, number = [], [], 0
-            scores = _scores(one, attention, layers)
-            candidates.append(
-                Candidates(
-                    scores,
-                    division.num_tokens[request, layers],
-                    kept_tokens[request, layers],
-                    policy.recent_ratio,
-                    one.max_kept,
-                    precedence,
-                )
+                yield _select(group)
+                group, number = [], 0
+            candidates = Candidates(
+                _scores(one, attention, layers),
+                division.num_tokens[request, layers],
+                kept_tokens[request, layers],
+                policy.recent_ratio,
+                one.max_kept,
+                precedence,
             )
-            group.append((request, first))
+            group.append((request, first, candidates))
+            del candidates  # the group alone holds the scores
             number += scored
-    yield selected()
+    yield _select(group)
+
+
+def _select(group: Sequence[tuple[int, int, Candidates]]) -> list[Selection]:
+    """The tokens that layers keep, from the index of the request and of the first layer."""
+    positions = select_all([candidates for *_, candidates in group])
+    return [
+        Selection(request, first, candidates.scores, kept)
+        for (request, first, candidates), kept in zip(group, positions, strict=True)
+    ]
 
 
 def _scores(one: EvictionInput, attention: Attention, layers: slice) -> torch.Tensor:
