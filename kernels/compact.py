@@ -26,7 +26,7 @@ def compact_kernel(
     pages,  # [num_pages, num_kv_heads, cells of one head], the pool, any element type
     page_stride,  # int, elements from page to page
     head_stride,  # int, elements from KV head to KV head
-    moves,  # [requests, 9] int64, of _describe
+    moves,  # [requests, 8] int64, of _describe
     num_layers,  # int, L
     layer_stride,  # int, pages from layer to layer
     block_stride,  # int, pages from block to block
@@ -42,45 +42,45 @@ def compact_kernel(
     TOKENS: tl.constexpr,  # block_size rounded up to a power of 2
     ELEMENTS: tl.constexpr,  # head_size rounded up to a power of 2
 ):
-    """Fill one KV head of one destination page. Grid ``(most M * L, num_kv_heads, requests)``.
+    """Fill one KV head of one destination page. Grid ``(most pages, num_kv_heads, requests)``.
 
     Of each request there are page ids of its source, int32 ``[L, C]``, block ids of its kept
     blocks, int64 ``[M]``, the pages of each layer, int64 ``[L]``, and positions in the source of
     some layers, int32 ``[n, num_kv_heads, max_kept]``.
 
-    Program ``(f, head)`` fills the page with index f among the request's kept pages, which is page
-    ``f % L`` of kept block ``f // L``. The page belongs to the layer whose range contains f. For
-    example, with 3 layers and kept pages 4, 1 and 1::
+    A program fills the page with index f among the request's kept pages, which is page ``f % L`` of
+    kept block ``f // L``. The first program has the first page of the first moved layer. A page
+    belongs to the layer whose range contains f. For example, with 3 layers and kept pages 4, 1
+    and 1::
 
         f        0  1  2  3  4  5
         layer    0  0  0  0  1  2     number of layers whose range ends at or before f
         page     0  1  2  3  0  0     f minus the pages of the layers before
     """
-    move = moves + tl.program_id(2) * 9
-    page_index = tl.program_id(0).to(tl.int64)  # f
+    move = moves + tl.program_id(2) * 8
     head = tl.program_id(1).to(tl.int64)
-    if page_index >= tl.load(move) * num_layers:
-        return
-    kept_pages = tl.load(move + 7).to(tl.pointer_type(tl.int64))
+    first_layer = tl.load(move)
+    kept_pages = tl.load(move + 6).to(tl.pointer_type(tl.int64))
     layers = tl.arange(0, LAYERS)
     exists = layers < num_layers
     pages_of = tl.load(kept_pages + layers, mask=exists, other=0)
+    page_index = tl.sum(tl.where(layers < first_layer, pages_of, 0)) + tl.program_id(0)  # f
     ends = tl.cumsum(pages_of, 0)
     layer = tl.sum((exists & (ends <= page_index)).to(tl.int64))
-    moved = layer - tl.load(move + 1)  # index of the layer in the positions
-    if (moved < 0) | (moved >= tl.load(move + 2)):
+    moved = layer - first_layer  # index of the layer in the positions
+    if moved >= tl.load(move + 1):
         return
     page = page_index - tl.sum(tl.where(layers < layer, pages_of, 0))
 
     token = tl.arange(0, TOKENS)
     used = token < block_size
-    row = tl.load(move + 8).to(tl.pointer_type(tl.int32))
-    row += (moved * tl.num_programs(1) + head) * tl.load(move + 3)
+    row = tl.load(move + 7).to(tl.pointer_type(tl.int32))
+    row += (moved * tl.num_programs(1) + head) * tl.load(move + 2)
     position = tl.load(row + page * block_size + token, mask=used, other=0)  # [TOKENS]
-    of_layer = tl.load(move + 5).to(tl.pointer_type(tl.int32)) + layer * tl.load(move + 4)
+    of_layer = tl.load(move + 4).to(tl.pointer_type(tl.int32)) + layer * tl.load(move + 3)
     page_id = tl.load(of_layer + position // block_size, mask=used, other=0).to(tl.int64)
     source = page_id * page_stride  # [TOKENS]
-    kept_row = tl.load(move + 6).to(tl.pointer_type(tl.int64))
+    kept_row = tl.load(move + 5).to(tl.pointer_type(tl.int64))
     block = tl.load(kept_row + page_index // num_layers)
     destination = (page_index % num_layers * layer_stride + block * block_stride) * page_stride
 
@@ -98,28 +98,28 @@ def compact_kernel(
 
 
 def _describe(move: Move) -> tuple[list[int], list[torch.Tensor]]:
-    """A move as the kernel reads it, 9 integers, and the tensors that these point to."""
+    """A move as the kernel reads it, 8 integers, and the tensors that these point to."""
     assert move.source_pages.stride(1) == 1 and move.source_pages.dtype == torch.int32
     tensors = [
         move.source_pages,
-        move.kept_row.contiguous(),
-        move.kept_pages.contiguous(),
-        move.positions.contiguous(),
+        move.kept_row.long().contiguous(),
+        move.kept_pages.long().contiguous(),
+        move.positions.int().contiguous(),
     ]
+    assert all(tensor.device == move.positions.device for tensor in tensors)
     numbers = [
-        len(move.kept_row),
-        move.first_layer,  # 1
-        len(move.positions),
-        move.positions.shape[2],  # 3
-        move.source_pages.stride(0),
+        move.first_layer,
+        len(move.positions),  # 1
+        move.positions.shape[2],
+        move.source_pages.stride(0),  # 3
     ]
-    return numbers + [tensor.data_ptr() for tensor in tensors], tensors  # from 5 on
+    return numbers + [tensor.data_ptr() for tensor in tensors], tensors  # from 4 on
 
 
 def compact_all(pool: PagePool, moves: Sequence[Move]) -> None:
     """Copy the kept tokens into the kept blocks; arguments as for the operation.
 
-    Grid ``(most M * L, num_kv_heads, requests)``: a program fills one KV head of one destination
+    Grid ``(most pages, num_kv_heads, requests)``: a program fills one KV head of one destination
     page. Its size depends on shapes alone; each program finds its layer from ``kept_pages`` on the
     device, and ends if that is no layer of the move. Integers and addresses go to the device in
     one copy.
@@ -130,7 +130,13 @@ def compact_all(pool: PagePool, moves: Sequence[Move]) -> None:
     num_kv_heads, head_size = pool.num_kv_heads, pool.packing.key_index.shape[1]
     page_stride, head_stride, _ = pool.pages.stride()
     described = [_describe(move) for move in moves]
-    num_pages = max(len(move.kept_row) for move in moves) * pool.num_layers
+    num_pages = max(
+        min(
+            len(move.kept_row) * pool.num_layers,
+            len(move.positions) * (move.positions.shape[2] // pool.block_size),
+        )
+        for move in moves
+    )
     compact_kernel[num_pages, num_kv_heads, len(moves)](
         pool.pages,
         page_stride,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vl_cache_vllm.ops.select.select_all` as one launch, a program per layer and KV head.
+"""`vl_cache_vllm.ops.select.select_all`, a program per layer and KV head.
+
+One launch selects from all candidates without precedences, and one from those with them.
 
 Each token gets an unsigned key whose order is the order of selection. A radix select finds the key
 of the last kept token, eight bits per pass, without sorting. One more pass writes the positions of
@@ -127,11 +129,12 @@ def _describe(one: Candidates, positions: torch.Tensor) -> tuple[list[int], list
     """
     tensors = [
         one.scores.float().contiguous(),
-        one.num_tokens.contiguous(),
-        one.kept_tokens.contiguous(),
-        one.scores if one.precedence is None else one.precedence.contiguous(),
+        one.num_tokens.long().contiguous(),
+        one.kept_tokens.long().contiguous(),
+        one.scores if one.precedence is None else one.precedence.long().contiguous(),
         positions,
     ]
+    assert all(tensor.device == positions.device for tensor in tensors)
     num_layers, _, width = one.scores.shape
     ratio_bits = struct.unpack("q", struct.pack("d", one.recent_ratio))[0]
     numbers = [num_layers, width, one.max_kept, ratio_bits, *(t.data_ptr() for t in tensors)]

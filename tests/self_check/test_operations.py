@@ -198,8 +198,8 @@ FAULTS = (
         frozenset({"compact"}),
     ),
     Fault("compact_kernel", "ends <= page_index", "ends < page_index", frozenset({"compact"})),
-    Fault("compact_kernel", "tl.program_id(2) * 9", "0 * 9", frozenset({"compact"})),
-    Fault("compact_kernel", "layer - tl.load(move + 1)", "layer", frozenset({"compact"})),
+    Fault("compact_kernel", "tl.program_id(2) * 8", "0 * 8", frozenset({"compact"})),
+    Fault("compact_kernel", "layers < first_layer", "layers < 0", frozenset({"compact"})),
     Fault(
         "layer_tables_kernel",
         "kept_row + page_index // num_layers",

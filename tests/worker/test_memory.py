@@ -92,8 +92,8 @@ def test_evictions_allocate_no_more_than_the_formula(
     """Of one layer, of a few layers and of all layers at once, with the launchers of a GPU."""
     num_layers, num_kv_heads, tokens = 6, 16, 1000
     for module in (selection, memory):
-        monkeypatch.setattr(module, "MAX_SCORES", most)
-        monkeypatch.setattr(module, "MAX_SCORED", most // 2)
+        monkeypatch.setattr(module, "MAX_GROUP_SCORES", most)
+        monkeypatch.setattr(module, "MAX_POLICY_SCORES", most // 2)
     config = config_of(policy)
     observed = AttentionStats(config, num_layers, num_kv_heads, tokens, torch.device("cpu"), 16)
     source = EvictionSource.of_prompt(tokens, num_layers, 16)

@@ -208,8 +208,8 @@ def test_groups_of_layers_keep_what_all_together_keep(
         random_input(name, 50, 3, experimental={"diversity": 0.5}),
     ]
     expected = [select_kept(one) for one in inputs]
-    monkeypatch.setattr(selection_module, "MAX_SCORES", most)
-    monkeypatch.setattr(selection_module, "MAX_SCORED", scored)
+    monkeypatch.setattr(selection_module, "MAX_GROUP_SCORES", most)
+    monkeypatch.setattr(selection_module, "MAX_POLICY_SCORES", scored)
     division = divide(inputs)
     parts: list[list[Selection]] = [[] for _ in inputs]
     found = []

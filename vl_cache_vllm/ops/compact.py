@@ -55,11 +55,11 @@ def compact(
     num_layers, block_size = pool.num_layers, pool.block_size
     total_pages = kept_row.shape[0] * num_layers  # F
     device = positions.device
-    page_index = torch.arange(total_pages, device=device)  # [F]
+    page_index = torch.arange(total_pages, device=device)
     end = kept_pages.cumsum(0)  # [L], end of each layer's range
-    layer = torch.searchsorted(end, page_index, right=True).clamp_(max=num_layers - 1)  # [F]
+    layer = torch.searchsorted(end, page_index, right=True).clamp_(max=num_layers - 1)
     wanted = (layer >= first_layer) & (layer < first_layer + len(positions))
-    page_index, layer = page_index[wanted], layer[wanted]
+    page_index, layer = page_index[wanted], layer[wanted]  # [F], of the moved layers
     page_in_layer = page_index - (end - kept_pages)[layer]
     token = page_in_layer[:, None] * block_size + torch.arange(block_size, device=device)
     heads = torch.arange(pool.num_kv_heads, device=device)

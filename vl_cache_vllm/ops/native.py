@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vl_cache_vllm.ops.observe import AttentionParams
 
 
-INTERFACE = 4
+INTERFACE = 5
 """Number of the C functions' signatures, as in csrc/interface.cpp; change both together."""
 
 

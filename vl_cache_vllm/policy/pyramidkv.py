@@ -41,5 +41,5 @@ class PyramidKVPolicy(SnapKVPolicy):
         least = mean / self.beta
         shard = prompt.shard
         own = to_device(shard.layer_numbers(len(density)), density.device)
-        depth = own / max(1, (shard.num_layers or len(density)) - 1)
+        depth = own.double() / max(1, (shard.num_layers or len(density)) - 1)
         return window + 2 * mean - least - 2 * (mean - least) * depth

@@ -16,6 +16,9 @@ from vl_cache_vllm.ops.page_pool import PagedKeys
 from vl_cache_vllm.policy import Attention
 from vl_cache_vllm.policy.diversity import key_similarity
 
+MAX_GENERATED = 64
+"""Generated tokens for which memory is taken with that of the prompt."""
+
 
 class AttentionStats:
     """What a policy decides on, of every layer of one request.
@@ -25,7 +28,8 @@ class AttentionStats:
         num_layers, num_kv_heads: of the cache.
         tokens: up to the last observed query, in the longest layer.
         device: of the results.
-        generated: tokens that are generated before the eviction, for which `extend` needs no copy.
+        generated: tokens that are generated before the eviction; `extend` needs no copy for the
+            first `MAX_GENERATED` of them.
 
     ``attention`` is what the policy scores by. ``dense_entries``, int64 ``[num_layers]``, is that
     of `observe`; ``similarity`` is that of `key_similarity`, shaped as the sums, None without the
@@ -48,7 +52,9 @@ class AttentionStats:
         self.tokens = tokens
         self.stopwatch = Stopwatch(device)
         # float32 [num_layers, num_kv_heads, >= tokens], zero beyond the tokens so far
-        self._sums = torch.zeros(num_layers, num_kv_heads, tokens + generated, device=device)
+        self._sums = torch.zeros(
+            num_layers, num_kv_heads, tokens + min(generated, MAX_GENERATED), device=device
+        )
         self._maxima = torch.zeros_like(self._sums) if policy.wants_maxima else None
         self._similarity = torch.zeros_like(self._sums) if self._options.diversity else None
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)

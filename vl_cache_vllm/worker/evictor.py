@@ -305,7 +305,7 @@ class Evictor:
                 self.pool.num_kv_heads,
                 observation.tokens,
                 self.pool.device,
-                state.config.policy.evict_after,
+                state.config.policy.evict_after if observation.num_blocks else 0,
             )
         elif state.attention_stats.tokens < observation.tokens:
             state.attention_stats.extend(observation.tokens)
@@ -354,7 +354,7 @@ class Evictor:
                 ]
                 compact_all(pool, moves)
                 if self._trace is not None:
-                    parts += group
+                    parts += map(self._trace.recorded, group)
                 del moves
                 group.clear()  # so that the next one can use its memory
             for eviction, pages, row in zip(evictions, division.kept_pages, kept_rows, strict=True):
@@ -410,7 +410,10 @@ class Evictor:
         division: Division,
         stopwatch: Stopwatch,
     ) -> None:
-        """Note the reports of a step; the requests share its time by their tokens."""
+        """Note the reports of a step and forget what was observed.
+
+        The requests share the time of the step by their tokens.
+        """
         pool = self.pool
         tails = to_device([one.source.tail for one in inputs], pool.device)[:, None]
         kept_tokens = division.kept_pages * pool.block_size + tails

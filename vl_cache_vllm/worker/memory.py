@@ -2,13 +2,14 @@
 """Device memory that eviction takes on one worker, as a formula.
 
 vLLM's profiling run measures the same (`vl_cache_vllm.worker.warmup`); the formula says where it
-goes. Other policies may allocate more for the moment than rankings do; the profile includes it.
+goes. Rankings are those of `vlcache-plus`. What other policies allocate for the moment is in the
+profile alone.
 """
 
 from dataclasses import dataclass
 
 from vl_cache_vllm.worker.late_observation import MAX_LATE_QUERIES
-from vl_cache_vllm.worker.selection import MAX_SCORED, MAX_SCORES
+from vl_cache_vllm.worker.selection import MAX_GROUP_SCORES, MAX_POLICY_SCORES
 from vl_cache_vllm.worker.step_tables import TableSizes
 
 
@@ -26,6 +27,14 @@ class MemoryUse:
     def total(self) -> int:
         """All of them."""
         return self.tables + self.observed + self.selected + self.rankings + self.queries
+
+
+def most_selected(
+    num_layers: int, num_kv_heads: int, max_model_len: int, observed_tokens: int
+) -> int:
+    """Scores of the largest group of layers, which may be of several requests."""
+    everything = num_layers * num_kv_heads * observed_tokens
+    return min(everything, max(MAX_GROUP_SCORES, num_kv_heads * max_model_len))
 
 
 def memory_use(
@@ -54,8 +63,8 @@ def memory_use(
     return MemoryUse(
         sizes.num_bytes(),
         observed * (2 if wants_maxima else 1),
-        8 * min(of_prompt, max(MAX_SCORES, of_layer)),
+        8 * most_selected(sizes.num_layers, num_kv_heads, max_model_len, observed_tokens),
         # Attention without sinks, shared scores, those of the look-ahead, and 16 bytes to sort.
-        28 * min(of_prompt, max(MAX_SCORED, of_layer)) if wants_maxima else 0,
+        28 * min(of_prompt, max(MAX_POLICY_SCORES, of_layer)) if wants_maxima else 0,
         sizes.num_layers * MAX_LATE_QUERIES * query_bytes,
     )

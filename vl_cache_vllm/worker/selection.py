@@ -20,10 +20,10 @@ from vl_cache_vllm.policy.diversity import mix_diversity
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.source import EvictionSource
 
-MAX_SCORES = 4 << 20
-"""Scores that are in memory at once, or those of one layer."""
-MAX_SCORED = MAX_SCORES // 2
-"""Scores that a policy computes at once, or those of one layer; rankings take more memory."""
+MAX_GROUP_SCORES = 4 << 20
+"""Scores that are in memory at once, if one layer has no more."""
+MAX_POLICY_SCORES = MAX_GROUP_SCORES // 2
+"""Scores that a policy computes at once, if one layer has no more; rankings take more memory."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def selections(
             attention = attention.with_common(mean_over_ranks)
         precedence = policy.precedence(one.prompt, attention.sums.device)
         of_layer = attention.sums[0].numel()
-        count = max(1, MAX_SCORED // of_layer)
+        count = max(1, MAX_POLICY_SCORES // of_layer)
         for first in range(0, one.num_layers, count):
             layers = slice(first, min(first + count, one.num_layers))
             scored = (layers.stop - first) * of_layer
-            if group and number + scored > MAX_SCORES:
+            if group and number + scored > MAX_GROUP_SCORES:
                 yield _select(group)
                 group, number = [], 0
             candidates = Candidates(

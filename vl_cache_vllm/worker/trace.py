@@ -40,6 +40,15 @@ class Trace:
         except OSError as error:
             raise ValueError(f"KV compression cannot write its trace.path: {error}") from error
 
+    def recorded(self, part: Selection) -> Selection:
+        """What the trace records of a part, on the host; empty tensors for the rest."""
+        nothing = torch.empty(0)
+        return dataclasses.replace(
+            part,
+            scores=part.scores.cpu() if self._scores else nothing,
+            positions=part.positions.cpu() if self._positions else nothing,
+        )
+
     def write(
         self,
         eviction: PendingEviction,
@@ -53,7 +62,7 @@ class Trace:
             eviction: which request, and its blocks.
             decided_on: its prompt and the observed attention.
             division: of the layers' budgets.
-            selection: what was kept.
+            selection: what was kept, as `recorded`.
         """
         state, prompt = eviction.state, decided_on.prompt
         config = state.config

@@ -26,6 +26,7 @@ from vl_cache_vllm.messages import EvictionOrder
 from vl_cache_vllm.ops.page_pool import PagePacking, PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.evictor import Evictor
+from vl_cache_vllm.worker.memory import most_selected
 from vl_cache_vllm.worker.step import Batch, BatchRow
 
 QUERIES = 64  # most that are observed in each of two steps
@@ -116,9 +117,12 @@ class WarmupEviction:
             max(1, config.kept_blocks(self._num_blocks, pool.block_size)), tokens // pool.block_size
         )
         self._evicted_tokens = tokens // pool.block_size * pool.block_size
-        self._others = AttentionStats(
-            config, pool.num_layers, pool.num_kv_heads, max(0, room - tokens), pool.device
-        )
+        shape = pool.num_layers, pool.num_kv_heads
+        self._others = AttentionStats(config, *shape, max(0, room - tokens), pool.device)
+        # A group may have more scores, of several requests, than this prompt.
+        selected = most_selected(*shape, tokens, tokens)
+        missing = most_selected(*shape, tokens, max(room, tokens)) - selected
+        self._selected = torch.zeros(2, missing, device=pool.device)
 
     def observe(self) -> None:
         """Run the prefill without its last step."""
