@@ -200,7 +200,12 @@ FAULTS = (
         "to_page + cell + to_token * value_token_stride, 0 * value",
         frozenset({"compact"}),
     ),
-    Fault("compact_kernel", "ends <= page_index", "ends < page_index", frozenset({"compact"})),
+    Fault(
+        "compact_kernel",
+        "ends <= page_index",
+        "ends < page_index",
+        frozenset({"compact", "compact: elsewhere"}),
+    ),
     Fault("compact_kernel", "tl.program_id(2) * 8", "0 * 8", frozenset({"compact"})),
     Fault("compact_kernel", "layers < first_layer", "layers < 0", frozenset({"compact"})),
     Fault(
