@@ -415,7 +415,7 @@ class Evictor:
         The requests share the time of the step by their tokens.
         """
         pool = self.pool
-        tails = to_device([one.source.tail for one in inputs], pool.device)[:, None]
+        tails = division.cached_tokens - division.num_tokens
         kept_tokens = division.kept_pages * pool.block_size + tails
         tokens = Fetched(torch.stack((kept_tokens, division.cached_tokens), 1))
         total = sum(one.prompt.tokens for one in inputs)
