@@ -254,7 +254,9 @@ class WorkerUnderTest:
         state = self.evictor.requests.get(request_id)
         assert state is not None and state.evicted_tokens
         kept_pages = torch.full((NUM_LAYERS,), 4)
-        self.evictor.tables.set_kept(state.slot, kept_pages, torch.zeros(4, dtype=torch.int64))
+        kept_row = torch.zeros(4, dtype=torch.int64)
+        live = self.evictor.requests.evicted_slots()
+        self.evictor.tables.set_kept(state.slot, kept_pages, kept_row, live)
         self.evictor.begin_output((), None, {})
         self._ids[index : index + 1] = [request_id]
 

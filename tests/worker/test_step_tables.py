@@ -21,7 +21,7 @@ def tables_for(max_graph_reqs: int = GRAPH_REQS) -> StepTables:
     """With a request in slot 1, of whose first 16 tokens one block is kept."""
     pool = make_pool(num_layers=NUM_LAYERS, num_blocks=40, block_size=BLOCK_SIZE)
     tables = StepTables(pool, TableSizes(NUM_LAYERS, MAX_REQS, MAX_TOKENS, WIDTH, max_graph_reqs))
-    tables.set_kept(1, torch.tensor([1, 1, 1]), torch.tensor([39]))
+    tables.set_kept(1, torch.tensor([1, 1, 1]), torch.tensor([39]), ())
     return tables
 
 

@@ -357,8 +357,9 @@ class Evictor:
                     parts += map(self._trace.recorded, group)
                 del moves
                 group.clear()  # so that the next one can use its memory
+            live = self.requests.evicted_slots()
             for eviction, pages, row in zip(evictions, division.kept_pages, kept_rows, strict=True):
-                self.tables.set_kept(eviction.state.slot, pages, row)
+                self.tables.set_kept(eviction.state.slot, pages, row, live)
         self._report_all(evictions, inputs, division, stopwatch)
         if self._trace is not None:
             for index, (eviction, one) in enumerate(zip(evictions, inputs, strict=True)):

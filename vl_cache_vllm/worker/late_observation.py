@@ -19,7 +19,7 @@ from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.step import ObservedQueries
 
-MAX_LATE_QUERIES = 512
+MAX_LATE_QUERIES = 384
 """Observed queries that a step holds at most; requests beyond are observed layer by layer."""
 
 

@@ -92,6 +92,10 @@ class RequestTable:
         """`columns_of` the requests in some slots, a copy; zeros for slots without a request."""
         return self._columns[:, slots]
 
+    def evicted_slots(self) -> list[int]:
+        """Slots of the requests that have been evicted, those of this step included."""
+        return np.flatnonzero(self._columns[2]).tolist()
+
     def in_slot(self, slot: int) -> RequestState:
         """The state of the request in a slot."""
         state = self._by_slot[slot]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The per-layer tables of a step, in device buffers that full CUDA graphs can replay."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from vllm.utils.math_utils import round_up
 from vl_cache_vllm.ops.device import to_device
 from vl_cache_vllm.ops.layer_tables import EvictedRows, LayerTables, layer_tables
 from vl_cache_vllm.ops.page_pool import PagePool
+from vl_cache_vllm.worker.kept_blocks import KeptBlocks
 
 _ALIGNED_ENTRIES = 16  # of a block-table row; vLLM's kernels specialise on its alignment
 
@@ -46,10 +48,10 @@ class TableSizes:
         return min(self.width, fitting)
 
     def num_bytes(self) -> int:
-        """Bytes of all buffers of `StepTables`."""
+        """Bytes of all buffers of `StepTables`, without the few of `KeptBlocks`."""
         tables = 4 * self.num_layers * (self.graph_entries + self.max_num_reqs)
         slots = 8 * self.num_layers * self.max_num_tokens
-        kept = (self.max_num_reqs + 1) * (8 * self.num_layers + 4 * self.width)
+        kept = 8 * self.num_layers * (self.max_num_reqs + 1)
         return tables + slots + kept
 
 
@@ -78,10 +80,7 @@ class StepTables:
         self._kept_pages = torch.zeros(
             max_num_reqs + 1, num_layers, dtype=torch.int64, device=device
         )
-        # int32 [max_num_reqs + 1, width], ids of the kept blocks
-        self._kept_blocks = torch.zeros(
-            max_num_reqs + 1, sizes.width, dtype=torch.int32, device=device
-        )
+        self._kept_blocks = KeptBlocks(device)
         # Every step reuses these buffers, so a CUDA graph finds its tables where it captured them.
         self._block_table = torch.zeros(
             num_layers * sizes.graph_entries, dtype=torch.int32, device=device
@@ -97,20 +96,21 @@ class StepTables:
         """Kept pages of each layer of the request in a slot, or in each of some slots, int64."""
         return self._kept_pages[slots]
 
-    def set_kept(self, slot: int, kept_pages: torch.Tensor, kept_row: torch.Tensor) -> None:
+    def set_kept(
+        self, slot: int, kept_pages: torch.Tensor, kept_row: torch.Tensor, live: Iterable[int]
+    ) -> None:
         """Store the result of an eviction.
 
         Args:
             slot: of the request.
             kept_pages: pages of each layer, int64 ``[num_layers]``.
             kept_row: ids of the kept blocks, int64 ``[M]``.
+            live: slots of all evicted requests.
         """
         while slot >= len(self._kept_pages):  # preempted requests keep their slots
-            for name in ("_kept_pages", "_kept_blocks"):
-                held = getattr(self, name)
-                setattr(self, name, torch.cat((held, torch.zeros_like(held))))
+            self._kept_pages = torch.cat((self._kept_pages, torch.zeros_like(self._kept_pages)))
         self._kept_pages[slot] = kept_pages
-        self._kept_blocks[slot, : len(kept_row)] = kept_row
+        self._kept_blocks.store(slot, kept_row, live)
         self._last_rows = None
 
     def fill(
@@ -154,10 +154,12 @@ class StepTables:
         # Consecutive decode steps share these rows until a request joins, ends or is evicted.
         key = evicted.tobytes()
         if self._last_rows is None or self._last_rows[0] != key:
-            evicted_tokens, _, slot = to_device(evicted, block_table.device)
-            most_kept = max(1, int(evicted[1].max(initial=0)))
-            kept_blocks = self._kept_blocks[slot, :most_kept].long()
-            rows = EvictedRows(evicted_tokens, kept_blocks, self._kept_pages[slot])
+            evicted_tokens, kept, slots = evicted
+            numbers = np.stack((evicted_tokens, slots, self._kept_blocks.first(slots)))
+            on_device, slot, first = to_device(numbers, block_table.device)
+            most_kept = max(1, int(kept.max(initial=0)))
+            kept_blocks = self._kept_blocks.rows(first, most_kept)
+            rows = EvictedRows(on_device, kept_blocks, self._kept_pages[slot])
             self._last_rows = key, rows
         layer_tables(self._pool, self._last_rows[1], block_table, query_start_loc, seq_lens, tables)
         return tables
