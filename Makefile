@@ -82,12 +82,12 @@ $(PARTS)-others.json: env
 	mkdir -p build
 	$(PRETRAINED) --forms completion chat --samples 60 --policies $(TENTH) --budgets 1.0 --json $@
 
-$(PARTS)-plus.json: env
+$(PARTS)-plus-%.json: env
 	mkdir -p build
-	$(PRETRAINED) --forms completion chat --policies vlcache-plus vlcache-plus:evict_after=0 --json $@
+	$(PRETRAINED) --forms $* --policies vlcache-plus vlcache-plus:evict_after=0@0.1 --json $@
 
 # Its parts are independent: make -j 2 accuracy-pretrained
-accuracy-pretrained: $(PARTS)-h2o.json $(PARTS)-others.json $(PARTS)-plus.json
+accuracy-pretrained: $(addprefix $(PARTS)-,h2o.json others.json plus-completion.json plus-chat.json)
 	$(PRETRAINED) --report $^ --json benchmarks/results/accuracy-pretrained.json
 
 accuracy-agent: env
