@@ -8,7 +8,7 @@ of `testing.tiny_models` are included.
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ class Kind:
         tokens: special tokens that the processor needs by name.
         max_images: maximum number of images in a prompt, at most two.
         files: further JSON files of the checkpoint.
+        dtype: a type that vLLM's CPU kernels of this architecture support.
     """
 
     config: Mapping[str, Any]
@@ -128,6 +129,7 @@ class Kind:
     tokens: Mapping[str, str] = field(default_factory=dict)
     max_images: int = 2
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 _QWEN_IDS = dict(
@@ -604,14 +606,17 @@ def _llama4() -> Kind:
 def _qwen3_5() -> Kind:
     kind = _qwen3_vl("Qwen3_5ForConditionalGeneration", "qwen3_5")
     kind.config["vision_config"] |= dict(deepstack_visual_indexes=[])
+    # Every fourth layer has full attention. A block has as many bytes as a state: 64 tokens here.
     kind.config["text_config"] |= dict(
+        num_hidden_layers=8,
+        head_dim=128,
         linear_num_key_heads=2,
         linear_num_value_heads=2,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        rope_parameters=_MROPE | dict(partial_rotary_factor=0.5, mrope_section=[4, 2, 2]),
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        rope_parameters=_MROPE | dict(partial_rotary_factor=0.25),
     )
-    return kind
+    return replace(kind, dtype="bfloat16")
 
 
 def _phi4_siglip() -> Kind:
@@ -754,6 +759,11 @@ KINDS = (*tiny_models.KINDS, *_BUILT)
 def max_images(kind: str) -> int:
     """Maximum number of images in a prompt: one or two."""
     return _BUILT[kind].max_images if kind in _BUILT else 2
+
+
+def dtype(kind: str) -> str:
+    """A type that vLLM's CPU kernels of this architecture support."""
+    return _BUILT[kind].dtype if kind in _BUILT else "float32"
 
 
 def prompt_for(kind: str, question: str, num_images: int) -> str:

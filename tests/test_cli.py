@@ -224,10 +224,6 @@ REFUSALS = {
         _set("model_config.hf_text_config.layer_types", ["full_attention", "chunked_attention"]),
         "chunked_attention",
     ),
-    "linear attention": (
-        _set("model_config.hf_text_config.layer_types", ["full_attention", "linear_attention"]),
-        "linear_attention",
-    ),
     "pooling": (_set("model_config.runner_type", "pooling"), "pooling models"),
 }
 
@@ -322,7 +318,7 @@ def test_models_that_take_embeddings_of_images_are_served(model: Path) -> None:
     [
         ("use_mla", "MLA"),
         ("is_encoder_decoder", "cross attention"),
-        ("is_hybrid", "state-space"),
+        ("is_attention_free", "without attention layers"),
         ("uses_alibi", "ALiBi"),
     ],
 )

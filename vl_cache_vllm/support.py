@@ -23,7 +23,7 @@ TRY_GPU = "VL_CACHE_VLLM_TRY_GPU"
 """Environment variable that lets an engine start on a GPU without a check; for developers."""
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_OTHER_ATTENTION = {"chunked_attention", "linear_attention", "mamba"}
+_OTHER_ATTENTION = {"chunked_attention"}
 
 
 def unsupported_version() -> str | None:
@@ -130,6 +130,10 @@ def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
             vllm_config.model_config.is_mm_prefix_lm,
             "models that attend in both directions inside images, on a GPU",
         ),
+        (
+            vllm_config.model_config.is_hybrid,
+            "models with state-space or linear-attention layers, on a GPU",
+        ),
     )
     return [reason for condition, reason in checks if condition]
 
@@ -147,10 +151,7 @@ def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
         (not model.supports_multimodal_inputs, _text_only_reason(model)),
         (model.use_mla, "multi-head latent attention (MLA)"),
         (model.is_encoder_decoder, "encoder-decoder models (cross attention)"),
-        (
-            model.is_hybrid or model.is_attention_free,
-            "models with state-space or linear-attention layers",
-        ),
+        (model.is_attention_free, "models without attention layers"),
         (bool(other), f"layers that are not full attention: {', '.join(other)}"),
         (
             window is not None,

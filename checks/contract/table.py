@@ -306,6 +306,16 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "block_size block_pool req_to_blocks kv_cache_group_id "
             "max_admission_blocks_per_request",
         ),
+        Has("vllm.v1.core.single_type_kv_cache_manager:MambaManager", "mamba_cache_mode"),
+        # States that a request holds, and why there are two.
+        Steps(
+            f"{KV_INTERFACE}:MambaSpec.max_memory_usage_bytes",
+            (
+                "if vllm_config.cache_config.mamba_cache_mode == 'align':",
+                "2 + self.num_speculative_blocks + self.num_prefill_checkpoint_blocks",
+                "1 + self.num_speculative_blocks",
+            ),
+        ),
         Exists("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
         Called(
             "vllm.v1.core.block_pool:BlockPool.get_cached_block",
@@ -705,6 +715,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(f"{KV_INTERFACE}:KVCacheTensor", "layers layer_stride block_stride"),
         Has(f"{KV_INTERFACE}:KVCacheGroupSpec", "kv_cache_spec layer_names"),
         Exists(f"{KV_INTERFACE}:SlidingWindowSpec"),
+        Exists(f"{KV_INTERFACE}:MambaSpec"),
         Has(
             f"{KV_INTERFACE}:FullAttentionSpec",
             "head_size head_size_v block_size dtype unpadded_page_size_bytes page_size_bytes",

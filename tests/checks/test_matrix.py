@@ -45,7 +45,7 @@ def served(layers: list[Record]) -> dict[str, Any]:
     for layer in layers:
         evicted = None if layer.window else next(kept)
         layer.output = [layer.expected(PROMPT_TOKENS, evicted).float()]
-    return {**dataclasses.asdict(decision), "kept_blocks": 3}
+    return {**dataclasses.asdict(decision), "kept_blocks": 3, "block_size": settings.block_size}
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -178,7 +178,7 @@ def test_rounding_is_a_matter_of_the_logits(logits: float, rounds: bool) -> None
         for dtype in (torch.float64, torch.float32)
     )
     distance = float((single - exact).abs().max() / exact.abs().max())
-    assert (distance > matrix.MAX_DISTANCE) == rounds
+    assert (distance > matrix.MAX_DISTANCE["float32"]) == rounds
 
 
 def test_hanging_processes_are_killed(tmp_path: Path) -> None:

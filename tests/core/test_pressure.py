@@ -4,10 +4,14 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.kv_cache_interface import MambaSpec
 
-from vl_cache_vllm.core.pressure import PressureGauge
+from vl_cache_vllm.core.pressure import PressureGauge, max_blocks
 
 
 @pytest.mark.parametrize(
@@ -70,3 +74,29 @@ def test_a_long_queue_is_not_read_to_its_end() -> None:
     for _ in range(2):
         gauge.update(0, endless(), 100)
         assert gauge.is_on
+
+
+@pytest.mark.parametrize(
+    ("mode", "block_size", "drafts", "expected"),
+    [
+        pytest.param("none", 4096, 0, 1, id="one-state"),
+        pytest.param("none", 4096, 3, 4, id="one-state-and-those-of-drafts"),
+        pytest.param("align", 64, 0, 2, id="the-last-state-and-the-one-before"),
+        pytest.param("align", 64, 3, 5, id="these-and-those-of-drafts"),
+    ],
+)
+def test_states_of_linear_attention(mode: str, block_size: int, drafts: int, expected: int) -> None:
+    """A request holds a few states, however long it is."""
+    spec = MambaSpec(
+        block_size=block_size,
+        shapes=((3, 8),),
+        dtypes=(torch.float32,),
+        mamba_cache_mode=mode,
+        num_speculative_blocks=drafts,
+    )
+    pool = BlockPool(num_gpu_blocks=10, enable_caching=True, hash_block_size=block_size)
+    manager = MambaManager(
+        spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=64
+    )
+    assert max_blocks(manager, 4000) == expected
+    assert max_blocks(manager, 1) <= expected

@@ -10,7 +10,8 @@ from itertools import takewhile
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import BlockHash
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request
 
 
@@ -84,4 +85,10 @@ def max_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
     """The most blocks that another group's manager holds for ``num_tokens`` of one request."""
     blocks = cdiv(num_tokens, manager.block_size)
     limit = manager.max_admission_blocks_per_request
+    if isinstance(manager, MambaManager):  # a block holds the state after some token
+        spec = manager.kv_cache_spec
+        assert isinstance(spec, MambaSpec)
+        blocks += spec.num_speculative_blocks
+        if manager.mamba_cache_mode == "align":  # the last state and the one before it
+            limit = 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
     return blocks if limit is None else min(blocks, limit)

@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, number_type
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
@@ -42,10 +42,11 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
             f"group; this model's groups are: {kinds}"
         )
     others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
-    if not all(type(spec) is SlidingWindowSpec for spec in others):
+    if not all(type(spec) in (SlidingWindowSpec, MambaSpec) for spec in others):
         raise ValueError(
             "KV compression supports no other layers beside those of full attention than ones "
-            f"with a sliding window; this model's KV cache groups are: {kinds}"
+            "with a sliding window, linear attention or a state space; this model's KV cache "
+            f"groups are: {kinds}"
         )
     if not groups[ours[0]].layer_names:
         raise ValueError(NO_FULL_ATTENTION)
