@@ -3,6 +3,7 @@
 
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -210,3 +211,22 @@ def test_a_preemption_does_not_change_who_is_left_alone() -> None:
     anyone = KVCompressConfig(budget=0.1)
     assert plan_eviction(anyone, vision_end=90, **sizes).skip is Skip.NO_POST_VISION_TOKENS
     assert plan_eviction(anyone, vision_end=60, **sizes).kept_blocks == 4
+
+
+def test_the_documented_table_of_large_blocks() -> None:
+    """Blocks as large as a state of linear attention, of which a request holds six."""
+    states, rows = 6, []
+    for block_size in (544, 1568):
+        for tokens in (4096, 16384, 65536):
+            evicted = plan(block_size=block_size, prompt_tokens=tokens, vision_end=tokens - 50)
+            tail = tokens % block_size
+            before = evicted.prompt_blocks + states
+            after = evicted.kept_blocks + (tail > 0) + states
+            kept = (evicted.kept_blocks * block_size + tail) / tokens
+            rows.append(
+                f"| {block_size:,} | {tokens:,} | {before} | {after} | {kept:.0%} "
+                f"| {before / after:.1f}x |"
+            )
+    guide = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    start = guide.index(rows[0])
+    assert guide[start : start + len(rows) + 1] == [*rows, ""]

@@ -81,8 +81,8 @@ def test_a_long_queue_is_not_read_to_its_end() -> None:
     [
         pytest.param("none", 4096, 0, 1, id="one-state"),
         pytest.param("none", 4096, 3, 4, id="one-state-and-those-of-drafts"),
-        pytest.param("align", 64, 0, 2, id="the-last-state-and-the-one-before"),
-        pytest.param("align", 64, 3, 5, id="these-and-those-of-drafts"),
+        pytest.param("align", 64, 0, 3, id="states-of-three-steps"),
+        pytest.param("align", 64, 3, 6, id="these-and-those-of-drafts"),
     ],
 )
 def test_states_of_linear_attention(mode: str, block_size: int, drafts: int, expected: int) -> None:

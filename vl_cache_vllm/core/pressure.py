@@ -89,6 +89,7 @@ def max_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
         spec = manager.kv_cache_spec
         assert isinstance(spec, MambaSpec)
         blocks += spec.num_speculative_blocks
-        if manager.mamba_cache_mode == "align":  # the last state and the one before it
-            limit = 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
+        if manager.mamba_cache_mode == "align":
+            # The last state, the one before it, and in a prefill one that the step is leaving.
+            limit = 3 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
     return blocks if limit is None else min(blocks, limit)
