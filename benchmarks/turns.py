@@ -112,7 +112,9 @@ def measure(engines: InterleavedEngines, options: argparse.Namespace) -> list[Ro
     """The rows of every number of images and batch size."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=options.decode_steps + 8, ignore_eos=True)
+    # The first request of a batch decodes while the others prefill.
+    most = max(options.batch) + options.decode_steps + 1
+    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
     rows = []
     for images, batch in offline.cells(options):
         requests = offline.vllm_requests(images, batch)

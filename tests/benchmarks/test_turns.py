@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import turns
+from benchmarks import offline, turns
 
 
 class _Engine:
@@ -56,3 +56,37 @@ def test_an_interval_contains_the_median_and_narrows() -> None:
     few, many = turns.interval(range(21)), turns.interval(range(401))
     assert few == (5, 15)
     assert many == (180, 220)
+
+
+class _Counter(_Engine):
+    """Every request gets a token in every step."""
+
+    def __init__(self) -> None:
+        super().__init__(0, [], "")
+        self.missing: dict[str, int] = {}
+
+    def add_request(self, request_id: str, request: Any, params: Any) -> None:
+        self.missing[request_id] = params.max_tokens
+
+    def abort_request(self, ids: list[str]) -> None:
+        self.missing.clear()
+
+    def get_num_unfinished_requests(self) -> int:
+        return sum(number > 0 for number in self.missing.values())
+
+    def step(self) -> None:
+        self.missing = {name: number - 1 for name, number in self.missing.items()}
+
+
+@pytest.mark.parametrize("batch", [[1], [1, 8], [1, 8, 40]])
+def test_no_request_ends_before_the_last_step(
+    batch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "vllm_requests", lambda images, number: ["request"] * number)
+    options = turns._parser().parse_args(["--images", "1", "--max-images", "64"])
+    options.batch, options.decode_steps = batch, 7
+    engines = turns.InterleavedEngines({"stock": _Counter(), "ours": _Counter()})
+    rows = turns.measure(engines, options)
+    decode = [row for row in rows if row["step"] == "decode"]
+    assert [row["batch"] for row in decode] == batch
+    assert all(row["steps"] == 7 for row in decode)
