@@ -20,9 +20,10 @@ Example with 2 KV heads, 3 row tiles, 8 key tiles and 4 splits; only the first h
 A row is one query of one head of a KV head's group: row r is query ``r // group`` and head
 ``r % group`` of the group. Its position is ``first_position + r // group``.
 
-`observe_layers` runs both passes for all layers and requests of a step at once. The grids have a
-dimension more for the requests, and layers count as heads do. Each program finds its request's
-lengths and addresses in a table, then calls the same functions as the kernels of one layer.
+`observe_layers` runs both passes for several layers and all requests of a step at once. The grids
+have a dimension more for the requests, and layers count as heads do. Each program finds its
+request's lengths and addresses in a table, then calls the same functions as the kernels of one
+layer.
 
 Instructions bound both passes, not memory. So a loop has as few as possible: tiles that every row
 sees run without masks in a loop of their own, columns are reduced over the rows once at the end,
@@ -592,7 +593,7 @@ def _num_keys(
 
 # Compiled once for all steps.
 @triton.jit(
-    do_not_specialize=["total_rows", "num_splits"],
+    do_not_specialize=["first_layer", "total_rows", "num_splits"],
     do_not_specialize_on_alignment=["maxima", "sums"],
 )
 def statistics_of_step_kernel(
@@ -607,6 +608,7 @@ def statistics_of_step_kernel(
     element_stride,  # int, elements from one element of a key to the next
     requests,  # [num_reqs, 16] int64, of _describe
     layers,  # [num_layers, 2] int64, bits: to_base_2 and cap_exponent
+    first_layer,  # int, of the pool
     softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
     maxima,  # [num_splits, num_layers, num_kv_heads, total_rows] float32, output
     sums,  # as maxima, output: sum of exp(logit - maximum); its reciprocal if there is one split
@@ -622,7 +624,7 @@ def statistics_of_step_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     KEYS: tl.constexpr,  # keys of a tile
 ):
-    """`statistics_kernel` for all layers and requests of a step.
+    """`statistics_kernel` for some layers of all requests of a step.
 
     Grid ``(most row tiles * num_splits, num_layers * num_kv_heads, num_reqs)``.
     """
@@ -640,7 +642,7 @@ def statistics_of_step_kernel(
         query + tl.cast(layer, tl.int64) * layer_stride + tl.load(request) * query_stride,
         query_stride,
         query_head_stride,
-        key_pages + tl.load(request + 6) * layer * page_stride,
+        key_pages + tl.load(request + 6) * (first_layer + layer) * page_stride,
         tl.load(request + 7) * page_stride,
         head_stride,
         token_stride,
@@ -675,7 +677,7 @@ def statistics_of_step_kernel(
 
 # Compiled once for all steps.
 @triton.jit(
-    do_not_specialize=["total_rows"],
+    do_not_specialize=["first_layer", "total_rows"],
     do_not_specialize_on_alignment=["row_maxima", "row_factors"],
 )
 def columns_of_step_kernel(
@@ -690,6 +692,7 @@ def columns_of_step_kernel(
     element_stride,  # int, elements from one element of a key to the next
     requests,  # [num_reqs, 16] int64, of _describe
     layers,  # [num_layers, 2] int64, bits: to_base_2 and cap_exponent
+    first_layer,  # int, of the pool
     softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
     row_maxima,  # [num_layers, num_kv_heads, total_rows] float32, largest logit
     row_factors,  # as row_maxima, 1 / sum of exp(logit - maximum)
@@ -706,7 +709,7 @@ def columns_of_step_kernel(
     ROWS: tl.constexpr,  # rows of a tile
     KEYS: tl.constexpr,  # keys of a tile
 ):
-    """`columns_kernel` for all layers and requests of a step.
+    """`columns_kernel` for some layers of all requests of a step.
 
     Grid ``(most key tiles, num_layers * num_kv_heads, num_reqs)``.
     """
@@ -725,7 +728,7 @@ def columns_of_step_kernel(
         query + tl.cast(layer, tl.int64) * layer_stride + tl.load(request) * query_stride,
         query_stride,
         query_head_stride,
-        key_pages + tl.load(request + 6) * layer * page_stride,
+        key_pages + tl.load(request + 6) * (first_layer + layer) * page_stride,
         tl.load(request + 7) * page_stride,
         head_stride,
         token_stride,
@@ -1005,8 +1008,9 @@ def observe_layers(
     scales: Sequence[float],
     softcap: float,
     requests: Sequence[RequestObservation],
+    first_layer: int = 0,
 ) -> None:
-    """Observe all layers of all requests; arguments as for the operation.
+    """Observe some layers of all requests; arguments as for the operation.
 
     Two launches, or three if few rows leave room for splits. Integers and addresses of the
     requests go to the device in one copy.
@@ -1052,6 +1056,7 @@ def observe_layers(
         keys.element_stride,
         numbers[:end],
         numbers[end:],
+        first_layer,
         softcap,
     )
     constants = {

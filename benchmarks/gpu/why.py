@@ -18,7 +18,7 @@ def cached_images(images: int, questions: int) -> Row:
     from vllm import SamplingParams
 
     from benchmarks import offline, shape
-    from testing.engine import running_llm
+    from testing.engine import num_evicted, running_llm
 
     set_vllm_environment()
     options = _options("--images", str(images), "--batch", str(questions), "--kv-cache-gib", "24")
@@ -38,13 +38,16 @@ def cached_images(images: int, questions: int) -> Row:
                     {**first, "prompt": f"{first['prompt']} {number} and then?"}
                     for number in range(questions)
                 ]
-                params = SamplingParams(temperature=0, max_tokens=1)
+                # A request of one token would not be evicted.
+                params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
                 llm.generate(asked[:1], params, use_tqdm=False)  # fills the cache of prefixes
                 llm.generate(asked[1:3], params, use_tqdm=False)
                 began = time.perf_counter()
                 llm.generate(asked[3:], params, use_tqdm=False)
                 taken = 1000 * (time.perf_counter() - began) / (questions - 3)
-            rows.append({"engine": name, "milliseconds_each": taken})
+                evicted = num_evicted(llm.llm_engine) if name == "ours" else 0
+                assert evicted == (questions if name == "ours" else 0), f"{evicted} were evicted"
+            rows.append({"engine": name, "milliseconds_each": taken, "evicted": evicted})
             say(f"question behind {images} cached images: {rows[-1]}")
     return {"rows": rows}
 

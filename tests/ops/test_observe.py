@@ -483,16 +483,28 @@ def observations_of(pool: PagePool, table: torch.Tensor, seed: int) -> list[Requ
 @pytest.mark.parametrize("softcap", [0.0, 2.5], ids=["no-softcap", "softcap"])
 @pytest.mark.parametrize("page_order", PAGE_ORDERS)
 @pytest.mark.parametrize("which", [slice(0, 4), slice(1, 3), slice(0, 1)], ids=str)
+@pytest.mark.parametrize("groups", [[3], [1, 2], [1, 1, 1]], ids=str)
 def test_layers_and_requests_at_once(
-    packing: str, page_order: str, softcap: float, which: slice
+    packing: str, page_order: str, softcap: float, which: slice, groups: list[int]
 ) -> None:
-    """All layers of several requests, as from one observation of each."""
+    """Some or all layers of several requests, as from one observation of each."""
     pool = make_pool(page_order, packing, block_size=8, head_size=12, num_blocks=23)
     table = torch.randperm(23, generator=torch.Generator().manual_seed(2))[:20].int()
     query = torch.randn(3, 50, 6, 12, generator=torch.Generator().manual_seed(3))
     scales = 0.2, 0.3, 0.1
     found = observations_of(pool, table, seed=4)[which]
-    observe_layers(query, pool, scales, softcap, found)
+    first = 0
+    for number in groups:
+        layers = slice(first, first + number)
+        observe_layers(
+            query[layers],
+            pool,
+            scales[layers],
+            softcap,
+            [one.of_layers(layers) for one in found],
+            first,
+        )
+        first += number
     expected = observations_of(pool, table, seed=4)[which]
     for request in expected:
         keys = request.table if request.table.dim() == 2 else pool.block_pages(request.table)

@@ -83,7 +83,7 @@ def run_batches(settings: dict[str, Any], chunk: int, most: int = MAX_LATE_QUERI
 
 
 @pytest.mark.parametrize("chunk", [20, 55])
-@pytest.mark.parametrize("most", [MAX_LATE_QUERIES, 20, 0], ids=lambda most: f"most{most}")
+@pytest.mark.parametrize("most", [MAX_LATE_QUERIES, 20, 14, 0], ids=lambda most: f"most{most}")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -102,17 +102,22 @@ def test_the_result_is_that_of_layer_by_layer(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """However many layers the buffer has room for."""
     expected = run_batches(settings, chunk)
     request.getfixturevalue("waits")
+    monkeypatch.setattr(late_observation, "MAX_LATE_QUERIES", most)
     late = []
     monkeypatch.setattr(
         late_observation,
         "observe_layers",
-        lambda *args: late.append(len(args[-1])) or observe_layers(*args),
+        lambda *args: late.append(len(args[0])) or observe_layers(*args),
     )
     found = run_batches(settings, chunk, most)
     assert torch.equal(found.pages, expected.pages)
     assert bool(late) == (most > 0 and "experimental" not in settings)
+    if settings == {} and chunk == 20:  # the prefill of both, then one query of each
+        prefill = {MAX_LATE_QUERIES: [3], 20: [2, 1], 14: [1, 1, 1]}
+        assert late == ([*prefill[most], 3] if most else [])
 
 
 observe_layers = late_observation.observe_layers
@@ -134,8 +139,11 @@ def test_what_waits_fits_the_buffer() -> None:
         observation(worker, 10),
     )
     all_of_them = [first, large, other, last]
-    assert split_late(all_of_them, MAX_LATE_QUERIES) == ([first, last], [large, other])
-    assert split_late(all_of_them, 0) == ([], all_of_them)
+    assert split_late(all_of_them, MAX_LATE_QUERIES, 1) == ([first, last], [large, other])
+    assert split_late(all_of_them, MAX_LATE_QUERIES, 2) == ([first, large, last], [other])
+    assert split_late(all_of_them, 0, 2) == ([], all_of_them)
+    too_long = observation(worker, MAX_LATE_QUERIES + 1)
+    assert split_late([too_long], MAX_LATE_QUERIES, 9) == ([], [too_long])
 
 
 @pytest.mark.usefixtures("waits")
@@ -148,7 +156,7 @@ def test_the_buffer_is_as_large_as_any_step_needs() -> None:
         run_step(worker, batch, queries(PROMPT, seed=1), {state: [16, 17, 18, 19]})
         held = worker._query_buffer._queries
         assert held is not None
-        assert held.shape == (NUM_LAYERS, MAX_LATE_QUERIES, NUM_HEADS, HEAD_SIZE)
+        assert held.shape == (NUM_LAYERS * MAX_LATE_QUERIES, NUM_HEADS, HEAD_SIZE)
         if name == "a":
             first = held
         assert held is first
@@ -160,6 +168,28 @@ def test_layers_have_one_soft_cap() -> None:
     late.hold(0, queries(9, seed=1)[0], SCALE, 2.0)
     with pytest.raises(ValueError, match=r"soft caps 2\.0 and 0\.0"):
         late.hold(1, queries(9, seed=1)[1], SCALE, 0.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("room", "launches_of_step"),
+    [pytest.param(4, 1, id="all-layers"), pytest.param(3, 2, id="not-the-last-layer")],
+)
+def test_launches_where_the_buffer_is_small(
+    room: int, launches_of_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pair for every few layers, and none for single requests."""
+    monkeypatch.setattr(late_observation, "MAX_LATE_QUERIES", room)
+    worker = make_worker(pool_of(), max_num_reqs=4, max_observation_tokens=1)
+    states = [start(worker, str(index)) for index in range(4)]
+    batch = [(state, 0, PROMPT, list(range(16))) for state in states]
+    kept = {state: [16, 17, 18, 19] for state in states}
+    with dispatch.use("triton"), recorded() as launches:
+        run_step(worker, batch, queries(PROMPT * 4, seed=1), kept)
+    found = Counter(launch.kernel.__name__ for launch in launches)
+    assert found["columns_of_step_kernel"] == launches_of_step
+    assert found["statistics_of_step_kernel"] == launches_of_step
+    assert not {"statistics_kernel", "columns_kernel"} & found.keys()
 
 
 @needs_compiler

@@ -113,7 +113,7 @@ def test_queries_are_those_of_the_formula() -> None:
     sizes = TableSizes(NUM_LAYERS, 1, 1, 1, 1)
     expected = memory_use(sizes, NUM_KV_HEADS, 200, 200, False, 2 * 8 * 2)
     query = torch.empty(5, 2, 8, dtype=torch.bfloat16)
-    assert QueryBuffer().of(query, NUM_LAYERS).untyped_storage().nbytes() == expected.queries
+    assert QueryBuffer().of(query, NUM_LAYERS, 5).untyped_storage().nbytes() == expected.queries
     parts = (
         expected.tables,
         expected.observed,

@@ -6,7 +6,7 @@ The same pass counts the attention entries above the density threshold.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,9 +103,9 @@ def observe(
 
 @dataclass(frozen=True)
 class RequestObservation:
-    """Consecutive queries of one request that are observed in all layers at once.
+    """Consecutive queries of one request that are observed in several layers at once.
 
-    L layers, K KV heads.
+    L consecutive layers, K KV heads.
     """
 
     first_query: int  # index into the held queries
@@ -122,6 +122,18 @@ class RequestObservation:
     num_keys: torch.Tensor | None = None
     """Keys up to the last query in each layer, int32 ``[L]``; None: ``most_keys`` in all."""
 
+    def of_layers(self, layers: slice) -> "RequestObservation":
+        """The part of some of the layers."""
+        maxima, num_keys, table = self.column_maxima, self.num_keys, self.table
+        return replace(
+            self,
+            table=table if table.dim() == 1 else table[layers],
+            column_sums=self.column_sums[layers],
+            dense_entries=self.dense_entries[layers],
+            column_maxima=None if maxima is None else maxima[layers],
+            num_keys=None if num_keys is None else num_keys[layers],
+        )
+
 
 @operation
 def observe_layers(
@@ -130,18 +142,20 @@ def observe_layers(
     scales: Sequence[float],
     softcap: float,
     requests: Sequence[RequestObservation],
+    first_layer: int = 0,
 ) -> None:
-    """`observe` for all layers of several requests, after the last layer of a step has run.
+    """`observe` for consecutive layers of several requests, after these layers have run.
 
     The keys of all layers stay in the pool until the requests are evicted; the queries must have
     been held.
 
     Args:
-        query: held queries of each layer, ``[num_layers, n, num_heads, head_size]``.
+        query: held queries of each layer, ``[L, n, num_heads, head_size]``.
         pool: the keys.
-        scales: softmax scale of each layer.
+        scales: softmax scale of each of the L layers.
         softcap: of all layers, 0 for none.
         requests: at least one.
+        first_layer: index in the pool of the first of the layers.
     """
     for request in requests:
         queries = slice(request.first_query, request.first_query + request.num_queries)
@@ -151,7 +165,7 @@ def observe_layers(
             weights[:, : request.first_summed] = 0
         for layer, scale in enumerate(scales):
             if request.table.dim() == 1:
-                keys = PagedKeys.of_blocks(pool, layer, request.table)
+                keys = PagedKeys.of_blocks(pool, first_layer + layer, request.table)
             else:
                 keys = PagedKeys(pool, request.table[layer])
             observe(

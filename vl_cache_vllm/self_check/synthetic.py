@@ -279,7 +279,10 @@ class SyntheticPrompt:
             )
 
     def observe_layers(self) -> dict[str, torch.Tensor]:
-        """As `observe`, in one call; the one query is that of a second request in the same step."""
+        """As `observe`; the one query is that of a second request in the same step.
+
+        The first layer is observed in one call, and the others in another one.
+        """
         sums, maxima, later, later_maxima = torch.zeros(
             4,
             self.case.shape.num_layers,
@@ -302,7 +305,8 @@ class SyntheticPrompt:
             later_maxima,
             num_keys=lengths,
         )
-        self._observe_layers([prompt, one])
+        for layers in (slice(0, 1), slice(1, self.case.shape.num_layers)):
+            self._observe_layers([prompt, one], layers)
         return {
             "sums": sums,
             "maxima": maxima,
@@ -327,10 +331,20 @@ class SyntheticPrompt:
             case.num_queries // 2 if case.weighted else None,
         )
 
-    def _observe_layers(self, requests: list[RequestObservation]) -> None:
-        case = self.case
+    def _observe_layers(
+        self, requests: list[RequestObservation], layers: slice | None = None
+    ) -> None:
+        """Observe some layers of requests that are given with all; by default all."""
+        case, layers = self.case, layers or slice(0, len(self.held))
         scales = [case.shape.head_size**-0.5 / (1 + layer) for layer in range(len(self.held))]
-        observe_layers(self.held, self.pool, scales, case.softcap, requests)
+        observe_layers(
+            self.held[layers],
+            self.pool,
+            scales[layers],
+            case.softcap,
+            [request.of_layers(layers) for request in requests],
+            layers.start,
+        )
 
     def observe_into(
         self, sums: torch.Tensor, maxima: torch.Tensor | None, dense: torch.Tensor

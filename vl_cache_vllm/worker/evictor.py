@@ -64,7 +64,7 @@ class EvictionStep:
 
     evictor: Evictor
     observations: list[ObservedQueries]  # layer by layer
-    late: LateObservation | None  # after the last layer
+    late: LateObservation | None  # several layers at once
     pending_evictions: list[PendingEviction]
     block_table: torch.Tensor  # int32 [R, C], the runner's
     tables: LayerTables | None  # None: no request of the batch is evicted, so all layers agree
@@ -134,7 +134,7 @@ class Evictor:
         self.requests = RequestTable()
         self._query_buffer = QueryBuffer()
         self.max_late_queries = MAX_LATE_QUERIES
-        """Queries of a step that wait for its last layer at most; the buffer holds no more."""
+        """Queries of all layers that a step holds at most; the buffer has room for no more."""
         sizes = TableSizes(
             pool.num_layers, max_num_reqs, max_num_tokens, max_table_width, max_graph_reqs
         )
@@ -246,7 +246,9 @@ class Evictor:
             )
         late, observations = None, plan.observations
         if implementation_for(self.pool.device) == "triton":  # launches cost time
-            waiting, observations = split_late(observations, self.max_late_queries)
+            waiting, observations = split_late(
+                observations, self.max_late_queries, self.pool.num_layers
+            )
             if waiting:
                 late = LateObservation(waiting, self.pool, self._query_buffer)
         step = EvictionStep(self, observations, late, plan.pending_evictions, block_table, tables)
@@ -260,7 +262,7 @@ class Evictor:
     def layer_done(
         self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
     ) -> None:
-        """Observe one layer right after its attention, or all and evict after the last layer.
+        """Observe one layer or several right after attention, and evict after the last layer.
 
         Args:
             step: the running step.
@@ -288,12 +290,11 @@ class Evictor:
                 )
         if step.late is not None:
             step.late.hold(layer, query, scale, softcap)
-        step.layers_done += 1
-        if step.layers_done == self.pool.num_layers:
-            if step.late is not None:
+            if step.late.is_due:
                 step.late.observe(partial(self._keys_of, step), self._stats_of)
-            if step.pending_evictions:
-                self._evict_all(step)
+        step.layers_done += 1
+        if step.layers_done == self.pool.num_layers and step.pending_evictions:
+            self._evict_all(step)
 
     def _stats_of(self, observation: ObservedQueries) -> AttentionStats:
         """What the observation adds to, with room for its tokens."""
