@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-agent train train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-pretrained-tune accuracy-agent train train-words clean
 
 env: $(STAMP)
 
@@ -89,6 +89,10 @@ $(PARTS)-plus-%.json: env
 # Its parts are independent: make -j 2 accuracy-pretrained
 accuracy-pretrained: $(addprefix $(PARTS)-,h2o.json others.json plus-completion.json plus-chat.json)
 	$(PRETRAINED) --report $^ --json benchmarks/results/accuracy-pretrained.json
+
+# The same of the tuning split, at one budget.
+accuracy-pretrained-tune: env
+	$(PRETRAINED) --split tune --forms completion chat --policies vlcache-plus@0.1 vlcache-plus:evict_after=0@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-tune.json
 
 accuracy-agent: env
 	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-first.json

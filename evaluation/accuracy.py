@@ -352,7 +352,11 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
             budgets = earlier | {b: earlier.get(b, {}) | by_task for b, by_task in cells.items()}
             results[policy] = dict(sorted(budgets.items(), key=lambda item: float(item[0])))
     if options.json:
-        parts = {"command": [r["command"] for r in reports], "results": results}
+        commands: list[str] = []
+        for report in reports:  # which may be merged ones themselves
+            own = report["command"]
+            commands += [own] if isinstance(own, str) else own
+        parts = {"command": commands, "results": results}
         options.json.write_text(to_json(reports[0] | parts) + "\n")
     return results
 
