@@ -196,7 +196,7 @@ def _engine(
         kv_cache_memory_bytes=128 << 20,
         limit_mm_per_prompt={"image": model_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a record must contain the whole prompt
-        trust_remote_code=True,
+        trust_remote_code=model_zoo.has_code(kind),
     )
 
 
@@ -302,9 +302,8 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for kind, row in rows.items():
         layers = ""
         if row["requests"]:
-            windows = row["requests"][0]["windows"]
-            num_layers = row["requests"][0].get("num_layers", len(windows))
-            layers = f"{windows.count(None)} of {num_layers}"
+            request = row["requests"][0]
+            layers = f"{request['windows'].count(None)} of {request['num_layers']}"
         result = row["result"] + (f": {row['reason']}" if row["reason"] else "")
         cells = (kind, row["architecture"], row["language_model"], layers, result)
         lines.append(f"| {' | '.join(cells)} |")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
 
 from testing import tiny_models
 
@@ -68,6 +68,23 @@ _SPECIAL_TOKENS = (
     "<|AUDIO|>",
     "<|audio_bos|>",
     "<|audio_eos|>",
+    *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 3) for column in range(1, 3)),
+    "<|img_thumbnail|>",
+    "<|imgpad|>",
+    "<|VISION_START|>",
+    "<|VISION_END|>",
+    "<|IMAGE_PAD|>",
+    "<|VIDEO_PAD|>",
+    "<im_patch>",
+    "<patch_start>",
+    "<patch_end>",
+    "<patch_newline>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
+    "<|vision_pad|>",
+    "<|media_placeholder|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -106,13 +123,25 @@ def _vision(model_type: str, **changed: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """Parts of a processor that vLLM puts together."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: BaseImageProcessor
+
+    def save_pretrained(self, path: Path) -> None:
+        self.tokenizer.save_pretrained(path)
+        self.image_processor.save_pretrained(path)
+
+
+@dataclass(frozen=True)
 class Kind:
     """One architecture.
 
     Attributes:
         config: contents of ``config.json``.
-        processor: creates the processor from a tokenizer, or returns the tokenizer if vLLM creates
-            the processor.
+        processor: creates the processor from a tokenizer, or returns the tokenizer or the parts if
+            vLLM creates the processor.
         placeholder: text that the processor replaces by the tokens of an image; empty if it puts
             them before all text.
         image: the complete text of an image.
@@ -123,7 +152,9 @@ class Kind:
     """
 
     config: Mapping[str, Any]
-    processor: Callable[[PreTrainedTokenizerFast], ProcessorMixin | PreTrainedTokenizerFast]
+    processor: Callable[
+        [PreTrainedTokenizerFast], ProcessorMixin | PreTrainedTokenizerFast | _Parts
+    ]
     placeholder: str
     image: str = "{}\n"
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -172,6 +203,17 @@ def _qwen3_vl(architecture: str, model_type: str, **text: Any) -> Kind:
     )
 
 
+_OMNI_TOKENS = dict(
+    image_token="<|image_pad|>",
+    video_token="<|video_pad|>",
+    audio_token="<|AUDIO|>",
+    vision_bos_token="<|vision_start|>",
+    vision_eos_token="<|vision_end|>",
+    audio_bos_token="<|audio_bos|>",
+    audio_eos_token="<|audio_eos|>",
+)
+
+
 def _qwen2_5_omni() -> Kind:
     """Its vision configuration is part of the thinker's; what listens and speaks is not used."""
     return Kind(
@@ -218,15 +260,63 @@ def _qwen2_5_omni() -> Kind:
         ),
         placeholder="<|image_pad|>",
         image="<|vision_start|>{}<|vision_end|>",
-        tokens=dict(
-            image_token="<|image_pad|>",
-            video_token="<|video_pad|>",
-            audio_token="<|AUDIO|>",
-            vision_bos_token="<|vision_start|>",
-            vision_eos_token="<|vision_end|>",
-            audio_bos_token="<|audio_bos|>",
-            audio_eos_token="<|audio_eos|>",
+        tokens=_OMNI_TOKENS,
+    )
+
+
+def _qwen3_omni() -> Kind:
+    """Its vision configuration is part of the thinker's; what listens and speaks is not used."""
+    return Kind(
+        config=dict(
+            architectures=["Qwen3OmniMoeForConditionalGeneration"],
+            model_type="qwen3_omni_moe",
+            enable_audio_output=False,
+            thinker_config=dict(
+                model_type="qwen3_omni_moe_thinker",
+                text_config=_text(
+                    "qwen3_omni_moe_text",
+                    rope_parameters=_MROPE | dict(mrope_interleaved=True),
+                    num_experts=4,
+                    num_experts_per_tok=2,
+                    moe_intermediate_size=64,
+                ),
+                vision_config=dict(
+                    model_type="qwen3_omni_moe_vision_encoder",
+                    depth=2,
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_heads=2,
+                    out_hidden_size=_HIDDEN,
+                    deepstack_visual_indexes=[0, 1],
+                    image_size=768,
+                    apply_vit_abs_pos_embed=True,
+                ),
+                audio_config=dict(
+                    model_type="qwen3_omni_moe_audio_encoder",
+                    d_model=64,
+                    encoder_layers=2,
+                    encoder_attention_heads=2,
+                    encoder_ffn_dim=128,
+                    downsample_hidden_size=32,
+                    output_dim=_HIDDEN,
+                ),
+                **_QWEN_IDS,
+                audio_token_id=_ID["<|AUDIO|>"],
+                audio_start_token_id=_ID["<|audio_bos|>"],
+                audio_end_token_id=_ID["<|audio_eos|>"],
+            ),
         ),
+        processor=lambda tokenizer: transformers.Qwen3OmniMoeProcessor(
+            transformers.Qwen2VLImageProcessor(
+                patch_size=16, size=dict(shortest_edge=64**2, longest_edge=512**2)
+            ),
+            transformers.Qwen2VLVideoProcessor(),
+            transformers.WhisperFeatureExtractor(feature_size=128),
+            tokenizer,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=_OMNI_TOKENS,
     )
 
 
@@ -305,19 +395,20 @@ def _pixtral(architecture: str, model_type: str, text: str, merge: int, **change
     )
 
 
-def _llava_onevision() -> Kind:
+def _llava_onevision(architecture: str, model_type: str, text: str, **changed: Any) -> Kind:
     side = 112
     pinpoints = [[side, side], [side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
     return Kind(
         config=dict(
-            architectures=["LlavaOnevisionForConditionalGeneration"],
-            model_type="llava_onevision",
-            text_config=_text("qwen2"),
+            architectures=[architecture],
+            model_type=model_type,
+            text_config=_text(text),
             vision_config=_vision("siglip_vision_model", image_size=side, vision_use_head=False),
             image_token_index=_ID["<image>"],
             video_token_index=_ID["<video>"],
             image_grid_pinpoints=pinpoints,
-        ),
+        )
+        | changed,
         processor=lambda tokenizer: transformers.LlavaOnevisionProcessor(
             transformers.LlavaOnevisionImageProcessor(
                 size=dict(height=side, width=side), image_grid_pinpoints=pinpoints
@@ -446,6 +537,34 @@ def _gemma4(**text: Any) -> Kind:
             audio_token="<|AUDIO|>",
             boa_token="<|audio_bos|>",
             eoa_token="<|audio_eos|>",
+        ),
+    )
+
+
+def _gemma4_unified() -> Kind:
+    """Without a vision encoder: patches are projected, and images attend in both directions."""
+    kind = _gemma4()
+    per_layer = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    text = {k: v for k, v in kind.config["text_config"].items() if k not in per_layer}
+    unified = dict(
+        architectures=["Gemma4UnifiedForConditionalGeneration"],
+        model_type="gemma4_unified",
+        text_config=text | dict(model_type="gemma4_unified_text"),
+        vision_config=dict(
+            model_type="gemma4_unified_vision",
+            mm_embed_dim=_HIDDEN,
+            output_proj_dims=_HIDDEN,
+            num_soft_tokens=70,
+        ),
+    )
+    return replace(
+        kind,
+        config=kind.config | unified,
+        processor=lambda tokenizer: transformers.Gemma4UnifiedProcessor(
+            transformers.Gemma4UnifiedAudioFeatureExtractor(),
+            transformers.Gemma4UnifiedImageProcessor(max_soft_tokens=70),
+            tokenizer,
+            transformers.Gemma4UnifiedVideoProcessor(),
         ),
     )
 
@@ -603,8 +722,16 @@ def _llama4() -> Kind:
     )
 
 
-def _qwen3_5() -> Kind:
-    kind = _qwen3_vl("Qwen3_5ForConditionalGeneration", "qwen3_5")
+_QWEN3_5_MOE = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+)
+
+
+def _qwen3_5(architecture: str, model_type: str, **text: Any) -> Kind:
+    kind = _qwen3_vl(architecture, model_type, **text)
     kind.config["vision_config"] |= dict(deepstack_visual_indexes=[])
     # Every fourth layer has full attention. A block has as many bytes as a state: 64 tokens here.
     kind.config["text_config"] |= dict(
@@ -617,6 +744,442 @@ def _qwen3_5() -> Kind:
         rope_parameters=_MROPE | dict(partial_rotary_factor=0.25),
     )
     return replace(kind, dtype="bfloat16")
+
+
+def _lfm2_vl() -> Kind:
+    """Short convolutions beside full attention."""
+    return Kind(
+        config=dict(
+            architectures=["Lfm2VlForConditionalGeneration"],
+            model_type="lfm2_vl",
+            text_config=_text(
+                "lfm2",
+                layer_types=["conv", "full_attention"] * 2,
+                block_dim=_HIDDEN,
+                block_ff_dim=2 * _HIDDEN,
+                block_auto_adjust_ff_dim=False,
+                conv_dim=_HIDDEN,
+            ),
+            vision_config=_vision(
+                "siglip2_vision_model", patch_size=16, num_patches=256, vision_use_head=False
+            ),
+            image_token_id=_ID["<image>"],
+            projector_hidden_size=64,
+        ),
+        processor=lambda tokenizer: transformers.Lfm2VlProcessor(
+            transformers.Lfm2VlImageProcessor(
+                tile_size=256, max_tiles=4, min_image_tokens=16, max_image_tokens=64
+            ),
+            tokenizer,
+        ),
+        placeholder="<image>",
+    )
+
+
+def _paddleocr_vl() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["PaddleOCRVLForConditionalGeneration"],
+            model_type="paddleocr_vl",
+            text_config=_text("paddleocr_vl_text", rope_parameters=_MROPE),
+            vision_config=_vision("paddleocr_vl_vision", image_size=224),
+            **_QWEN_IDS,
+        ),
+        processor=lambda tokenizer: transformers.PaddleOCRVLProcessor(
+            transformers.PaddleOCRVLImageProcessor(
+                size=dict(shortest_edge=112 * 112, longest_edge=448 * 448)
+            ),
+            tokenizer,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=dict(image_token="<|image_pad|>"),
+    )
+
+
+def _hunyuan_vl() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["HunYuanVLForConditionalGeneration"],
+            model_type="hunyuan_vl",
+            text_config=_text(
+                "hunyuan_vl_text",
+                rope_parameters=dict(
+                    rope_type="xdrope",
+                    rope_theta=1e4,
+                    alpha=1000.0,
+                    factor=1.0,
+                    xdrope_section=[4, 4, 4, 4],
+                ),
+            ),
+            vision_config=_vision(
+                "hunyuan_vl_vision", patch_size=16, out_hidden_size=_HIDDEN, max_image_size=512
+            ),
+            image_token_id=_ID["<|image_pad|>"],
+            im_start_id=_ID["<|vision_start|>"],
+            im_end_id=_ID["<|vision_end|>"],
+            im_newline_id=_ID["<|IMG_LINE_BREAK|>"],
+        ),
+        processor=lambda tokenizer: transformers.HunYuanVLProcessor(
+            transformers.HunYuanVLImageProcessor(
+                size=dict(shortest_edge=112 * 112, longest_edge=512 * 512)
+            ),
+            tokenizer,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=dict(
+            image_token="<|image_pad|>",
+            image_start_token="<|vision_start|>",
+            image_end_token="<|vision_end|>",
+        ),
+    )
+
+
+def _exaone4_5() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["Exaone4_5_ForConditionalGeneration"],
+            model_type="exaone4_5",
+            text_config=_text("exaone4", sliding_window=128, layer_types=_HYBRID),
+            vision_config=dict(
+                model_type="exaone4_5_vision",
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                num_heads=2,
+                num_key_value_heads=1,
+                out_hidden_size=_HIDDEN,
+                fullatt_block_indexes=[1],
+            ),
+            image_token_id=_ID["<|image_pad|>"],
+            video_token_id=_ID["<|video_pad|>"],
+        ),
+        processor=lambda tokenizer: transformers.Exaone4_5_Processor(
+            transformers.Qwen2VLImageProcessor(
+                size=dict(shortest_edge=56 * 56, longest_edge=448 * 448)
+            ),
+            tokenizer,
+            transformers.Qwen2VLVideoProcessor(),
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
+def _dots_ocr() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["DotsOCRForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.DotsOCRConfig"},
+            **_text("dots_ocr", sliding_window=None),
+            vision_config=_vision("dots_vit", embed_dim=64, hidden_size=_HIDDEN),
+            image_token_id=_ID["<|imgpad|>"],
+            video_token_id=_ID["<|video_pad|>"],
+        ),
+        processor=lambda tokenizer: transformers.Qwen2VLProcessor(
+            transformers.Qwen2VLImageProcessor(
+                size=dict(shortest_edge=56 * 56, longest_edge=448 * 448), temporal_patch_size=1
+            ),
+            tokenizer,
+            transformers.Qwen2VLVideoProcessor(),
+        ),
+        placeholder="<|imgpad|>",
+        image="<img>{}</img>",
+        tokens=dict(image_token="<|imgpad|>"),
+    )
+
+
+def _qianfan_ocr() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["QianfanOCRForConditionalGeneration"],
+            model_type="qianfan_ocr",
+            text_config=_text("qwen3", architectures=["Qwen3ForCausalLM"]),
+            vision_config=_vision("qianfan_ocr_vision", image_size=224),
+            image_token_id=_ID["<IMG_CONTEXT>"],
+            force_image_size=224,
+            max_dynamic_patch=4,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+    )
+
+
+def _granite4_vision() -> Kind:
+    side = 256
+    pinpoints = [[side, side], [side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    return Kind(
+        config=dict(
+            architectures=["Granite4VisionForConditionalGeneration"],
+            model_type="granite4_vision",
+            text_config=_text("granite", attention_multiplier=32**-0.5),
+            vision_config=_vision(
+                "siglip_vision_model", image_size=side, patch_size=16, vision_use_head=False
+            ),
+            qformer_config=dict(
+                model_type="blip_2_qformer",
+                hidden_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                intermediate_size=128,
+                cross_attention_frequency=1,
+                encoder_hidden_size=64,
+                use_qformer_text_input=False,
+            ),
+            image_token_index=_ID["<image>"],
+            image_grid_pinpoints=pinpoints,
+            image_seq_length=64,
+            downsample_rate="4/8",
+            # Features of several layers of the encoder enter several layers of the decoder.
+            deepstack_layer_map=[[-2, 0], [-1, 1]],
+            spatial_target_layers=[0, 1, 2, 3],
+            vision_feature_select_strategy="full",
+        ),
+        processor=lambda tokenizer: transformers.Granite4VisionProcessor(
+            transformers.LlavaNextImageProcessor(
+                size=dict(height=side, width=side),
+                crop_size=dict(height=side, width=side),
+                image_grid_pinpoints=pinpoints,
+            ),
+            tokenizer,
+            patch_size=16,
+            vision_feature_select_strategy="full",
+            downsample_rate="4/8",
+        ),
+        placeholder="<image>",
+    )
+
+
+def _cohere_compass() -> Kind:
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5])
+    return Kind(
+        config=dict(
+            architectures=["CohereCompassForConditionalGeneration"],
+            model_type="cohere_compass",
+            text_config=_text(
+                "cohere_compass_text",
+                sliding_window=128,
+                layer_types=_HYBRID,
+                # Full attention has no position embedding.
+                rope_parameters=dict(sliding_attention=rope, full_attention=None),
+                tie_word_embeddings=True,
+            ),
+            vision_config=dict(
+                model_type="cohere_compass_vision",
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                num_heads=2,
+                out_hidden_size=_HIDDEN,
+                deepstack_visual_indexes=[0, 1],
+            ),
+            image_token_id=_ID["<|IMAGE_PAD|>"],
+            video_token_id=_ID["<|VIDEO_PAD|>"],
+            vision_start_token_id=_ID["<|VISION_START|>"],
+            vision_end_token_id=_ID["<|VISION_END|>"],
+            tie_word_embeddings=True,
+        ),
+        processor=lambda tokenizer: transformers.CohereCompassProcessor(
+            transformers.CohereCompassImageProcessor(
+                patch_size=16, size=dict(shortest_edge=64**2, longest_edge=512**2)
+            ),
+            tokenizer,
+            transformers.CohereCompassVideoProcessor(),
+        ),
+        placeholder="<|IMAGE_PAD|>",
+        image="<|VISION_START|>{}<|VISION_END|>",
+    )
+
+
+def _step3_vl() -> Kind:
+    """All query heads share a single KV head. The sizes of images and of their parts are fixed."""
+    return Kind(
+        config=dict(
+            architectures=["Step3VLForConditionalGeneration"],
+            model_type="step3_vl",
+            text_config=dict(
+                model_type="step3_text",
+                architectures=["Step3TextForCausalLM"],
+                vocab_size=_VOCAB_SIZE,
+                hidden_size=_HIDDEN,
+                intermediate_size=2 * _HIDDEN,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_attention_groups=1,
+                head_dim=32,
+                share_q_dim=64,
+                share_expert_dim=64,
+                moe_layers_enum="1,2,3",
+                moe_num_experts=4,
+                moe_top_k=2,
+                moe_intermediate_size=64,
+                max_seq_len=8192,
+                max_position_embedding=8192,
+            ),
+            vision_config=_vision(
+                "step3_vision_encoder",
+                image_size=728,
+                output_hidden_size=64,
+                hidden_act="quick_gelu",
+            ),
+            image_token_id=_ID["<im_patch>"],
+            understand_projector_stride=2,
+            projector_bias=False,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<im_patch>",
+    )
+
+
+def _step_vl() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["StepVLForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="step_robotics",
+            text_config=_text("qwen3", architectures=["Qwen3ForCausalLM"]),
+            vision_config=dict(
+                model_type="perception_encoder",
+                image_size=728,
+                patch_size=14,
+                width=64,
+                layers=2,
+                heads=2,
+                mlp_ratio=2,
+                ls_init_value=0.1,
+                output_dim=None,
+                hidden_act="quick_gelu",
+                use_abs_posemb=True,
+                use_cls_token=False,
+                use_ln_post=False,
+                use_ln_pre=True,
+                use_rope2d=True,
+            ),
+            image_token_id=_ID["<im_patch>"],
+            understand_projector_stride=2,
+            projector_bias=False,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<im_patch>",
+    )
+
+
+def _opencua() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["OpenCUAForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="opencua",
+            text_config=_text("qwen2"),
+            vision_config=dict(
+                model_type="qwen2_5_vl_vision",
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                num_heads=2,
+                out_hidden_size=_HIDDEN,
+                fullatt_block_indexes=[1],
+            ),
+            media_placeholder_token_id=_ID["<|media_placeholder|>"],
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer,
+            transformers.Qwen2VLImageProcessor(
+                size=dict(shortest_edge=56 * 56, longest_edge=448 * 448)
+            ),
+        ),
+        placeholder="<|media_placeholder|>",
+    )
+
+
+def _ovis() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["Ovis"],
+            model_type="ovis",
+            llm_config=_text("qwen2"),
+            visual_tokenizer_config=dict(
+                model_type="aimv2_visual_tokenizer",
+                backbone_config=_vision("aimv2", image_size=224),
+                vocab_size=256,
+                hidden_stride=2,
+            ),
+            hidden_size=_HIDDEN,
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer,
+            transformers.CLIPImageProcessor(size=dict(shortest_edge=224), do_center_crop=False),
+        ),
+        placeholder="<image>",
+    )
+
+
+def _deepseek_ocr() -> Kind:
+    """The encoder has its published size, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["DeepseekOCRForCausalLM"],
+            model_type="deepseek_vl_v2",
+            language_config=_text(
+                "deepseek_v2",
+                architectures=["DeepseekV2ForCausalLM"],
+                num_key_value_heads=4,
+                first_k_dense_replace=1,
+                n_group=1,
+                n_routed_experts=4,
+                n_shared_experts=1,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                topk_group=1,
+                topk_method="greedy",
+                kv_lora_rank=None,
+                q_lora_rank=None,
+                qk_nope_head_dim=0,
+                qk_rope_head_dim=0,
+                v_head_dim=0,
+                use_mla=False,
+            ),
+            projector_config=dict(
+                model_type="mlp_projector", input_dim=2048, n_embed=_HIDDEN, projector_type="linear"
+            ),
+            tile_tag="2D",
+            global_view_pos="head",
+            candidate_resolutions=[[1024, 1024]],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+        files={"processor_config.json": dict(processor_class="DeepseekOCRProcessor")},
+    )
+
+
+def _isaac() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["IsaacForConditionalGeneration"],
+            **_text("isaac"),
+            vision_config=_vision(
+                "pixel_shuffle_siglip2",
+                patch_size=16,
+                num_patches=256,
+                pixel_shuffle_scale_factor=2,
+            ),
+            vision_max_num_patches=6144,
+            vision_min_num_patches=256,
+            pixel_shuffle_scale=2,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+    )
+
+
+def _interns2_preview() -> Kind:
+    kind = _qwen3_5("InternS2PreviewForConditionalGeneration", "qwen3_5_moe", **_QWEN3_5_MOE)
+    changed = dict(
+        model_type="interns2_preview",
+        auto_map={"AutoConfig": "remote_code.InternS2PreviewConfig"},
+    )
+    return replace(kind, config=kind.config | changed)
 
 
 def _phi4_siglip() -> Kind:
@@ -638,9 +1201,12 @@ def _phi4_siglip() -> Kind:
     )
 
 
-def _internvl_chat() -> Kind:
+def _internvl_chat(
+    architecture: str, model_type: str, text: str, encoder: str = "intern_vit_6b", **changed: Any
+) -> Kind:
+    """InternVL in its own form, in which other models are published too."""
     vision = _vision(
-        "intern_vit_6b",
+        encoder,
         image_size=224,
         qkv_bias=True,
         qk_normalization=False,
@@ -649,12 +1215,13 @@ def _internvl_chat() -> Kind:
         hidden_act="gelu",
         initializer_factor=1.0,
     )
+    name = {"qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}[text]
     return Kind(
         config=dict(
-            architectures=["InternVLChatModel"],
-            model_type="internvl_chat",
-            auto_map={"AutoConfig": "remote_code.InternVLChatConfig"},
-            llm_config=_text("qwen2", architectures=["Qwen2ForCausalLM"]),
+            architectures=[architecture],
+            model_type=model_type,
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            llm_config=_text(text, architectures=[name], sliding_window=None),
             vision_config=vision,
             downsample_ratio=0.5,
             force_image_size=None,
@@ -664,7 +1231,8 @@ def _internvl_chat() -> Kind:
             max_dynamic_patch=4,
             dynamic_image_size=True,
             use_thumbnail=True,
-        ),
+        )
+        | changed,
         processor=lambda tokenizer: tokenizer,
         placeholder="<image>",
     )
@@ -696,8 +1264,99 @@ def _minicpmv() -> Kind:
     )
 
 
+def _minicpmv4_6(version: str) -> Kind:
+    """A language model with linear attention, whose positions have no dimensions."""
+    name, model_type = f"MiniCPMV4_{version}", f"minicpmv4_{version}"
+    # Larger than the images, so that they become more tokens than a block has.
+    side = 896
+    text = _qwen3_5("", "qwen3_5").config["text_config"]
+    return Kind(
+        config=dict(
+            architectures=[f"{name}ForConditionalGeneration"],
+            model_type=model_type,
+            text_config=text,
+            vision_config=_vision(f"{model_type}_vision", image_size=side),
+            image_size=side,
+            insert_layer_id=0,
+            image_token_id=_ID["<|image_pad|>"],
+            video_token_id=_ID["<|video_pad|>"],
+        ),
+        processor=lambda tokenizer: getattr(transformers, f"{name}Processor")(
+            transformers.MiniCPMV4_6ImageProcessor(scale_resolution=side, max_slice_nums=1),
+            transformers.MiniCPMV4_6VideoProcessor(scale_resolution=side, max_slice_nums=1),
+            tokenizer,
+        ),
+        placeholder="<|image_pad|>",
+        tokens=dict(
+            image_token="<|image_pad|>",
+            video_token="<|video_pad|>",
+            image_start_token="<image>",
+            image_end_token="</image>",
+            slice_start_token="<slice>",
+            slice_end_token="</slice>",
+            image_id_start_token="<image_id>",
+            image_id_end_token="</image_id>",
+        ),
+        dtype="bfloat16",
+    )
+
+
+def _cosmos3() -> Kind:
+    """Qwen3-VL; what generates pictures and videos is not used."""
+    kind = _qwen3_vl("Cosmos3ForConditionalGeneration", "qwen3_vl")
+    return replace(kind, config=kind.config | dict(model_type="cosmos3_omni"))
+
+
+def _cosmos3_edge() -> Kind:
+    """vLLM counts attention and MLP as a layer each."""
+    return Kind(
+        config=dict(
+            architectures=["Cosmos3EdgeForConditionalGeneration"],
+            model_type="cosmos3_edge",
+            text_config=_text(
+                "cosmos3_edge_text",
+                hidden_act="relu2",
+                rope_parameters=dict(rope_type="default", rope_theta=1e8, mrope_section=[6, 5, 5]),
+            ),
+            vision_config=_vision(
+                "cosmos3_edge_vision", patch_size=16, num_patches=256, vision_use_head=False
+            ),
+            projector_config=dict(
+                model_type="cosmos3_edge_projector",
+                input_hidden_size=64,
+                merger_intermediate_size=128,
+                out_hidden_size=_HIDDEN,
+            ),
+            **_QWEN_IDS,
+        ),
+        processor=lambda tokenizer: transformers.Cosmos3EdgeProcessor(
+            transformers.Cosmos3EdgeImageProcessor(
+                size=dict(shortest_edge=64**2, longest_edge=512**2)
+            ),
+            tokenizer,
+            transformers.Cosmos3EdgeVideoProcessor(),
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
 _BUILT: dict[str, Kind] = {
-    "llava-onevision": _llava_onevision(),
+    "llava-onevision": _llava_onevision(
+        "LlavaOnevisionForConditionalGeneration", "llava_onevision", "qwen2"
+    ),
+    "bee": _llava_onevision(
+        "BeeForConditionalGeneration",
+        "bee",
+        "qwen3",
+        auto_map={"AutoConfig": "remote_code.BeeConfig"},
+    ),
+    "r-4b": _llava_onevision(
+        "RForConditionalGeneration",
+        "r",
+        "qwen3",
+        auto_map={"AutoConfig": "remote_code.RConfig"},
+    ),
     "pixtral": _pixtral(
         "LlavaForConditionalGeneration",
         "llava",
@@ -708,6 +1367,9 @@ _BUILT: dict[str, Kind] = {
     ),
     "mistral3": _pixtral(
         "Mistral3ForConditionalGeneration", "mistral3", "mistral", 2, spatial_merge_size=2
+    ),
+    "ministral3": _pixtral(
+        "Mistral3ForConditionalGeneration", "mistral3", "ministral3", 2, spatial_merge_size=2
     ),
     "lightonocr": _pixtral(
         "LightOnOCRForConditionalGeneration", "mistral3", "qwen3", 2, spatial_merge_size=2
@@ -721,10 +1383,25 @@ _BUILT: dict[str, Kind] = {
         moe_intermediate_size=64,
         norm_topk_prob=True,
     ),
-    "qwen3.5": _qwen3_5(),
+    "cosmos3": _cosmos3(),
+    "cosmos3-edge": _cosmos3_edge(),
+    "qwen3.5": _qwen3_5("Qwen3_5ForConditionalGeneration", "qwen3_5"),
+    "qwen3.5-moe": _qwen3_5("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_QWEN3_5_MOE),
+    "intern-s2-preview": _interns2_preview(),
     "qwen2.5-omni": _qwen2_5_omni(),
+    "qwen3-omni": _qwen3_omni(),
     "internvl": _internvl(),
-    "internvl-chat": _internvl_chat(),
+    "internvl-chat": _internvl_chat("InternVLChatModel", "internvl_chat", "qwen2"),
+    "skywork-r1v": _internvl_chat("SkyworkR1VChatModel", "skywork_chat", "qwen2"),
+    "h2ovl": _internvl_chat("H2OVLChatModel", "h2ovl_chat", "mistral", use_msac=True),
+    "nvlm-d": replace(
+        _internvl_chat("NVLM_D", "NVLM_D", "qwen2"),
+        placeholder="<image>\n",  # vLLM counts the newline among the image's tokens
+        image="{}",
+    ),
+    "eagle2.5": _internvl_chat(
+        "Eagle2_5_VLForConditionalGeneration", "eagle_2_5_vl", "qwen2", "siglip_vision_model"
+    ),
     "idefics3": _idefics3("Idefics3"),
     "smolvlm": _idefics3("SmolVLM", transformers.SmolVLMVideoProcessor),
     "glm4v": _glm4v("Glm4vForConditionalGeneration", "glm4v"),
@@ -737,7 +1414,22 @@ _BUILT: dict[str, Kind] = {
         use_qk_norm=False,
     ),
     "glm-ocr": _glm4v("GlmOcrForConditionalGeneration", "glm_ocr"),
+    "lfm2-vl": _lfm2_vl(),
+    "paddleocr-vl": _paddleocr_vl(),
+    "hunyuan-ocr": _hunyuan_vl(),
+    "exaone4.5": _exaone4_5(),
+    "dots-ocr": _dots_ocr(),
+    "qianfan-ocr": _qianfan_ocr(),
+    "granite4-vision": _granite4_vision(),
+    "isaac": _isaac(),
+    "step3-vl": _step3_vl(),
+    "step-vl": _step_vl(),
+    "opencua": _opencua(),
+    "ovis2": _ovis(),
+    "deepseek-ocr": _deepseek_ocr(),
     "minicpm-v": _minicpmv(),
+    "minicpm-v-4.6": _minicpmv4_6("6"),
+    "minicpm-v-4.7": _minicpmv4_6("7"),
     "phi4-siglip": _phi4_siglip(),
     "gemma3": _gemma3(),
     "gemma4": _gemma4(),
@@ -746,8 +1438,10 @@ _BUILT: dict[str, Kind] = {
     ),
     "gemma4-k-eq-v": _gemma4(attention_k_eq_v=True),
     "gemma4-vision-bidi": _gemma4(use_bidirectional_attention="vision"),
+    "gemma4-unified": _gemma4_unified(),
     "paligemma": _paligemma(),
     "cohere2-vision": _cohere2_vision(),
+    "cohere-compass": _cohere_compass(),
     "aya-vision": _aya_vision(),
     "aria": _aria(),
     "blip2": _blip2(),
@@ -764,6 +1458,11 @@ def max_images(kind: str) -> int:
 def dtype(kind: str) -> str:
     """A type that vLLM's CPU kernels of this architecture support."""
     return _BUILT[kind].dtype if kind in _BUILT else "float32"
+
+
+def has_code(kind: str) -> bool:
+    """Whether a checkpoint has custom code, as the published one."""
+    return kind in _BUILT and "auto_map" in _BUILT[kind].config
 
 
 def prompt_for(kind: str, question: str, num_images: int) -> str:
@@ -798,7 +1497,7 @@ def build(kind: str, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     for name, contents in {"config.json": {**found.config, **_IDS}, **found.files}.items():
         (path / name).write_text(json.dumps(contents))
-    if "auto_map" in found.config:
+    if has_code(kind):
         shutil.copy(_REMOTE_CODE, path)
     tokenizer = tiny_models.byte_tokenizer(_SPECIAL_TOKENS, "</s>", found.tokens)
     found.processor(tokenizer).save_pretrained(path)

@@ -12,11 +12,15 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     BaseImageProcessor,
     BatchFeature,
+    LlavaOnevisionConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeConfig,
     SiglipVisionConfig,
 )
+from transformers.models.auto import CONFIG_MAPPING
+from vllm.transformers_utils.configs.dotsocr import DotsOCRConfig  # noqa: F401
 from vllm.transformers_utils.processors.minicpmv import MiniCPMVProcessor  # noqa: F401
 
 
@@ -24,12 +28,28 @@ class Phi4SiglipConfig(Phi3Config):
     model_type = "phi4-siglip"
 
 
-class InternVLChatConfig(PreTrainedConfig):
-    model_type = "internvl_chat"
+class BeeConfig(LlavaOnevisionConfig):
+    model_type = "bee"
 
-    def __init__(self, vision_config=None, llm_config=None, **kwargs):
-        self.vision_config = PreTrainedConfig(**vision_config or {})
-        self.llm_config = Qwen2Config(**llm_config or {})
+
+class InternS2PreviewConfig(Qwen3_5MoeConfig):
+    model_type = "interns2_preview"
+
+
+class RConfig(LlavaOnevisionConfig):
+    model_type = "r"
+
+
+class PartsConfig(PreTrainedConfig):
+    """A configuration of a vision encoder and a language model, under any names."""
+
+    def __init__(self, **kwargs):
+        for name, value in kwargs.items():
+            if name.endswith("_config") and isinstance(value, dict):
+                # transformers does not know every encoder.
+                known = value["model_type"] in CONFIG_MAPPING
+                make = CONFIG_MAPPING[value["model_type"]] if known else PreTrainedConfig
+                kwargs[name] = make(**value)
         super().__init__(**kwargs)
 
 
