@@ -109,6 +109,18 @@ def test_prefix_hits_and_chunks_are_exact(models_dir: Path, tmp_path: Path, chun
         assert harness.token_ids(again) == harness.token_ids(second)
 
 
+def test_questions_share_the_image_with_few_observed_queries(models_dir: Path) -> None:
+    """A state is saved where the image ends, not only where the observation starts."""
+    settings = {"policy": "vlcache-plus", "budget": 0.25, "evict_after": 0}
+    with hybrid(models_dir, settings) as llm:
+        hits = []
+        for question in (LONG, "And what colour is it? " + LONG, LONG):
+            output, _ = ask(llm, request(question, 7))
+            hits.append(output.num_cached_tokens)
+        assert harness.eviction_stats(llm).evicted == 3
+    assert hits == [0, 2 * BLOCK, 2 * BLOCK]  # the image ends in the third block
+
+
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
 def test_blocks_of_one_request(models_dir: Path, caching: bool) -> None:
     """States stay; of the full attention's blocks the kept ones and the tail."""

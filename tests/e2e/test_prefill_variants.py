@@ -71,15 +71,25 @@ def test_chunked_prefill(model: Path, tmp_path: Path, async_scheduling: bool) ->
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("llava", marks=pytest.mark.both_runners), "llava-hybrid"]
+    ("kind", "options"),
+    [
+        pytest.param("llava", {}, marks=pytest.mark.both_runners),
+        pytest.param("llava-hybrid", {}),
+        # Its last queries alone are observed, yet what questions share is the image.
+        pytest.param("llava-hybrid", {"policy": "vlcache-plus", "evict_after": 0}),
+    ],
 )
-def test_second_question_on_a_cached_image(models_dir: Path, tmp_path: Path, kind: str) -> None:
+def test_second_question_on_a_cached_image(
+    models_dir: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
     """The prefix hit covers the image, yet every post-vision token is observed."""
     model = tiny_models.build(kind, models_dir / kind)
     first = harness.image_request(kind, LONG, [7])
     second = harness.image_request(kind, "And what colour is it? " + LONG, [7])
-    fresh, fresh_outputs = kept(model, tmp_path / "fresh", [second])
-    cached, outputs = kept(model, tmp_path / "cached", [first, second, second], one_by_one=True)
+    fresh, fresh_outputs = kept(model, tmp_path / "fresh", [second], options=options)
+    cached, outputs = kept(
+        model, tmp_path / "cached", [first, second, second], one_by_one=True, options=options
+    )
     assert_same(cached[1:2], fresh)
     assert_same(cached[2:], fresh)  # the whole prompt is cached; the hit is trimmed
     vision_end = fresh[0]["vision_end"]

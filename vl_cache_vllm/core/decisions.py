@@ -116,6 +116,19 @@ class EvictionDecisions:
         start = min(start, plan.prompt_tokens - 2)
         return start // self._manager.block_size * self._manager.block_size
 
+    def shared_prefix_tokens(self, request: Request, limit: int) -> int:
+        """Where the next question about the same images can continue from, in whole blocks.
+
+        That is the end of the visual tokens, or of what may be a hit at all.
+
+        Args:
+            request: one that has a longest hit.
+            limit: `max_hit_tokens`.
+        """
+        vision_end = post_vision_start(self._config, request.mm_features) or 0
+        block_size = self._manager.block_size
+        return min(limit, vision_end // block_size * block_size) or limit
+
     def must_wait(self, request_id: str, num_tokens: int) -> bool:
         """Whether a request must not start yet because other prompts are under observation.
 

@@ -117,9 +117,11 @@ class EvictionSchedulerMixin(_Base):
                 request.block_hashes, limit
             )
             blocks = manager.create_kv_cache_blocks(found)
-        # By default sliding-window groups cache their blocks only before a few positions. The next
-        # question about the same image will continue from this one, so it is named as a boundary.
-        return blocks, num_tokens, limit, diverged
+        # By default groups with a sliding window or with states cache their blocks only before a
+        # few positions. The next question about the same image will continue from this one, so it
+        # is named as a boundary.
+        boundary = self._decisions.shared_prefix_tokens(request, limit)
+        return blocks, num_tokens, boundary, diverged
 
 
 class EvictionScheduler(EvictionSchedulerMixin, Scheduler):
