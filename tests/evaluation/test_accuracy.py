@@ -278,6 +278,38 @@ def test_the_document_has_the_committed_numbers() -> None:
         assert f"| {100 * float(budget):.0f}% | {row} |" in text
 
 
+def test_the_document_has_the_committed_sweep_of_the_pretrained_model() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/accuracy.md").read_text()
+    report = json.loads((root / "benchmarks/results/sweep-pretrained.json").read_text())
+    for name, cells in report["results"].items():
+        if name == "full cache":
+            assert set(cells.values()) == {1.0}
+            continue
+        means = []
+        for form in ("completion", "chat"):
+            scores = [score for cell, score in cells.items() if cell.endswith(f"/{form}")]
+            assert len(scores) == 6
+            means.append(f"{100 * sum(scores) / 6:.1f}")
+        worst = f"{100 * min(cells.values()):.1f}"
+        assert f"| `{name}` | {means[0]} | {means[1]} | {worst} |" in text
+
+
+def test_the_document_has_the_committed_numbers_with_pixels() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/accuracy.md").read_text()
+    results = json.loads((root / "benchmarks/results/accuracy-pixels.json").read_text())["results"]
+    for form in ("completion", "chat"):
+        for name, budget in (("vlcache-plus", "0.1"), ("vlcache-plus:evict_after=0", "0.1")):
+            cells = results[name][budget]
+            right = [
+                f"{cell['score'] * cell['samples']:.0f}" if cell else "-"
+                for task in ("fact", "needle", "copy8", "which", "list")
+                for cell in [cells.get(f"{task}/{form}")]
+            ]
+            assert f"| {name} | {' | '.join(right)} |" in text
+
+
 def test_the_document_has_the_committed_numbers_of_later_evictions() -> None:
     root = Path(__file__).parents[2]
     text = (root / "docs/accuracy.md").read_text()
