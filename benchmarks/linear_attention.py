@@ -80,23 +80,22 @@ def engine_arguments(model: Path, images: int, evicts: bool, **changed: Any) -> 
 
 
 def held(llm: Any) -> list[int]:
-    """Blocks that all requests hold in each group, full attention last; null blocks do not count.
+    """Blocks that all requests hold in each group; null blocks do not count.
 
     Kept blocks of evicted requests are among those of full attention.
     """
     from testing.engine import scheduler
     from vl_cache_vllm.core.block_manager import EvictionBlockManager
 
-    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
-    found = [
-        sum(not block.is_null for row in manager.req_to_blocks.values() for block in row)
-        for manager in managers
-    ]
+    found = []
+    for manager in scheduler(llm).kv_cache_manager.coordinator.single_type_managers:
+        rows = manager.req_to_blocks
+        if isinstance(manager, EvictionBlockManager):
+            found.append(sum(map(manager._num_held, rows)))
+        else:
+            found.append(sum(not block.is_null for row in rows.values() for block in row))
     pool = scheduler(llm).kv_cache_manager.block_pool
-    used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    if any(isinstance(manager, EvictionBlockManager) for manager in managers):
-        found[-1] = used - sum(found[:-1])
-    assert sum(found) == used
+    assert sum(found) == pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
     return found
 
 

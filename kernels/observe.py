@@ -608,7 +608,7 @@ def statistics_of_step_kernel(
     element_stride,  # int, elements from one element of a key to the next
     requests,  # [num_reqs, 16] int64, of _describe
     layers,  # [num_layers, 2] int64, bits: to_base_2 and cap_exponent
-    first_layer,  # int, of the pool
+    first_layer,  # int, index in the pool of query's first layer
     softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
     maxima,  # [num_splits, num_layers, num_kv_heads, total_rows] float32, output
     sums,  # as maxima, output: sum of exp(logit - maximum); its reciprocal if there is one split
@@ -692,7 +692,7 @@ def columns_of_step_kernel(
     element_stride,  # int, elements from one element of a key to the next
     requests,  # [num_reqs, 16] int64, of _describe
     layers,  # [num_layers, 2] int64, bits: to_base_2 and cap_exponent
-    first_layer,  # int, of the pool
+    first_layer,  # int, index in the pool of query's first layer
     softcap,  # float, bound of the logits; not used without HAS_SOFTCAP
     row_maxima,  # [num_layers, num_kv_heads, total_rows] float32, largest logit
     row_factors,  # as row_maxima, 1 / sum of exp(logit - maximum)

@@ -323,8 +323,15 @@ def test_models_that_take_embeddings_of_images_are_served(model: Path) -> None:
     ],
 )
 def test_refused_model(model: Path, attribute: str, reason: str) -> None:
-    """Properties that vLLM derives from the architecture, shown through a stand-in model config."""
+    """Properties that vLLM derives from the architecture."""
     vllm_config = config(model)
+    _pretend(vllm_config, attribute)
+    (found,) = unsupported_reasons(vllm_config, ("vllm.v1.worker.cpu_worker.CPUWorker",))
+    assert reason in found
+
+
+def _pretend(vllm_config: VllmConfig, attribute: str) -> None:
+    """Put a stand-in for the model config, of which an attribute is true."""
     real = vllm_config.model_config
     names = ("use_mla", "is_encoder_decoder", "is_hybrid", "is_attention_free")
     fake = types.SimpleNamespace(
@@ -338,8 +345,16 @@ def test_refused_model(model: Path, attribute: str, reason: str) -> None:
     )
     setattr(fake, attribute, True)
     object.__setattr__(vllm_config, "model_config", fake)
-    (found,) = unsupported_reasons(vllm_config, ("vllm.v1.worker.cpu_worker.CPUWorker",))
-    assert reason in found
+
+
+def test_drafts_beside_states_are_refused(model: Path) -> None:
+    vllm_config = config(model)
+    _pretend(vllm_config, "is_hybrid")
+    worker = ("vllm.v1.worker.cpu_worker.CPUWorker",)
+    assert unsupported_reasons(vllm_config, worker) == []
+    _set("speculative_config", SimpleNamespace(method="ngram"))(vllm_config)
+    (reason,) = unsupported_reasons(vllm_config, worker)
+    assert reason.endswith("state spaces: remove --speculative-config")
 
 
 def test_unsupported_vllm_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

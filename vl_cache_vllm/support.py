@@ -83,6 +83,11 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         '--speculative-config or use \'{"method": "ngram", ...}\'',
     )
     refuse(
+        speculative is not None and vllm_config.model_config.is_hybrid,
+        "speculative decoding with layers of linear attention or state spaces: remove "
+        "--speculative-config",
+    )
+    refuse(
         is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in _FP8,
         f"KV cache type {cache.cache_dtype}: use --kv-cache-dtype auto, {', '.join(_FP8)}",
     )

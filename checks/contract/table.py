@@ -715,7 +715,9 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(f"{KV_INTERFACE}:KVCacheTensor", "layers layer_stride block_stride"),
         Has(f"{KV_INTERFACE}:KVCacheGroupSpec", "kv_cache_spec layer_names"),
         Exists(f"{KV_INTERFACE}:SlidingWindowSpec"),
-        Exists(f"{KV_INTERFACE}:MambaSpec"),
+        Has(f"{KV_INTERFACE}:MambaSpec", "mamba_type"),
+        Has("vllm.v1.attention.backends.registry:MambaAttentionBackendEnum", "GDN_ATTN SHORT_CONV"),
+        Has("vllm.config:DeviceConfig", "device_type"),
         Has(
             f"{KV_INTERFACE}:FullAttentionSpec",
             "head_size head_size_v block_size dtype unpadded_page_size_bytes page_size_bytes",

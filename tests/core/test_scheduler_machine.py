@@ -755,6 +755,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         decided = [e for e in self.expected.values() if e.is_decided]
         kept = max((e.bound.num_kept for e in decided if e.bound is not None), default=0)
         needed = sum(-r.num_computed_tokens % BLOCK_SIZE < 3 for r in self.scheduler.running)
+        needed *= 1 + len(self.others)
         for expected in decided:
             if expected.to_free:
                 row = self.rows(expected.request.request_id)[GROUP]

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
@@ -103,6 +105,7 @@ def vllm_config(
             get_total_num_hidden_layers=lambda: len(LAYERS),
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        device_config=SimpleNamespace(device_type="cpu"),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1),
     )
 
@@ -248,6 +251,40 @@ def test_token_major_pages_of_a_cpu_are_refused() -> None:
     cache = cache_config()
     with pytest.raises(ValueError, match="head-major"):
         build_evictor(vllm_config(cache, token_major=True), cache)
+
+
+def with_states(kind: MambaAttentionBackendEnum) -> KVCacheConfig:
+    """A group of full attention beside one whose layers keep a state."""
+    states = MambaSpec(
+        block_size=256,
+        shapes=((PAGE_BYTES // 4,),),
+        dtypes=(torch.float32,),
+        mamba_type=kind,
+    )
+    return cache_config(
+        KVCacheGroupSpec(["state.0"], states), KVCacheGroupSpec(LAYERS, spec()), layers=LAYERS
+    )
+
+
+@pytest.mark.parametrize("name", ["GDN_ATTN", "SHORT_CONV"])
+def test_states_that_are_tested(name: str) -> None:
+    cache = with_states(MambaAttentionBackendEnum[name])
+    _, group = build_evictor(vllm_config(cache), cache)
+    assert group == EvictedGroup(1, {name: i for i, name in enumerate(LAYERS)})
+
+
+def test_states_that_are_not_tested_are_refused() -> None:
+    cache = with_states(MambaAttentionBackendEnum.MAMBA2)
+    with pytest.raises(ValueError, match="not tested beside layers with states of the kind MAMBA2"):
+        build_evictor(vllm_config(cache), cache)
+
+
+def test_states_on_a_gpu_are_refused() -> None:
+    cache = with_states(MambaAttentionBackendEnum.GDN_ATTN)
+    config = vllm_config(cache)
+    config.device_config.device_type = "cuda"
+    with pytest.raises(ValueError, match="states is not tested on GPUs"):
+        build_evictor(config, cache)
 
 
 def test_attention_of_somebody_else_is_refused() -> None:

@@ -56,7 +56,8 @@ class Decoding:
             state = self.evictor.requests.get(name)
             assert state is not None and state.evicted_tokens == PROMPT
             pages = torch.full((NUM_LAYERS,), 2)
-            self.evictor.tables.set_kept(state.slot, pages, torch.tensor([1, 2]), ())
+            live = self.evictor.requests.evicted_slots()
+            self.evictor.tables.set_kept(state.slot, pages, torch.tensor([1, 2]), live)
         self.evictor.begin_output((), None, {})
 
     def step(self, computed: int, scheduled: int, mode: Any = CUDAGraphMode.NONE) -> None:

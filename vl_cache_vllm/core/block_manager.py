@@ -23,7 +23,7 @@ layers (worker).
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
@@ -81,6 +81,9 @@ class EvictedBlocks:
 
 class EvictionBlockManager(FullAttentionManager):
     """`FullAttentionManager` with kept blocks, which frees what they replace and hashes no more."""
+
+    # vLLM then warns that --prefix-match-unit has no effect: parts of blocks are not cached here.
+    supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
     def __init__(self, kv_cache_spec, *args, **kwargs) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
@@ -418,6 +421,7 @@ class EvictionBlockManager(FullAttentionManager):
             -request.num_computed_tokens % self.block_size < STEPS_UNTIL_FREED
             for request in running
         )
+        needed *= 1 + self._num_others  # groups have blocks of one size
         return needed + kept > self.block_pool.get_num_free_blocks()
 
     def _blocks_to_free(self) -> int:

@@ -116,18 +116,22 @@ class EvictionDecisions:
         start = min(start, plan.prompt_tokens - 2)
         return start // self._manager.block_size * self._manager.block_size
 
-    def shared_prefix_tokens(self, request: Request, limit: int) -> int:
-        """Where the next question about the same images can continue from, in whole blocks.
-
-        That is the end of the visual tokens, or of what may be a hit at all.
+    def shared_prefix_tokens(self, request: Request, hit: int, junction: int, limit: int) -> int:
+        """Where later requests can continue from this one's prefix, in whole blocks.
 
         Args:
             request: one that has a longest hit.
+            hit: its tokens.
+            junction: up to where other requests share more of the prefix, if that is known.
             limit: `max_hit_tokens`.
         """
         vision_end = post_vision_start(self._config, request.mm_features) or 0
         block_size = self._manager.block_size
-        return min(limit, vision_end // block_size * block_size) or limit
+        image_end = min(limit, vision_end // block_size * block_size)
+        if hit < junction <= limit:
+            return junction
+        # The next question is likely to be about the same images.
+        return image_end if image_end > hit else limit
 
     def must_wait(self, request_id: str, num_tokens: int) -> bool:
         """Whether a request must not start yet because other prompts are under observation.

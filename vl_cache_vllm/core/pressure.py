@@ -72,7 +72,8 @@ class PrefillDemand:
         for other in self._others:
             blocks = other.req_to_blocks.get(request.request_id, ())
             held = sum(1 for block in blocks if not block.is_null)
-            missing += max(0, max_blocks(other, request.num_tokens) - held)
+            lasting = max_blocks(other, request.num_tokens, for_a_moment=False)
+            missing += max(0, lasting - held)
         return missing
 
     def _is_held(self, block_hash: BlockHash) -> bool:
@@ -81,8 +82,16 @@ class PrefillDemand:
         return cached is not None and cached[0].ref_cnt > 0
 
 
-def max_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
-    """The most blocks that another group's manager holds for ``num_tokens`` of one request."""
+def max_blocks(
+    manager: SingleTypeKVCacheManager, num_tokens: int, for_a_moment: bool = True
+) -> int:
+    """The most blocks that another group's manager holds for one request.
+
+    Args:
+        manager: of the group.
+        num_tokens: of the request.
+        for_a_moment: count what is held only until a step has been processed.
+    """
     blocks = cdiv(num_tokens, manager.block_size)
     limit = manager.max_admission_blocks_per_request
     if isinstance(manager, MambaManager):  # a block holds the state after some token
@@ -90,6 +99,7 @@ def max_blocks(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
         assert isinstance(spec, MambaSpec)
         blocks += spec.num_speculative_blocks
         if manager.mamba_cache_mode == "align":
-            # The last state, the one before it, and in a prefill one that the step is leaving.
-            limit = 3 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
+            # The last state, the one before it, and for a moment one that the step is leaving.
+            limit = 2 + for_a_moment + spec.num_speculative_blocks
+            limit += spec.num_prefill_checkpoint_blocks
     return blocks if limit is None else min(blocks, limit)

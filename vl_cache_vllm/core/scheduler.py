@@ -106,21 +106,20 @@ class EvictionSchedulerMixin(_Base):
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """vLLM's hit, shortened so that the observed queries are computed, not cached."""
         hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        blocks, num_tokens, _, diverged = hit
+        blocks, num_tokens, junction, diverged = hit
         limit = self._decisions.max_hit_tokens(request)
         if limit is None:
             return hit
         if num_tokens > limit:
             # Looked up again: a sliding-window group keeps only the end of a longer hit.
             manager = self.kv_cache_manager
-            found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
+            found, num_tokens, uncached = manager.coordinator.find_longest_cache_hit(
                 request.block_hashes, limit
             )
-            blocks = manager.create_kv_cache_blocks(found)
+            blocks, junction = manager.create_kv_cache_blocks(found), num_tokens + uncached
         # By default groups with a sliding window or with states cache their blocks only before a
-        # few positions. The next question about the same image will continue from this one, so it
-        # is named as a boundary.
-        boundary = self._decisions.shared_prefix_tokens(request, limit)
+        # few positions, of which the scheduler names one.
+        boundary = self._decisions.shared_prefix_tokens(request, num_tokens, junction, limit)
         return blocks, num_tokens, boundary, diverged
 
 

@@ -8,6 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, number_type
@@ -33,7 +34,11 @@ class EvictedGroup:
     """Index in the page pool by vLLM's layer name."""
 
 
-def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
+# Kinds of states that are tested beside full attention.
+STATES = frozenset({MambaAttentionBackendEnum.GDN_ATTN, MambaAttentionBackendEnum.SHORT_CONV})
+
+
+def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
     ours = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictionAttentionSpec)]
     kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
     if len(ours) != 1:
@@ -42,12 +47,21 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec]) -> int:
             f"group; this model's groups are: {kinds}"
         )
     others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
-    if not all(type(spec) in (SlidingWindowSpec, MambaSpec) for spec in others):
+    states = [spec for spec in others if isinstance(spec, MambaSpec)]
+    if not all(type(spec) is SlidingWindowSpec or spec in states for spec in others):
         raise ValueError(
             "KV compression supports no other layers beside those of full attention than ones "
-            "with a sliding window, linear attention or a state space; this model's KV cache "
+            "with a sliding window, a gated delta net or short convolutions; this model's KV cache "
             f"groups are: {kinds}"
         )
+    untested = {spec.mamba_type.name for spec in states} - {kind.name for kind in STATES}
+    if untested:
+        raise ValueError(
+            "KV compression is not tested beside layers with states of the kind "
+            + ", ".join(sorted(untested))
+        )
+    if states and device_type != "cpu":
+        raise ValueError("KV compression beside layers with states is not tested on GPUs")
     if not groups[ours[0]].layer_names:
         raise ValueError(NO_FULL_ATTENTION)
     return ours[0]
@@ -63,7 +77,7 @@ def build_evictor(
             Only the allocated cache shows that for certain.
     """
     groups = kv_cache_config.kv_cache_groups
-    index = _evicted_group(groups)
+    index = _evicted_group(groups, vllm_config.device_config.device_type)
     spec, layer_names = groups[index].kv_cache_spec, set(groups[index].layer_names)
     assert isinstance(spec, EvictionAttentionSpec)
     if spec.head_size_v != spec.head_size:

@@ -13,8 +13,8 @@ class KeptBlocks:
     """Ids of the blocks of each request, one request after another in one buffer.
 
     Requests keep different blocks of one pool, so the buffer is small: it has room for at most
-    twice the blocks that requests keep. A table with a row for each request would have to be as
-    wide as the longest request.
+    twice the blocks that requests have kept at any one time. A table with a row for each request
+    would have to be as wide as the longest request.
 
     Args:
         device: of the ids.
@@ -69,5 +69,6 @@ class KeptBlocks:
         Returns:
             int64 ``[R, most]``; what follows the blocks of a slot has no meaning.
         """
-        index = first[:, None] + torch.arange(most, device=first.device)
-        return self._ids[index.clamp_(max=len(self._ids) - 1)].long()
+        index = first[:, None].int() + torch.arange(most, dtype=torch.int32, device=first.device)
+        index.clamp_(max=len(self._ids) - 1)
+        return self._ids.index_select(0, index.flatten()).view_as(index).long()

@@ -21,7 +21,7 @@ from vl_cache_vllm.worker.attention_stats import AttentionStats
 from vl_cache_vllm.worker.step import ObservedQueries
 
 MAX_LATE_QUERIES = 384
-"""Queries of all layers that a step holds at most, or as much of fewer layers.
+"""Queries that the buffer has room for if it holds all layers; of more it holds fewer layers.
 
 A request with more queries of its own is observed layer by layer: its launches take the device
 longer than the host.
@@ -86,7 +86,7 @@ class LateObservation:
     observations: list[ObservedQueries]
     pool: PagePool
     buffer: QueryBuffer
-    _scales: list[float] = field(default_factory=list)  # of the held layers
+    _scales: dict[int, float] = field(default_factory=dict)  # of the held layers
     _softcap: float | None = None
     _held: torch.Tensor | None = None  # [layers, n, num_heads, head_size]
     _first_layer: int = 0  # of the held ones
@@ -112,14 +112,16 @@ class LateObservation:
                     token for one in observations for token in range(one.query_start, one.query_end)
                 ]
                 self._tokens = to_device(tokens, query.device)
-        place = len(self._scales)
-        assert layer == self._first_layer + place, "layers are held in the order of the pool"
+        place = layer - self._first_layer
+        assert 0 <= place < len(self._held), (
+            "a buffer without room for all layers needs them in the order of the pool"
+        )
         if self._tokens is None:
             only = observations[0]
             self._held[place].copy_(query[only.query_start : only.query_end])
         else:
             torch.index_select(query, 0, self._tokens, out=self._held[place])
-        self._scales.append(scale)
+        self._scales[layer] = scale
 
     @property
     def is_due(self) -> bool:
@@ -156,7 +158,6 @@ class LateObservation:
                 stats.stopwatch.share(stopwatch, num_queries / queries)
             first_query += num_queries
         with stopwatch:
-            observe_layers(
-                self._held[:number], self.pool, self._scales, self._softcap, requests, first
-            )
-        self._first_layer, self._scales = first + number, []
+            scales = [self._scales[layer] for layer in range(first, first + number)]
+            observe_layers(self._held[:number], self.pool, scales, self._softcap, requests, first)
+        self._first_layer, self._scales = first + number, {}

@@ -21,7 +21,7 @@ class MemoryUse:
     observed: int  # sums and maxima of all prompts under observation
     selected: int  # scores of the layers that are selected at once, and the positions they keep
     rankings: int  # of the layers that are ranked at once
-    queries: int  # that a step holds until its last layer
+    queries: int  # that a step holds for several layers
 
     @property
     def total(self) -> int:

@@ -6,7 +6,7 @@ request finds its kernels compiled. Eviction needs, at most:
 
 - attention: 4 bytes per observed prompt token, layer and KV head, 8 with maxima;
 - what the policy and the selection of a few layers allocate at once;
-- queries that a step holds until its last layer, up to `late_observation.MAX_LATE_QUERIES`;
+- queries that a step holds, `late_observation.MAX_LATE_QUERIES` of every layer;
 - tables: 4 bytes per layer, request of a graph and block of the longest sequence, at most 128 MiB,
   and 8 bytes for each block that requests keep, which the profile does not include.
 
