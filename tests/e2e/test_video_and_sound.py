@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with videos, and with videos and images, against the oracle of the model matrix."""
+"""Prompts with videos and with sound beside images, against the oracle of the model matrix."""
 
 from pathlib import Path
 from typing import Any
@@ -94,3 +94,34 @@ def test_videos_are_exact(models_dir: Path, tmp_path: Path, kind: str) -> None:
         assert fresh.num_cached_tokens == 0
         assert cached["kept_positions"] == expected["kept_positions"]
         assert harness.token_ids(second) == harness.token_ids(fresh)
+
+
+def test_sound_counts_as_text(models_dir: Path, tmp_path: Path) -> None:
+    """Its tokens after the image are observed like the question, and those before it are kept or
+    lost like all others."""
+    trace, kind = tmp_path / "trace", "qwen2.5-omni"
+    settings = {"policy": "vlcache", "budget": matrix.BUDGET}
+    image = model_zoo.prompt_for(kind, "", 1)
+    sound = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    samples = np.random.default_rng(0).standard_normal(2 * 16000).astype(np.float32)
+    with harness.engine(
+        model_zoo.build(kind, models_dir / kind),
+        settings | {"trace": {"path": str(trace), "positions": True}},
+        load_format="random",
+        enable_prefix_caching=False,
+        limit_mm_per_prompt={"image": 1, "audio": 1},
+    ) as llm:
+        ends = []
+        for prompt in (image + sound, sound + image):
+            data = {"image": [random_image(5)], "audio": [(samples, 16000)]}
+            one: Any = {"prompt": prompt + matrix.QUESTION, "multi_modal_data": data}
+            with recording(llm) as layers:
+                (output,) = llm.generate([one], harness.greedy(matrix.NUM_TOKENS), use_tqdm=False)
+            record = list(read_trace(trace).values())[-1]
+            ((_, end),) = record["visual"]
+            assert record["vision_end"] == end
+            assert output.prompt_token_ids is not None
+            row = matrix.compare(layers, len(output.prompt_token_ids), end, record)
+            assert row is not None
+            ends.append(end)
+        assert ends[0] < ends[1]  # sound after the image is observed, sound before it is not
