@@ -281,7 +281,7 @@ class SyntheticPrompt:
     def observe_layers(self) -> dict[str, torch.Tensor]:
         """As `observe`; the one query is that of a second request in the same step.
 
-        The first layer is observed in one call, and the others in another one.
+        The first layer is observed in one call, and the others, if any, in another one.
         """
         sums, maxima, later, later_maxima = torch.zeros(
             4,
@@ -305,8 +305,10 @@ class SyntheticPrompt:
             later_maxima,
             num_keys=lengths,
         )
-        for layers in (slice(0, 1), slice(1, self.case.shape.num_layers)):
-            self._observe_layers([prompt, one], layers)
+        num_layers = self.case.shape.num_layers
+        for first, end in ((0, 1), (1, num_layers)):
+            if first < num_layers:
+                self._observe_layers([prompt, one], slice(first, end))
         return {
             "sums": sums,
             "maxima": maxima,
