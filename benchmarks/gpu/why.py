@@ -45,7 +45,7 @@ def cached_images(images: int, questions: int) -> Row:
                 began = time.perf_counter()
                 llm.generate(asked[3:], params, use_tqdm=False)
                 taken = 1000 * (time.perf_counter() - began) / (questions - 3)
-                evicted = num_evicted(llm.llm_engine) if name == "ours" else 0
+                evicted = num_evicted(llm.llm_engine)
                 assert evicted == (questions if name == "ours" else 0), f"{evicted} were evicted"
             rows.append({"engine": name, "milliseconds_each": taken, "evicted": evicted})
             say(f"question behind {images} cached images: {rows[-1]}")

@@ -48,17 +48,17 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
         )
     others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
     states = [spec for spec in others if isinstance(spec, MambaSpec)]
-    if not all(type(spec) is SlidingWindowSpec or spec in states for spec in others):
+    if not all(type(spec) is SlidingWindowSpec or isinstance(spec, MambaSpec) for spec in others):
         raise ValueError(
             "KV compression supports no other layers beside those of full attention than ones "
             "with a sliding window, a gated delta net or short convolutions; this model's KV cache "
             f"groups are: {kinds}"
         )
-    untested = {spec.mamba_type.name for spec in states} - {kind.name for kind in STATES}
+    untested = {spec.mamba_type for spec in states} - STATES
     if untested:
         raise ValueError(
             "KV compression is not tested beside layers with states of the kind "
-            + ", ".join(sorted(untested))
+            + ", ".join(sorted(kind.name for kind in untested))
         )
     if states and device_type != "cpu":
         raise ValueError("KV compression beside layers with states is not tested on GPUs")

@@ -91,7 +91,9 @@ class LateObservation:
     _held: torch.Tensor | None = None  # [layers, n, num_heads, head_size]
     _first_layer: int = 0  # of the held ones
     _tokens: torch.Tensor | None = None  # indices of the held queries, int64 [n]
-    _stopwatch: Stopwatch | None = None
+
+    def __post_init__(self) -> None:
+        self._stopwatch = Stopwatch(self.pool.device)
 
     def hold(self, layer: int, query: torch.Tensor, scale: float, softcap: float) -> None:
         """Copy the observed queries of a layer; arguments as for `Evictor.layer_done`.
@@ -142,10 +144,7 @@ class LateObservation:
             stats_of: what the attention is added to.
         """
         assert self._held is not None and self._softcap is not None
-        first, number = self._first_layer, len(self._scales)
-        is_first, queries = self._stopwatch is None, self._held.shape[1]
-        stopwatch = self._stopwatch or Stopwatch(self.pool.device)
-        self._stopwatch = stopwatch
+        first, number, queries = self._first_layer, len(self._scales), self._held.shape[1]
         requests: list[RequestObservation] = []
         first_query = 0
         for observation in self.observations:
@@ -154,10 +153,10 @@ class LateObservation:
                 first_query, num_queries, observation.first_position, *keys_of(observation)
             )
             requests.append(request.of_layers(slice(first, first + number)))
-            if is_first:
-                stats.stopwatch.share(stopwatch, num_queries / queries)
+            if first == 0:  # it counts later blocks as well
+                stats.stopwatch.share(self._stopwatch, num_queries / queries)
             first_query += num_queries
-        with stopwatch:
+        with self._stopwatch:
             scales = [self._scales[layer] for layer in range(first, first + number)]
             observe_layers(self._held[:number], self.pool, scales, self._softcap, requests, first)
         self._first_layer, self._scales = first + number, {}
