@@ -136,12 +136,13 @@ def compare(
     Raises:
         AssertionError: if they differ, or if the request cannot show a difference.
     """
+    from testing.attention_recorder import attention_of
     from testing.oracle import Settings, decide_prompt, with_tail
 
-    full = [layer for layer in layers if layer.window is None]
-    attention = [layer.logits(first, prompt_tokens).softmax(dim=-1) for layer in full]
+    num_kv_heads = next(layer.num_kv_heads for layer in layers if layer.window is None)
+    attention = attention_of(layers, first, prompt_tokens)
     block_size = trace["block_size"]  # vLLM may have enlarged it
-    expected = decide_prompt(attention, full[0].num_kv_heads, Settings(BUDGET, block_size))
+    expected = decide_prompt(attention, num_kv_heads, Settings(BUDGET, block_size))
     if expected.score_gap < MIN_SCORE_GAP:
         return None
     density = max(abs(a - b) for a, b in zip(trace["density"], expected.density, strict=True))
@@ -151,8 +152,11 @@ def compare(
 
     distance = effect = 0.0
     kept = iter(with_tail(expected.kept_positions, prompt_tokens, block_size))
-    for layer in layers:
-        evicted = None if layer.window else next(kept)
+    kept_of: dict[int, list[list[int]]] = {}  # by index of the layer that has the cache
+    for index, layer in enumerate(layers):
+        if layer.owner is None and not layer.window:
+            kept_of[index] = next(kept)
+        evicted = kept_of.get(index if layer.owner is None else layer.owner)
         distance = max(distance, layer.distance(layer.expected(prompt_tokens, evicted)))
         effect = max(effect, layer.distance(layer.expected(prompt_tokens)))
     assert distance < MAX_DISTANCE[dtype], f"attention outputs differ by {distance:.1e}"
@@ -193,7 +197,7 @@ def _engine(
         load_format="random",
         block_size=BLOCK_SIZE,
         max_model_len=4096,
-        kv_cache_memory_bytes=128 << 20,
+        kv_cache_memory_bytes=256 << 20,
         limit_mm_per_prompt={"image": model_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=model_zoo.has_code(kind),

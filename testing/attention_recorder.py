@@ -28,6 +28,8 @@ class Record:
     window: int | None
     """Maximum number of tokens that a query attends to, including its own; None: no limit. Layers
     with a window are not evicted."""
+    owner: int | None = None
+    """Index of the earlier layer whose keys and values this one reads; None: it has its own."""
     query: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
     key: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
     value: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
@@ -75,16 +77,37 @@ class Record:
         return float((output - expected).abs().max() / expected.abs().max())
 
 
+def attention_of(layers: Sequence[Record], first: int, end: int) -> list[torch.Tensor]:
+    """What the tokens first to end - 1 attend to, for each layer that is evicted.
+
+    Heads that read the same KV head are adjacent, whichever layer they are of.
+
+    Returns:
+        Probabilities, float64 ``[H, end - first, end]`` for each cache of a layer.
+    """
+    readers: dict[int, list[torch.Tensor]] = {}
+    for index, layer in enumerate(layers):
+        if layer.window is None:
+            owner = index if layer.owner is None else layer.owner
+            attention = layer.logits(first, end).softmax(dim=-1)
+            readers.setdefault(owner, []).append(attention.unflatten(0, (layer.num_kv_heads, -1)))
+    return [torch.cat(parts, dim=1).flatten(0, 1) for parts in readers.values()]
+
+
 @contextlib.contextmanager
 def recording(llm: LLM) -> Iterator[list[Record]]:
     """Record all attention layers of the language model, in order. One request at a time."""
     engine = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     context = engine.vllm_config.compilation_config.static_forward_context
     layers = [layer for layer in context.values() if isinstance(layer, Attention)]
-    records = [
-        Record(layer.impl.scale, layer.impl.logits_soft_cap or 0.0, layer.sliding_window)
-        for layer in layers
-    ]
+    records: list[Record] = []
+    for layer in layers:
+        record = Record(layer.impl.scale, layer.impl.logits_soft_cap or 0.0, layer.sliding_window)
+        if (target := layer.kv_sharing_target_layer_name) is not None:
+            record.owner = layers.index(context[target])
+            owner = records[record.owner]
+            record.key, record.value = owner.key, owner.value
+        records.append(record)
     with contextlib.ExitStack() as stack:
         for layer, record in zip(layers, records, strict=True):
             # A PyTorch hook would not run: vLLM's Transformers backend calls ``forward`` directly.
@@ -97,11 +120,17 @@ def _recorded(layer: Attention, record: Record) -> Callable[..., torch.Tensor]:
     num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
 
     def recorded(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         record.query.append(query.clone().view(-1, num_heads, layer.head_size))
-        record.key.append(key.clone().view(-1, num_kv_heads, layer.head_size))
-        record.value.append(value.clone().view(-1, num_kv_heads, layer.head_size))
+        if record.owner is None:
+            assert key is not None and value is not None
+            record.key.append(key.clone().view(-1, num_kv_heads, layer.head_size))
+            record.value.append(value.clone().view(-1, num_kv_heads, layer.head_size))
         output = forward(query, key, value, *args, **kwargs)
         record.output.append(output.clone().view(-1, num_heads, layer.head_size))
         return output

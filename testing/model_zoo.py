@@ -541,6 +541,20 @@ def _gemma4(**text: Any) -> Kind:
     )
 
 
+def _gemma4_shared() -> Kind:
+    """As E2B and E4B: the later layers read the cache of the last earlier one of their kind."""
+    layers = _HYBRID * 3
+    full = {f"{n:02}": dict(head_dim=512) for n, kind in enumerate(layers) if kind == _HYBRID[1]}
+    return _gemma4(
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+        num_kv_shared_layers=6,
+        per_layer_config=full,
+        hidden_size_per_layer_input=16,
+        use_double_wide_mlp=True,
+    )
+
+
 def _gemma4_unified() -> Kind:
     """Without a vision encoder: patches are projected, and images attend in both directions."""
     kind = _gemma4()
@@ -1437,6 +1451,7 @@ _BUILT: dict[str, Kind] = {
         enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64
     ),
     "gemma4-k-eq-v": _gemma4(attention_k_eq_v=True),
+    "gemma4-shared-kv": _gemma4_shared(),
     "gemma4-vision-bidi": _gemma4(use_bidirectional_attention="vision"),
     "gemma4-unified": _gemma4_unified(),
     "paligemma": _paligemma(),

@@ -212,6 +212,10 @@ REFUSALS = {
         "draft model",
     ),
     "other cache": (_set("cache_config.cache_dtype", "fp8_inc"), "KV cache type fp8_inc"),
+    "layers that skip the prefill": (
+        _set("cache_config.kv_sharing_fast_prefill", True),
+        "remove --kv-sharing-fast-prefill",
+    ),
     "HiSparse": (_set("attention_config.hisparse_config", object()), "HiSparse"),
     "other scheduler": (_set("scheduler_config.scheduler_cls", "a.B"), "--scheduler-cls"),
     "other worker": (_set("parallel_config.worker_cls", "a.B"), "worker a.B"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What eviction cannot do yet, found in the finished config, before anything is loaded.
 
-What only the model's layers or the allocated cache can show (attention sinks, ALiBi, KV sharing,
-cache groups, page layout) is refused by the worker with the same kind of message.
+What only the model's layers or the allocated cache can show (attention sinks, ALiBi, cache groups,
+page layout) is refused by the worker with the same kind of message.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
     refuse(
         is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in _FP8,
         f"KV cache type {cache.cache_dtype}: use --kv-cache-dtype auto, {', '.join(_FP8)}",
+    )
+    refuse(
+        cache.kv_sharing_fast_prefill,
+        "layers that skip the prefill, whose attention is not observed: remove "
+        "--kv-sharing-fast-prefill",
     )
     refuse(
         vllm_config.attention_config.hisparse_config is not None,

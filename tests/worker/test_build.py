@@ -253,6 +253,38 @@ def test_token_major_pages_of_a_cpu_are_refused() -> None:
         build_evictor(vllm_config(cache, token_major=True), cache)
 
 
+def sharer(config: Any, target: str, num_heads: int = 4) -> None:
+    """Add a layer that reads another one's cache."""
+    layers = config.compilation_config.static_forward_context
+    fields = vars(layers[target]) | {"kv_sharing_target_layer_name": target, "num_heads": num_heads}
+    layers[f"layers.{len(layers)}"] = SimpleNamespace(**fields)
+
+
+def test_layers_that_read_anothers_cache() -> None:
+    cache = cache_config()
+    config = vllm_config(cache)
+    for target in (LAYERS[2], "other", LAYERS[0], LAYERS[2]):
+        if target == "other":  # in a group with a sliding window
+            layers = config.compilation_config.static_forward_context
+            layers["window.0"] = SimpleNamespace(kv_sharing_target_layer_name=target)
+        else:
+            sharer(config, target)
+    worker, group = build_evictor(config, cache)
+    shared = {"layers.3": 2, "layers.5": 0, "layers.6": 2}
+    assert group == EvictedGroup(0, {name: i for i, name in enumerate(LAYERS)} | shared)
+    assert worker.pool.num_layers == len(LAYERS)
+    assert worker._readers is not None
+    assert worker._readers.tolist() == [2, 1, 3]
+
+
+def test_readers_with_other_heads_are_refused() -> None:
+    cache = cache_config()
+    config = vllm_config(cache)
+    sharer(config, LAYERS[1], num_heads=8)
+    with pytest.raises(ValueError, match="same number of query heads in all layers"):
+        build_evictor(config, cache)
+
+
 def with_states(kind: MambaAttentionBackendEnum) -> KVCacheConfig:
     """A group of full attention beside one whose layers keep a state."""
     states = MambaSpec(

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ KEPT_ROW = [16, 17, 18, 19]
 
 
 def make_worker(
-    pool: PagePool, max_num_reqs: int = 3, budget: float = 0.25, **settings: Any
+    pool: PagePool,
+    max_num_reqs: int = 3,
+    budget: float = 0.25,
+    readers: Sequence[int] = (),
+    **settings: Any,
 ) -> Evictor:
     config = KVCompressConfig.from_dict({"policy": "vlcache", "budget": budget, **settings})
     assert config is not None
@@ -44,6 +49,7 @@ def make_worker(
         max_num_reqs=max_num_reqs,
         max_num_tokens=200,
         max_table_width=COLUMNS,
+        readers=readers,
     )
 
 
@@ -71,10 +77,12 @@ def run_step(
     batch: list[tuple[RequestState, int, int, list[int]]],
     query: torch.Tensor,
     kept: dict[RequestState, list[int]] | None = None,
+    sharers: Sequence[tuple[int, torch.Tensor]] = (),
 ) -> EvictionStep | None:
     """A step of (state, computed, scheduled, block row) through all layers.
 
-    ``kept`` are the kept blocks of the requests that are evicted in it.
+    ``kept`` are the kept blocks of the requests that are evicted in it; ``sharers`` are later
+    layers, with the index of the layer whose cache they read, and their queries.
     """
     ends = {state: max(state.prefill_tokens, computed) for state, computed, _, _ in batch}
     worker.begin_output(
@@ -101,6 +109,8 @@ def run_step(
     if step is not None:
         for layer in range(NUM_LAYERS):
             worker.layer_done(step, layer, query[layer], SCALE, 0.0)
+        for layer, own in sharers:
+            worker.layer_done(step, layer, own, SCALE, 0.0, is_owner=False)
     return step
 
 

@@ -29,7 +29,10 @@ class StepObserver(Protocol):
     tables: LayerTables | None
     """Per-layer tables; None where no request of the batch is evicted and all layers agree."""
     layer_index: dict[str, int]
-    """Index in the page pool of each evicted layer, by vLLM's layer name."""
+    """Index in the page pool of each evicted layer, by vLLM's layer name.
+
+    A layer that reads the KV cache of another one has that layer's index.
+    """
     layer_inputs: LayerInputs | None
     """Set by the first layer of the step and reused by the others."""
 
@@ -37,7 +40,9 @@ class StepObserver(Protocol):
     def pages(self) -> torch.Tensor:
         """All pages of the pool, ``[num_pages, num_kv_heads, cells of one head]``."""
 
-    def layer_done(self, layer: int, query: torch.Tensor, scale: float, softcap: float) -> None:
+    def layer_done(
+        self, layer: int, query: torch.Tensor, scale: float, softcap: float, is_owner: bool
+    ) -> None:
         """Called after the attention of a layer (`vl_cache_vllm.worker.evictor.Evictor`)."""
 
 
@@ -70,7 +75,8 @@ class PerLayerAttentionMixin:
     """Mixin for attention implementations; must precede vLLM's implementation in the MRO.
 
     It writes K and V itself (the backend declares ``forward_includes_kv_cache_update``), because
-    the slots of evicted requests differ by layer.
+    the slots of evicted requests differ by layer. A layer that reads the KV cache of an earlier one
+    writes none and uses that layer's table.
     """
 
     layer_inputs: ClassVar[type[LayerInputs]] = LayerInputs
@@ -83,7 +89,6 @@ class PerLayerAttentionMixin:
         for feature, used in (
             ("attention sinks", ours.sinks is not None),
             ("ALiBi", ours.alibi_slopes is not None),
-            ("KV sharing between layers", ours.kv_sharing_target_layer_name is not None),
         ):
             if used:
                 raise ValueError(f"KV compression does not support models with {feature}")
@@ -117,6 +122,8 @@ class PerLayerAttentionMixin:
     ) -> torch.Tensor:
         """vLLM's with the layer's own table, then the observation of the layer."""
         vllm_impl: Any = super()
+        ours: Any = self
+        is_owner = ours.kv_sharing_target_layer_name is None
         step: StepObserver | None = None
         layer_index = -1
         if attn_metadata is not None:  # None: a profiling run
@@ -127,7 +134,9 @@ class PerLayerAttentionMixin:
                     kv_cache, attn_metadata = self._layer_view(
                         step, layer_index, kv_cache, attn_metadata
                     )
-            vllm_impl.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+            if is_owner:
+                slots = attn_metadata.slot_mapping
+                vllm_impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         vllm_impl.forward(
             layer,
             query,
@@ -140,7 +149,6 @@ class PerLayerAttentionMixin:
             output_block_scale,
         )
         if step is not None:
-            ours: Any = self
             # Quantised keys are stored divided by the layer's scale.
             key_scale = layer._k_scale_float if is_quantized_kv_cache(ours.kv_cache_dtype) else 1.0
             step.layer_done(
@@ -148,6 +156,7 @@ class PerLayerAttentionMixin:
                 query,
                 ours.scale * key_scale,
                 float(ours.logits_soft_cap),  # vLLM's int 0 would be another type for Triton
+                is_owner,
             )
         return output
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a request's observed queries attend, collected layer by layer and chunk by chunk."""
 
+from collections import defaultdict
+
 import torch
 from torch.nn.functional import pad
 
@@ -59,8 +61,9 @@ class AttentionStats:
         self._similarity = torch.zeros_like(self._sums) if self._options.diversity else None
         self.dense_entries = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self._last_weights: tuple[tuple[int, int], torch.Tensor] | None = None
-        # Queries of earlier chunks, by layer, of which only the last one tells which are elite.
-        self._waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        # Queries of earlier chunks, by attention layer, of which only the last one tells which are
+        # elite.
+        self._waiting: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
 
     @property
     def attention(self) -> Attention:
@@ -93,6 +96,14 @@ class AttentionStats:
         self.tokens = tokens
         self._last_weights = None
 
+    def divide(self, readers: torch.Tensor) -> None:
+        """Turn sums over all attention layers that read a layer's cache into means.
+
+        Args:
+            readers: number of them, ``[num_layers]``.
+        """
+        self._sums.div_(readers[:, None, None])
+
     def add(
         self,
         layer: int,
@@ -102,8 +113,13 @@ class AttentionStats:
         scale: float,
         softcap: float,
         num_keys: torch.Tensor | None = None,
+        reader: int | None = None,
     ) -> None:
-        """Take in the next queries of a layer; arguments as for `observe` and `AttentionParams`."""
+        """Take in the next queries of a layer; arguments as for `observe` and `AttentionParams`.
+
+        Several attention layers may read the cache of one; ``reader`` tells them apart.
+        """
+        reader = layer if reader is None else reader
         options = self._options
         params = AttentionParams(scale, softcap, self._threshold)
         end = first_position + query.shape[0]
@@ -113,10 +129,9 @@ class AttentionStats:
             key = key.read()
         if options.elite_window:
             if not is_last:
-                self._waiting[layer].append(query.clone())  # the runner reuses its buffers
+                self._waiting[reader].append(query.clone())  # the runner reuses its buffers
                 return
-            query = torch.cat((*self._waiting[layer], query))
-            self._waiting[layer].clear()
+            query = torch.cat((*self._waiting.pop(reader, ()), query))
             first_position = end - query.shape[0]
             assert isinstance(key, torch.Tensor)
             weights = elite_queries(query, key, first_position, params, options.elite_window)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the evictor of a worker over its allocated KV cache."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class EvictedGroup:
     index: int
     """Index of the group; vLLM keeps one block table per group."""
     layers: dict[str, int]
-    """Index in the page pool by vLLM's layer name."""
+    """Index in the page pool by vLLM's layer name; also of layers that read another's cache."""
 
 
 # Kinds of states that are tested beside full attention.
@@ -99,6 +100,12 @@ def build_evictor(
     context = vllm_config.compilation_config.static_forward_context
     layers = [context[name] for name in placement.layers]
     first = layers[0]
+    index_of = {name: i for i, name in enumerate(placement.layers)}
+    for name, layer in context.items():
+        target = getattr(layer, "kv_sharing_target_layer_name", None)
+        if target in layer_names:
+            index_of[name] = index_of[target]
+            layers.append(layer)
     if not isinstance(first.impl, PerLayerAttentionMixin):
         raise ValueError(
             f"KV compression does not support the attention backend {type(first.impl).__name__}: "
@@ -121,20 +128,30 @@ def build_evictor(
     layer_stride, block_stride = (stride // page_bytes for stride in strides)
     cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    last_page = (len(layers) - 1) * layer_stride + (kv_cache_config.num_blocks - 1) * block_stride
+    last_page = (len(layer_names) - 1) * layer_stride + (
+        kv_cache_config.num_blocks - 1
+    ) * block_stride
     pool = PagePool(
         pages=cache.as_strided(
             (last_page + 1, heads, (tokens - 1) * token_stride + content),
             (heads * tokens * content, head_stride, 1),
         ),
         packing=first.impl.page_packing(first, dtype),
-        num_layers=len(layers),
+        num_layers=len(layer_names),
         layer_stride=layer_stride,
         block_stride=block_stride,
         number_type=number_type(cache_dtype),
     )
-    worker = evictor_over(pool, spec, vllm_config, placement.layers, first.num_heads)
-    return worker, EvictedGroup(index, {name: i for i, name in enumerate(placement.layers)})
+    readers = Counter(index_of.values())
+    worker = evictor_over(
+        pool,
+        spec,
+        vllm_config,
+        placement.layers,
+        first.num_heads,
+        [readers[layer] for layer in range(pool.num_layers)],
+    )
+    return worker, EvictedGroup(index, index_of)
 
 
 def evictor_over(
@@ -143,6 +160,7 @@ def evictor_over(
     vllm_config: VllmConfig,
     layer_names: Sequence[str],
     num_heads: int,
+    readers: Sequence[int] = (),
 ) -> Evictor:
     """Build the evictor of a page pool.
 
@@ -152,6 +170,7 @@ def evictor_over(
         vllm_config: the engine's configuration.
         layer_names: vLLM's names of the layers, in the order of the pool.
         num_heads: query heads of a layer on this worker.
+        readers: as for `Evictor`.
     """
     assert spec.kv_compress is not None
     scheduler = vllm_config.scheduler_config
@@ -173,4 +192,5 @@ def evictor_over(
             tp_group.rank * model_config.get_total_num_kv_heads() // tp_group.size,
             model_config.get_total_num_hidden_layers(),
         ),
+        readers=readers,
     )

@@ -79,9 +79,11 @@ class EvictionStep:
         """The pages of the pool."""
         return self.evictor.pool.pages
 
-    def layer_done(self, layer: int, query: torch.Tensor, scale: float, softcap: float) -> None:
+    def layer_done(
+        self, layer: int, query: torch.Tensor, scale: float, softcap: float, is_owner: bool = True
+    ) -> None:
         """Arguments as for `Evictor.layer_done`."""
-        self.evictor.layer_done(self, layer, query, scale, softcap)
+        self.evictor.layer_done(self, layer, query, scale, softcap, is_owner)
 
     def attach(self, metadata: dict[str, Any], layer_index: dict[str, int]) -> None:
         """Let the evicted layers see this step.
@@ -111,6 +113,8 @@ class Evictor:
         max_graph_reqs: requests of the largest full CUDA graph.
         tp_group: the workers that hold the other heads of these layers.
         shard: which layers and KV heads of the model are on this worker.
+        readers: attention layers that read the cache of each layer of the pool, its own included;
+            empty: one each.
     """
 
     def __init__(
@@ -124,10 +128,15 @@ class Evictor:
         max_graph_reqs: int = 0,
         tp_group: TPGroup = TPGroup(),  # noqa: B008  frozen
         shard: Shard = Shard(),  # noqa: B008  frozen
+        readers: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.pool = pool
         self.num_heads = num_heads * tp_group.size
+        self._num_attention_layers = sum(readers) or pool.num_layers
+        self._readers: torch.Tensor | None = None
+        if self._num_attention_layers > pool.num_layers:
+            self._readers = to_device(readers, pool.device)
         self.tp_group = tp_group
         self.shard = shard
         self._layer_numbers = shard.layer_numbers(pool.num_layers)
@@ -260,7 +269,13 @@ class Evictor:
         return step
 
     def layer_done(
-        self, step: EvictionStep, layer: int, query: torch.Tensor, scale: float, softcap: float
+        self,
+        step: EvictionStep,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        softcap: float,
+        is_owner: bool = True,
     ) -> None:
         """Observe one layer or several right after attention, and evict after the last layer.
 
@@ -270,8 +285,13 @@ class Evictor:
             query: the step's queries, ``[num_tokens, num_heads, head_size]``.
             scale: softmax scale.
             softcap: logit soft cap, 0 for none.
+            is_owner: False: a later layer that reads the cache of ``layer``. Its attention counts
+                as that of further heads, and it is never observed late.
         """
-        for observation in step.observations:
+        observations, late = step.observations, step.late
+        if late is not None and not is_owner:
+            observations, late = [*observations, *late.observations], None
+        for observation in observations:
             stats = self._stats_of(observation)
             table, num_keys = self._keys_of(step, observation)
             if num_keys is None:
@@ -287,13 +307,14 @@ class Evictor:
                     scale,
                     softcap,
                     num_keys,
+                    reader=step.layers_done,
                 )
-        if step.late is not None:
-            step.late.hold(layer, query, scale, softcap)
-            if step.late.is_due:
-                step.late.observe(partial(self._keys_of, step), self._stats_of)
+        if late is not None:
+            late.hold(layer, query, scale, softcap)
+            if late.is_due:
+                late.observe(partial(self._keys_of, step), self._stats_of)
         step.layers_done += 1
-        if step.layers_done == self.pool.num_layers and step.pending_evictions:
+        if step.layers_done == self._num_attention_layers and step.pending_evictions:
             self._evict_all(step)
 
     def _stats_of(self, observation: ObservedQueries) -> AttentionStats:
@@ -376,6 +397,8 @@ class Evictor:
             assert state.attention_stats is not None, (
                 f"request {state.request_id} is to be evicted but was never observed"
             )
+            if self._readers is not None:
+                state.attention_stats.divide(self._readers)
             stats.append(state.attention_stats)
         # One sum over the ranks for all requests of the step.
         dense_entries = self.tp_group.sum(torch.stack([one.dense_entries for one in stats]))
@@ -401,6 +424,7 @@ class Evictor:
                     len(eviction.order.kept_blocks),
                     source,
                     eviction.unobserved,
+                    self._readers,
                 )
             )
         return inputs

@@ -40,6 +40,8 @@ class EvictionInput:
         kept_blocks: of the request.
         source: what is chosen from.
         unobserved: tokens between the last observed query and the one before it.
+        readers: attention layers that were observed on the cache of each, int64 ``[num_layers]``;
+            None: one each.
     """
 
     config: KVCompressConfig
@@ -51,6 +53,7 @@ class EvictionInput:
     kept_blocks: int
     source: EvictionSource
     unobserved: int = 0
+    readers: torch.Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -130,6 +133,8 @@ def divide(inputs: Sequence[EvictionInput]) -> Division:
     num_tokens = pages * block_size
     cached_tokens = num_tokens + numbers[:, :1]
     entries = cached_tokens * numbers[:, 1:2] - numbers[:, 2:]
+    if (readers := inputs[0].readers) is not None:  # of the worker
+        entries *= readers
     density = torch.stack([one.dense_entries for one in inputs]).double() / entries
     weights = []
     for one, own in zip(inputs, density, strict=True):
