@@ -190,6 +190,8 @@ def _engine(
     import testing.random_weights  # noqa: F401  registers the load format
     from testing.engine import engine
 
+    if kind == "kimi-k2.5":
+        model_zoo.let_numba_be_searched()
     return engine(
         model_zoo.build(kind, folder / "model"),
         kv_compress,
@@ -198,7 +200,7 @@ def _engine(
         block_size=BLOCK_SIZE,
         max_model_len=4096,
         kv_cache_memory_bytes=256 << 20,
-        limit_mm_per_prompt={"image": model_zoo.max_images(kind)},
+        limit_mm_per_prompt={model_zoo.modality(kind): model_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=model_zoo.has_code(kind),
     )
@@ -210,7 +212,9 @@ def _generate(llm: "LLM", kind: str, num_images: int, seed: int) -> "RequestOutp
 
     request = {
         "prompt": model_zoo.prompt_for(kind, QUESTION, num_images),
-        "multi_modal_data": {"image": [random_image(seed + i) for i in range(num_images)]},
+        "multi_modal_data": model_zoo.image_data(
+            kind, [random_image(seed + i) for i in range(num_images)]
+        ),
     }
     (output,) = llm.generate([request], greedy(NUM_TOKENS), use_tqdm=False)
     return output

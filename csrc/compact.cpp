@@ -11,6 +11,7 @@ struct Move {
   const int64_t* key_index;    // [block_size, head_size], offsets in one head's part of a page
   const int64_t* value_index;  // same for the values
   int64_t block_size, head_size;
+  int64_t head_cells;  // elements of one head's part of a page
 };
 
 // Copy the key and the value of one token of one KV head. `from` and `to` are the head's parts of
@@ -30,7 +31,7 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
              const int64_t* kept_row, const int64_t* kept_pages, const int32_t* positions,
              int64_t num_layers, int64_t first_layer, int64_t num_moved, int64_t num_kv_heads,
              int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
-  const int64_t head_cells = 2 * move.block_size * move.head_size;  // elements of one head's part
+  const int64_t head_cells = move.head_cells;
   const auto page_at = [&](int64_t page_id) { return pages + page_id * num_kv_heads * head_cells; };
 #pragma omp parallel for schedule(dynamic)
   for (int64_t moved = 0; moved < num_moved; ++moved) {
@@ -56,7 +57,7 @@ void compact(Cell* pages, const Move& move, const int32_t* source_pages, int64_t
 
 }  // namespace
 
-// pages: [num_pages, num_kv_heads, 2 * block_size * head_size], elements of cell_bytes (1, 2 or 4)
+// pages: [num_pages, num_kv_heads, head_cells], elements of cell_bytes (1, 2 or 4)
 // key_index, value_index: [block_size, head_size], offsets of elements in one head's part of a page
 // source_pages: [num_layers, C], page ids, rows at a distance of source_stride elements
 // kept_row: [M], block ids of the destination
@@ -69,9 +70,9 @@ extern "C" void vlc_compact(void* pages, const int64_t* key_index, const int64_t
                             const int64_t* kept_row, const int64_t* kept_pages,
                             const int32_t* positions, int64_t cell_bytes, int64_t num_layers,
                             int64_t first_layer, int64_t num_moved, int64_t num_kv_heads,
-                            int64_t block_size, int64_t head_size, int64_t max_kept,
-                            int64_t layer_stride, int64_t block_stride) {
-  const Move move = {key_index, value_index, block_size, head_size};
+                            int64_t head_cells, int64_t block_size, int64_t head_size,
+                            int64_t max_kept, int64_t layer_stride, int64_t block_stride) {
+  const Move move = {key_index, value_index, block_size, head_size, head_cells};
   const auto run = [&](auto* cells) {
     compact(cells, move, source_pages, source_stride, kept_row, kept_pages, positions, num_layers,
             first_layer, num_moved, num_kv_heads, max_kept, layer_stride, block_stride);

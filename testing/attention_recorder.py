@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from vllm import LLM
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 
 
 @dataclass
@@ -28,16 +28,19 @@ class Record:
     window: int | None
     """Maximum number of tokens that a query attends to, including its own; None: no limit. Layers
     with a window are not evicted."""
+    query: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
+    key: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads (MLA: H), D]
+    value: list[torch.Tensor] = field(default_factory=list)  # as the keys
+    output: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
+    is_latent: bool = False
+    """Whether all heads share one cached vector for each token (MLA), from which keys and values of
+    every head are computed."""
     owner: int | None = None
     """Index of the earlier layer whose keys and values this one reads; None: it has its own."""
-    query: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
-    key: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
-    value: list[torch.Tensor] = field(default_factory=list)  # [tokens, KV heads, D]
-    output: list[torch.Tensor] = field(default_factory=list)  # [tokens, H, D]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.key[0].shape[1]
+        return 1 if self.is_latent else self.key[0].shape[1]
 
     def logits(self, first: int, end: int) -> torch.Tensor:
         """Causal attention logits of the tokens first to end - 1, float64 [H, end - first, end]."""
@@ -63,10 +66,10 @@ class Record:
         logits = self.logits(0, len(value))
         num_heads, num_kv_heads = logits.shape[0], value.shape[1]
         if kept is not None:
-            evicted = torch.ones(num_kv_heads, prompt_tokens, dtype=torch.bool)
+            evicted = torch.ones(len(kept), prompt_tokens, dtype=torch.bool)
             for head, positions in enumerate(kept):
                 evicted[head, list(positions)] = False
-            evicted = evicted.repeat_interleave(num_heads // num_kv_heads, dim=0)
+            evicted = evicted.repeat_interleave(num_heads // len(kept), dim=0)
             logits[:, prompt_tokens:, :prompt_tokens].masked_fill_(evicted[:, None], -torch.inf)
         value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
         return torch.einsum("hqk,khd->qhd", logits.softmax(dim=-1), value)
@@ -99,9 +102,12 @@ def recording(llm: LLM) -> Iterator[list[Record]]:
     """Record all attention layers of the language model, in order. One request at a time."""
     engine = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     context = engine.vllm_config.compilation_config.static_forward_context
-    layers = [layer for layer in context.values() if isinstance(layer, Attention)]
+    layers = [layer for layer in context.values() if isinstance(layer, Attention | MLAAttention)]
     records: list[Record] = []
     for layer in layers:
+        if isinstance(layer, MLAAttention):
+            records.append(Record(layer.scale, 0.0, None, is_latent=True))
+            continue
         record = Record(layer.impl.scale, layer.impl.logits_soft_cap or 0.0, layer.sliding_window)
         if (target := layer.kv_sharing_target_layer_name) is not None:
             record.owner = layers.index(context[target])
@@ -111,8 +117,31 @@ def recording(llm: LLM) -> Iterator[list[Record]]:
     with contextlib.ExitStack() as stack:
         for layer, record in zip(layers, records, strict=True):
             # A PyTorch hook would not run: vLLM's Transformers backend calls ``forward`` directly.
-            stack.enter_context(mock.patch.object(layer, "forward", _recorded(layer, record)))
+            recorded = _recorded_latent if isinstance(layer, MLAAttention) else _recorded
+            stack.enter_context(mock.patch.object(layer, "forward", recorded(layer, record)))
         yield records
+
+
+def _recorded_latent(layer: MLAAttention, record: Record) -> Callable[..., torch.Tensor]:
+    forward = layer.forward
+
+    def recorded(
+        q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        heads = layer.num_heads
+        both = layer.kv_b_proj(kv_c_normed)[0].view(
+            -1, heads, layer.qk_nope_head_dim + layer.v_head_dim
+        )
+        key, value = both.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=-1)
+        rotary = k_pe.view(-1, 1, layer.qk_rope_head_dim).expand(-1, heads, -1)
+        record.query.append(q.clone())
+        record.key.append(torch.cat((key, rotary), dim=-1))
+        record.value.append(value.clone())
+        output = forward(q, kv_c_normed, k_pe, *args, **kwargs)
+        record.output.append(output.clone().view(-1, heads, layer.v_head_dim))
+        return output
+
+    return recorded
 
 
 def _recorded(layer: Attention, record: Record) -> Callable[..., torch.Tensor]:

@@ -7,12 +7,13 @@ of `testing.tiny_models` are included.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
 
 from testing import tiny_models
@@ -85,6 +86,10 @@ _SPECIAL_TOKENS = (
     "</image_id>",
     "<|vision_pad|>",
     "<|media_placeholder|>",
+    "<|media_begin|>",
+    "<|media_content|>",
+    "<|media_pad|>",
+    "<|media_end|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -149,6 +154,7 @@ class Kind:
         max_images: maximum number of images in a prompt, at most two.
         files: further JSON files of the checkpoint.
         dtype: a type that vLLM's CPU kernels of this architecture support.
+        modality: vLLM's name for images.
     """
 
     config: Mapping[str, Any]
@@ -161,6 +167,7 @@ class Kind:
     max_images: int = 2
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
+    modality: str = "image"
 
 
 _QWEN_IDS = dict(
@@ -1167,6 +1174,77 @@ def _deepseek_ocr() -> Kind:
     )
 
 
+def _kimi_k25() -> Kind:
+    """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require.
+
+    So is the kind of rotary embedding: vLLM's CPU kernel for the default one does not rotate the
+    queries of latent attention correctly.
+    """
+    normal = [0.5, 0.5, 0.5]
+    return Kind(
+        config=dict(
+            architectures=["KimiK25ForConditionalGeneration"],
+            model_type="kimi_k25",
+            text_config=_text(
+                "deepseek_v3",
+                num_key_value_heads=4,
+                head_dim=64,
+                kv_lora_rank=512,
+                q_lora_rank=32,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=64,
+                v_head_dim=48,
+                first_k_dense_replace=1,
+                n_group=1,
+                n_routed_experts=4,
+                n_shared_experts=1,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                topk_group=1,
+                rope_parameters=dict(
+                    rope_type="yarn",
+                    rope_theta=5e4,
+                    factor=2.0,
+                    original_max_position_embeddings=4096,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    mscale=1.0,
+                    mscale_all_dim=1.0,
+                ),
+            ),
+            vision_config=dict(
+                model_type="kimi_k25_vision",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                patch_size=14,
+            ),
+            image_token_id=_ID["<|media_pad|>"],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|media_pad|>",
+        image="<|media_begin|>image<|media_content|>{}<|media_end|>",
+        files={
+            "preprocessor_config.json": dict(
+                media_proc_cfg=dict(
+                    patch_size=14,
+                    merge_kernel_size=2,
+                    temporal_merge_kernel_size=4,
+                    in_patch_limit=1024,
+                    in_patch_limit_each_frame=1024,
+                    in_patch_limit_video=4096,
+                    patch_limit_on_one_side=512,
+                    fixed_output_tokens=None,
+                    image_mean=normal,
+                    image_std=normal,
+                )
+            )
+        },
+        modality="vision_chunk",
+    )
+
+
 def _isaac() -> Kind:
     return Kind(
         config=dict(
@@ -1441,6 +1519,7 @@ _BUILT: dict[str, Kind] = {
     "opencua": _opencua(),
     "ovis2": _ovis(),
     "deepseek-ocr": _deepseek_ocr(),
+    "kimi-k2.5": _kimi_k25(),
     "minicpm-v": _minicpmv(),
     "minicpm-v-4.6": _minicpmv4_6("6"),
     "minicpm-v-4.7": _minicpmv4_6("7"),
@@ -1468,6 +1547,36 @@ KINDS = (*tiny_models.KINDS, *_BUILT)
 def max_images(kind: str) -> int:
     """Maximum number of images in a prompt: one or two."""
     return _BUILT[kind].max_images if kind in _BUILT else 2
+
+
+def modality(kind: str) -> str:
+    """vLLM's name for images."""
+    return _BUILT[kind].modality if kind in _BUILT else "image"
+
+
+def let_numba_be_searched() -> None:
+    """Call it before an engine of Kimi-K2.5 starts in this process.
+
+    vLLM's CPU worker asks every object of every module for its ``__dict__``. The C library of
+    numba, which prepares this model's images, takes that for the name of a function.
+    """
+    from llvmlite.binding import ffi
+
+    lookup = ffi._lib_wrapper.__getattr__
+
+    def known(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return lookup(self, name)
+
+    ffi._lib_wrapper.__getattr__ = known
+
+
+def image_data(kind: str, images: Sequence[Image.Image]) -> dict[str, list[Any]]:
+    """The ``multi_modal_data`` of a prompt."""
+    if modality(kind) == "image":
+        return {"image": [*images]}
+    return {modality(kind): [{"type": "image", "image": one, "uuid": None} for one in images]}
 
 
 def dtype(kind: str) -> str:

@@ -33,6 +33,10 @@ class RandomLoader(BaseModelLoader):
             # Gemma 4 leaves the scale to learned norms. Made-up ones would give logits in the
             # hundreds, in which float32 rounds away what the matrix wants to see.
             layer.impl.scale = gain * min(layer.impl.scale, layer.head_size**-0.5)
+        # Layers of latent attention share the scale of their prefills.
+        latent = [module for name, module in model.named_modules() if name.endswith(".q_b_proj")]
+        for module, gain in zip(latent, logit_std(len(latent)), strict=True):
+            module.weight.mul_(gain)
 
 
 def _load_keys_as_values(model: torch.nn.Module) -> None:

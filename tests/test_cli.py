@@ -320,7 +320,6 @@ def test_models_that_take_embeddings_of_images_are_served(model: Path) -> None:
 @pytest.mark.parametrize(
     ("attribute", "reason"),
     [
-        ("use_mla", "MLA"),
         ("is_encoder_decoder", "cross attention"),
         ("is_attention_free", "without attention layers"),
         ("uses_alibi", "ALiBi"),
@@ -351,14 +350,17 @@ def _pretend(vllm_config: VllmConfig, attribute: str) -> None:
     object.__setattr__(vllm_config, "model_config", fake)
 
 
-def test_drafts_beside_states_are_refused(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("attribute", "reason"), [("is_hybrid", "state spaces"), ("use_mla", "latent attention")]
+)
+def test_drafts_of_some_models_are_refused(model: Path, attribute: str, reason: str) -> None:
     vllm_config = config(model)
-    _pretend(vllm_config, "is_hybrid")
+    _pretend(vllm_config, attribute)
     worker = ("vllm.v1.worker.cpu_worker.CPUWorker",)
     assert unsupported_reasons(vllm_config, worker) == []
     _set("speculative_config", SimpleNamespace(method="ngram"))(vllm_config)
-    (reason,) = unsupported_reasons(vllm_config, worker)
-    assert reason.endswith("state spaces: remove --speculative-config")
+    (found,) = unsupported_reasons(vllm_config, worker)
+    assert found.endswith(f"{reason}: remove --speculative-config")
 
 
 def test_unsupported_vllm_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

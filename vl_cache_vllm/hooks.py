@@ -112,6 +112,20 @@ HOOKS: tuple[Hook, ...] = (
             ("TRITON_ATTN", "GPU", "--attention-backend knows no new names"),
         )
     ),
+    *(
+        Hook(
+            f"vllm.model_executor.layers.attention.mla_attention:MLAAttention.{method}",
+            "wrap",
+            "the layers of CPU workers with eviction that have multi-head latent attention, those "
+            "instances only",
+            f"{reason}; an attention backend of MLA sees only the prefills or the decodes of a "
+            "step, and writes the cache without its metadata",
+        )
+        for method, reason in (
+            ("forward_impl", "per-layer tables and observation"),
+            ("update_kv_cache", "a layer's own slots"),
+        )
+    ),
     Hook(
         "vllm.platforms.cuda:_get_backend_priorities",
         "wrap",

@@ -88,6 +88,10 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         "--speculative-config",
     )
     refuse(
+        speculative is not None and vllm_config.model_config.use_mla,
+        "speculative decoding with multi-head latent attention: remove --speculative-config",
+    )
+    refuse(
         is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in _FP8,
         f"KV cache type {cache.cache_dtype}: use --kv-cache-dtype auto, {', '.join(_FP8)}",
     )
@@ -141,6 +145,10 @@ def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:
             "models that attend in both directions inside images, on a GPU",
         ),
         (
+            vllm_config.model_config.use_mla,
+            "models with multi-head latent attention (MLA), on a GPU",
+        ),
+        (
             vllm_config.model_config.is_hybrid,
             "models with state-space or linear-attention layers, on a GPU",
         ),
@@ -159,7 +167,6 @@ def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
             f"{model.runner_type} models: there is no decoding to save cache for",
         ),
         (not model.supports_multimodal_inputs, _text_only_reason(model)),
-        (model.use_mla, "multi-head latent attention (MLA)"),
         (model.is_encoder_decoder, "encoder-decoder models (cross attention)"),
         (model.is_attention_free, "models without attention layers"),
         (bool(other), f"layers that are not full attention: {', '.join(other)}"),

@@ -33,6 +33,7 @@ KV_CACHE_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 KV_INTERFACE = "vllm.v1.kv_cache_interface"
+MLA = "vllm.model_executor.layers.attention.mla_attention"
 BACKENDS = "vllm.v1.attention.backends.registry"
 LOGGERS = "vllm.v1.metrics.loggers"
 GENERATE_SERVING = "vllm.entrypoints.generate.base.serving:GenerateBaseServing"
@@ -225,7 +226,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "ubatch_size",
         ),
         Has("vllm.config:SchedulerConfig", "scheduler_cls"),
-        Has("vllm.config:CacheConfig", "kv_offloading_size cache_dtype"),
+        Has("vllm.config:CacheConfig", "kv_offloading_size cache_dtype kv_sharing_fast_prefill"),
         Has("vllm.config:AttentionConfig", "hisparse_config backend backend_per_kind"),
         Exists("vllm.platforms:current_platform"),
         Called("vllm.platforms.interface:Platform.is_cuda", ""),
@@ -463,6 +464,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(f"{COORDINATOR}.pop_blocks_for_free", ("manager.pop_blocks_for_free(request_id)",)),
     ),
     "core/spec.py": (
+        Exists(f"{KV_INTERFACE}:FullAttentionSpec"),
+        Exists(f"{KV_INTERFACE}:KVCacheSpec"),
+        Extends(f"{KV_INTERFACE}:MLAAttentionSpec", f"{KV_INTERFACE}:FullAttentionSpec"),
+        Overridden(f"{KV_INTERFACE}:MLAAttentionSpec.merge", "specs", "Self"),
+        Has(f"{KV_INTERFACE}:MLAAttentionSpec", "head_size_v"),
         Overridden(f"{KV_INTERFACE}:FullAttentionSpec.merge", "specs", "Self"),
         Called(
             "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
@@ -570,6 +576,47 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(
             "vllm.v1.worker.gpu.attn_utils:get_attn_cg_support",
             ("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
+        ),
+    ),
+    "attention/latent.py": (
+        # The query up to here has no padding; prefills follow decodes.
+        Overridden(
+            f"{MLA}:MLAAttention.forward_impl",
+            "q, k_c_normed, k_pe, kv_cache, attn_metadata, output, ...",
+        ),
+        Overridden(
+            f"{MLA}:MLAAttention.update_kv_cache",
+            "kv_c_normed, k_pe, kv_cache, slot_mapping, attn_metadata, ...",
+        ),
+        Steps(
+            f"{MLA}:unified_mla_kv_cache_update",
+            ("attn_layer.update_kv_cache(",),
+        ),
+        Steps(
+            f"{MLA}:unified_mla_attention_with_output",
+            ("layer.forward_impl(",),
+        ),
+        Steps(
+            f"{MLA}:MLAAttention.forward_impl",
+            (
+                "num_mqa_tokens = attn_metadata.num_decode_tokens",
+                "q[num_mqa_tokens:]",
+                "mqa_q = q[:num_mqa_tokens]",
+                "torch.bmm(mqa_q_nope, W_UK_T",
+            ),
+        ),
+        Has(
+            f"{MLA}:MLAAttention",
+            "impl layer_name scale qk_nope_head_dim qk_rope_head_dim",
+        ),
+        Has(f"{MLA}:MLACommonMetadata", "prefill decode slot_mapping num_decodes"),
+        Has(f"{MLA}:MLACommonPrefillMetadata", "block_table"),
+        Has(f"{MLA}:MLACommonDecodeMetadata", "block_table seq_lens"),
+        Exists("vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl"),
+        # A cached vector is the key, with the value in front.
+        Steps(
+            "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.do_kv_cache_update",
+            ("flat[slots, :kv_lora_rank]", "flat[slots, kv_lora_rank:]"),
         ),
     ),
     "attention/registration.py": (
@@ -724,7 +771,13 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has(
             "vllm.model_executor.layers.attention.attention:Attention",
-            "kv_cache impl num_heads",
+            "kv_cache impl num_heads kv_sharing_target_layer_name",
+        ),
+        Has(f"{MLA}:MLAAttention", "kv_cache impl num_heads"),
+        # Layers that read another layer's cache get the metadata of that layer's group.
+        Steps(
+            "vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",
+            ("tgt_kv_cache_group.layer_names.append(layer_name)",),
         ),
     ),
     "worker/cpu_worker.py": (
@@ -759,7 +812,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     "worker/base_worker.py": (
         Called("vllm.distributed:get_pp_group", "", "GroupCoordinator"),
         Has("vllm.distributed.parallel_state:GroupCoordinator", "is_last_rank"),
-        Exists(f"{KV_INTERFACE}:FullAttentionSpec"),
         Exists(f"{KV_INTERFACE}:KVCacheConfig"),
         Exists(f"{KV_INTERFACE}:KVCacheSpec"),
         Has(WORKER, "vllm_config model_runner use_v2_model_runner"),

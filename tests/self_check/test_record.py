@@ -117,7 +117,7 @@ def gpu_reasons() -> list[str]:
         attention_config=attention,
         cache_config=types.SimpleNamespace(cache_dtype="auto"),
         use_v2_model_runner=True,
-        model_config=types.SimpleNamespace(is_mm_prefix_lm=False, is_hybrid=False),
+        model_config=types.SimpleNamespace(is_mm_prefix_lm=False, is_hybrid=False, use_mla=False),
     )
     return support._gpu_reasons(config)
 

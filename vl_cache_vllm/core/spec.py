@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vl_cache_vllm.config import KVCompressConfig
@@ -38,3 +38,25 @@ class EvictionAttentionSpec(FullAttentionSpec):
         settings = {spec.kv_compress for spec in specs}
         assert len(settings) == 1, "layers of one KV cache group must share their settings"
         return replace(super().merge(specs), kv_compress=settings.pop())
+
+
+@register_kv_cache_spec(
+    manager_class=EvictionBlockManager, uniform_type_base_spec=FullAttentionSpec
+)
+@dataclass(frozen=True, kw_only=True)
+class EvictionMLASpec(EvictionAttentionSpec, MLAAttentionSpec):
+    """Multi-head latent attention whose prompts may be evicted after their prefill."""
+
+    head_size_v: int = 0  # as in MLAAttentionSpec; dataclasses take the first base's default
+
+
+def with_eviction(spec: KVCacheSpec, config: KVCompressConfig) -> KVCacheSpec:
+    """The spec of a layer, with our block manager if the layer can be evicted.
+
+    Subclasses of these specs describe other layers.
+    """
+    if type(spec) is FullAttentionSpec:
+        return EvictionAttentionSpec.wrap(spec, config)
+    if type(spec) is MLAAttentionSpec:
+        return EvictionMLASpec.wrap(spec, config)
+    return spec

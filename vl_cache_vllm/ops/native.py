@@ -180,6 +180,7 @@ def _compact(
         kept_pages.shape[0],
         first_layer,
         *positions.shape[:2],
+        pages.shape[2],
         *key_index.shape,
         positions.shape[2],
         layer_stride,

@@ -5,12 +5,12 @@ from typing import Any
 
 from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from vl_cache_vllm.attention import registration
 from vl_cache_vllm.config import get_kv_compress_config
-from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.core.spec import with_eviction
 from vl_cache_vllm.messages import put_reports, take_admitted, take_deferred, take_orders
 from vl_cache_vllm.worker.build import build_evictor
 
@@ -28,10 +28,7 @@ class EvictionWorkerMixin(Worker):
         config = get_kv_compress_config(self.vllm_config)
         assert config is not None
         return {
-            name: EvictionAttentionSpec.wrap(spec, config)
-            if type(spec) is FullAttentionSpec
-            else spec
-            for name, spec in super().get_kv_cache_spec().items()
+            name: with_eviction(spec, config) for name, spec in super().get_kv_cache_spec().items()
         }
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

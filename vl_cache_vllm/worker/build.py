@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, number_type
-from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.core.spec import EvictionAttentionSpec, EvictionMLASpec
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import Shard
 from vl_cache_vllm.worker.evictor import Evictor
@@ -81,7 +81,8 @@ def build_evictor(
     index = _evicted_group(groups, vllm_config.device_config.device_type)
     spec, layer_names = groups[index].kv_cache_spec, set(groups[index].layer_names)
     assert isinstance(spec, EvictionAttentionSpec)
-    if spec.head_size_v != spec.head_size:
+    is_latent = isinstance(spec, EvictionMLASpec)
+    if spec.head_size_v != spec.head_size and not is_latent:
         raise ValueError(
             "KV compression needs K and V of one head size, not "
             f"{spec.head_size} and {spec.head_size_v}"
@@ -99,6 +100,8 @@ def build_evictor(
         )
     context = vllm_config.compilation_config.static_forward_context
     layers = [context[name] for name in placement.layers]
+    if is_latent:
+        from vl_cache_vllm.attention import latent  # imports what only vLLM's CPU build needs
     first = layers[0]
     index_of = {name: i for i, name in enumerate(placement.layers)}
     for name, layer in context.items():
@@ -106,7 +109,7 @@ def build_evictor(
         if target in layer_names:
             index_of[name] = index_of[target]
             layers.append(layer)
-    if not isinstance(first.impl, PerLayerAttentionMixin):
+    if not is_latent and not isinstance(first.impl, PerLayerAttentionMixin):
         raise ValueError(
             f"KV compression does not support the attention backend {type(first.impl).__name__}: "
             "use --attention-backend FLASH_ATTN or TRITON_ATTN"
@@ -116,7 +119,7 @@ def build_evictor(
             "KV compression needs the same number of query heads in all layers of full attention, "
             f"not {', '.join(str(layer.num_heads) for layer in layers)}"
         )
-    cache = first.kv_cache  # [num_blocks, K, N, C]
+    cache = first.kv_cache.unsqueeze(1) if is_latent else first.kv_cache  # [num_blocks, K, N, C]
     heads, tokens, content = cache.shape[1:]
     head_stride, token_stride = cache.stride()[1:3]
     head_major, token_major = (tokens * content, content), (content, heads * content)
@@ -136,12 +139,17 @@ def build_evictor(
             (last_page + 1, heads, (tokens - 1) * token_stride + content),
             (heads * tokens * content, head_stride, 1),
         ),
-        packing=first.impl.page_packing(first, dtype),
+        packing=latent.packing(tokens, content)
+        if is_latent
+        else first.impl.page_packing(first, dtype),
         num_layers=len(layer_names),
         layer_stride=layer_stride,
         block_stride=block_stride,
         number_type=number_type(cache_dtype),
     )
+    if is_latent:
+        for layer in layers:
+            latent.LatentLayer(layer)
     readers = Counter(index_of.values())
     worker = evictor_over(
         pool,
