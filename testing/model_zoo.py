@@ -1221,6 +1221,7 @@ def _kimi_k25() -> Kind:
                 patch_size=14,
             ),
             image_token_id=_ID["<|media_pad|>"],
+            use_unified_vision_chunk=True,
         ),
         processor=lambda tokenizer: tokenizer,
         placeholder="<|media_pad|>",
