@@ -86,6 +86,9 @@ _SPECIAL_TOKENS = (
     "</image_id>",
     "<|vision_pad|>",
     "<|media_placeholder|>",
+    "<|vid_start|>",
+    "<|vid_end|>",
+    "<|vid_frame_separator|>",
     "<|media_begin|>",
     "<|media_content|>",
     "<|media_pad|>",
@@ -1246,6 +1249,31 @@ def _kimi_k25() -> Kind:
     )
 
 
+def _muse() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["MuseGlimmerForConditionalGeneration"],
+            model_type="muse_glimmer",
+            text_config=_text(
+                "muse_glimmer_text",
+                hidden_activation="silu",
+                sliding_window=128,
+                layer_types=_HYBRID,
+                no_rope_layers=[1, 0] * 2,
+                query_pre_attn_scalar=32,
+                qk_scale_factor=1.0,
+            ),
+            vision_config=_vision(
+                "muse_glimmer_vision", output_dim=256, adapter_dim=64, hidden_act="gelu"
+            ),
+            image_token_id=_ID["<|patch|>"],
+            video_token_id=_ID["<|video|>"],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|patch|>",
+    )
+
+
 def _isaac() -> Kind:
     return Kind(
         config=dict(
@@ -1521,6 +1549,7 @@ _BUILT: dict[str, Kind] = {
     "ovis2": _ovis(),
     "deepseek-ocr": _deepseek_ocr(),
     "kimi-k2.5": _kimi_k25(),
+    "muse-glimmer": _muse(),
     "minicpm-v": _minicpmv(),
     "minicpm-v-4.6": _minicpmv4_6("6"),
     "minicpm-v-4.7": _minicpmv4_6("7"),
