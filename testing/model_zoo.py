@@ -1177,33 +1177,65 @@ def _deepseek_ocr() -> Kind:
     )
 
 
-def _kimi_k25() -> Kind:
-    """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require.
+def _kimi_text(model_type: str, **text: Any) -> dict[str, Any]:
+    """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require."""
+    return _text(
+        model_type,
+        num_key_value_heads=4,
+        head_dim=64,
+        kv_lora_rank=512,
+        q_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=48,
+        first_k_dense_replace=1,
+        n_group=1,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        topk_group=1,
+        **text,
+    )
 
-    So is the kind of rotary embedding: vLLM's CPU kernel for the default one does not rotate the
-    queries of latent attention correctly.
+
+def _kimi_vl() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["KimiVLForConditionalGeneration"],
+            model_type="kimi_vl",
+            text_config=_kimi_text("deepseek_v2", topk_method="greedy"),
+            vision_config=_vision("moonvit"),
+            media_placeholder_token_id=_ID["<|media_pad|>"],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|media_pad|>",
+        image="<|media_begin|>image<|media_content|>{}<|media_end|>",
+        files={
+            "processor_config.json": dict(
+                processor_class="KimiVLProcessor",
+                auto_map={"AutoProcessor": "remote_code.KimiVLProcessor"},
+            ),
+            "preprocessor_config.json": dict(
+                image_processor_type="KimiVLImageProcessor",
+                auto_map={"AutoImageProcessor": "remote_code.KimiVLImageProcessor"},
+            ),
+        },
+    )
+
+
+def _kimi_k25() -> Kind:
+    """Has the published kind of rotary embedding.
+
+    vLLM's CPU kernel for the default one does not rotate the queries of latent attention correctly.
     """
     normal = [0.5, 0.5, 0.5]
     return Kind(
         config=dict(
             architectures=["KimiK25ForConditionalGeneration"],
             model_type="kimi_k25",
-            text_config=_text(
+            text_config=_kimi_text(
                 "deepseek_v3",
-                num_key_value_heads=4,
-                head_dim=64,
-                kv_lora_rank=512,
-                q_lora_rank=32,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=64,
-                v_head_dim=48,
-                first_k_dense_replace=1,
-                n_group=1,
-                n_routed_experts=4,
-                n_shared_experts=1,
-                num_experts_per_tok=2,
-                moe_intermediate_size=64,
-                topk_group=1,
                 rope_parameters=dict(
                     rope_type="yarn",
                     rope_theta=5e4,
@@ -1548,6 +1580,7 @@ _BUILT: dict[str, Kind] = {
     "opencua": _opencua(),
     "ovis2": _ovis(),
     "deepseek-ocr": _deepseek_ocr(),
+    "kimi-vl": _kimi_vl(),
     "kimi-k2.5": _kimi_k25(),
     "muse-glimmer": _muse(),
     "minicpm-v": _minicpmv(),
@@ -1616,7 +1649,10 @@ def dtype(kind: str) -> str:
 
 def has_code(kind: str) -> bool:
     """Whether a checkpoint has custom code, as the published one."""
-    return kind in _BUILT and "auto_map" in _BUILT[kind].config
+    if kind not in _BUILT:
+        return False
+    found = _BUILT[kind]
+    return any("auto_map" in contents for contents in (found.config, *found.files.values()))
 
 
 def prompt_for(kind: str, question: str, num_images: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     BaseImageProcessor,
@@ -15,6 +16,7 @@ from transformers import (
     LlavaOnevisionConfig,
     Phi3Config,
     PreTrainedConfig,
+    ProcessorMixin,
     Qwen2Config,
     Qwen3_5MoeConfig,
     SiglipVisionConfig,
@@ -96,3 +98,48 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         pixels = pil_to_tensor(image.resize((self.size, self.size))) / 127.5 - 1
         rows = pixels.unfold(1, n, n)  # [3, rows, size, n]
         return rows.permute(0, 3, 1, 2).flatten(2)
+
+
+class KimiVLImageProcessor(BaseImageProcessor):
+    """Pads images to whole merged patches; they are small enough as they are."""
+
+    model_input_names = ("pixel_values", "image_grid_hws")
+
+    def __init__(self, patch_size=14, merge_kernel_size=(2, 2), in_token_limit=4096, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size, self.in_token_limit = patch_size, in_token_limit
+        self.merge_kernel_size = list(merge_kernel_size)
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors="pt", **kwargs):
+        n = self.patch_size
+        step = n * self.merge_kernel_size[0]
+        grids, patches = [], []
+        for image in images:
+            pixels = pil_to_tensor(image) / 127.5 - 1
+            pixels = pad(pixels, (0, -image.width % step, 0, -image.height % step))
+            rows = pixels.unfold(1, n, n).unfold(2, n, n)  # [3, rows, columns, n, n]
+            grids.append(rows.shape[1:3])
+            patches.append(rows.permute(1, 2, 0, 3, 4).flatten(0, 1))
+        return BatchFeature(
+            dict(pixel_values=torch.cat(patches), image_grid_hws=torch.tensor(grids))
+        )
+
+
+class KimiVLProcessor(ProcessorMixin):
+    attributes = ("image_processor", "tokenizer")
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+    image_token = "<|media_pad|>"
+
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(self, text=None, images=None, return_tensors="pt", **kwargs):
+        features = self.image_processor(images) if images else {}
+        texts = [text] if isinstance(text, str) else text
+        merged = self.image_processor.merge_kernel_size[0] ** 2
+        for height, width in features["image_grid_hws"].tolist() if images else ():
+            tokens = "<placeholder>" * (height * width // merged)
+            texts = [one.replace(self.image_token, tokens, 1) for one in texts]
+        texts = [one.replace("<placeholder>", self.image_token) for one in texts]
+        return BatchFeature({**self.tokenizer(texts, return_tensors=return_tensors), **features})
