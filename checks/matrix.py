@@ -190,6 +190,7 @@ def _engine(
     import testing.random_weights  # noqa: F401  registers the load format
     from testing.engine import engine
 
+    backend = model_zoo.backend(kind)
     if kind == "kimi-k2.5":
         model_zoo.let_numba_be_searched()
     return engine(
@@ -203,6 +204,7 @@ def _engine(
         limit_mm_per_prompt={model_zoo.modality(kind): model_zoo.max_images(kind)},
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=model_zoo.has_code(kind),
+        **({} if backend is None else {"attention_backend": backend}),
     )
 
 
@@ -311,7 +313,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         layers = ""
         if row["requests"]:
             request = row["requests"][0]
-            layers = f"{request['windows'].count(None)} of {request['num_layers']}"
+            layers = f"{len(request['density'])} of {request['num_layers']}"
         result = row["result"] + (f": {row['reason']}" if row["reason"] else "")
         cells = (kind, row["architecture"], row["language_model"], layers, result)
         lines.append(f"| {' | '.join(cells)} |")

@@ -22,6 +22,7 @@ void copy_token(const Move& move, const Cell* from, int64_t source, Cell* to, in
     const int64_t* source_cells = index + source * move.head_size;
     const int64_t* target_cells = index + target * move.head_size;
     for (int64_t i = 0; i < move.head_size; ++i) to[target_cells[i]] = from[source_cells[i]];
+    if (move.value_index == move.key_index) break;  // the value is a part of the key
   }
 }
 

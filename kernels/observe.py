@@ -47,6 +47,7 @@ from vl_cache_vllm.ops.page_pool import PagedKeys, PagePool
 
 ROWS, KEYS = 64, 64  # rows and keys of a tile
 FEW_ROWS = 16  # rows of a tile if there are no more, the fewest that a matrix product takes
+MAX_HEAD_SIZE = 256  # of larger heads, tiles have few rows: they must fit the shared memory
 SPLITS = 16  # splits that are combined in one iteration
 PROGRAMS_PER_SM = 3
 MAX_REGISTERS = 168  # of a thread, so that as many programs of 128 threads fit
@@ -822,6 +823,11 @@ def _constants(
     }
 
 
+def _tile_rows(num_rows: int, head_size: int) -> int:
+    """Rows of a tile."""
+    return FEW_ROWS if num_rows <= FEW_ROWS or head_size > MAX_HEAD_SIZE else ROWS
+
+
 def _exponents(scale: float, softcap: float) -> tuple[float, float]:
     """``to_base_2`` and ``cap_exponent`` of a layer with a softmax scale and a soft cap.
 
@@ -899,7 +905,7 @@ def observe(
     num_kv_heads = column_sums.shape[0]
     group = num_heads // num_kv_heads
     num_rows, most_keys = num_queries * group, first_position + num_queries
-    rows = FEW_ROWS if num_rows <= FEW_ROWS else ROWS
+    rows = _tile_rows(num_rows, head_size)
     row_tiles = triton.cdiv(num_rows, rows)
     key_tiles = triton.cdiv(most_keys, KEYS)
     num_splits = triton.cdiv(_num_programs(query.device), row_tiles * num_kv_heads)
@@ -1025,7 +1031,7 @@ def observe_layers(
     num_kv_heads = pool.num_kv_heads
     group = num_heads // num_kv_heads
     num_rows = [request.num_queries * group for request in requests]
-    rows = FEW_ROWS if max(num_rows) <= FEW_ROWS else ROWS
+    rows = _tile_rows(max(num_rows), head_size)
     row_tiles = [triton.cdiv(number, rows) for number in num_rows]
     key_tiles = [triton.cdiv(request.most_keys, KEYS) for request in requests]
     num_splits = triton.cdiv(

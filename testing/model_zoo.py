@@ -158,6 +158,7 @@ class Kind:
         files: further JSON files of the checkpoint.
         dtype: a type that vLLM's CPU kernels of this architecture support.
         modality: vLLM's name for images.
+        backend: attention backend that the plugin needs.
     """
 
     config: Mapping[str, Any]
@@ -171,6 +172,7 @@ class Kind:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     modality: str = "image"
+    backend: str | None = None
 
 
 _QWEN_IDS = dict(
@@ -1221,6 +1223,7 @@ def _kimi_vl() -> Kind:
                 auto_map={"AutoImageProcessor": "remote_code.KimiVLImageProcessor"},
             ),
         },
+        backend="CPU_MLA",
     )
 
 
@@ -1278,6 +1281,7 @@ def _kimi_k25() -> Kind:
             )
         },
         modality="vision_chunk",
+        backend="CPU_MLA",
     )
 
 
@@ -1633,6 +1637,11 @@ def let_numba_be_searched() -> None:
         return lookup(self, name)
 
     ffi._lib_wrapper.__getattr__ = known
+
+
+def backend(kind: str) -> str | None:
+    """The attention backend that the plugin needs, where vLLM may choose another one."""
+    return _BUILT[kind].backend if kind in _BUILT else None
 
 
 def image_data(kind: str, images: Sequence[Image.Image]) -> dict[str, list[Any]]:

@@ -363,6 +363,23 @@ def test_drafts_of_some_models_are_refused(model: Path, attribute: str, reason: 
     assert found.endswith(f"{reason}: remove --speculative-config")
 
 
+def test_other_kernels_of_latent_attention_are_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = ("vllm.v1.worker.cpu_worker.CPUWorker",)
+    vllm_config = config(model)
+    _pretend(vllm_config, "use_mla")
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    (reason,) = unsupported_reasons(vllm_config, worker)
+    assert reason.endswith("use --attention-backend CPU_MLA")
+    vllm_config = config(model, "--attention-backend=CPU_MLA")
+    _pretend(vllm_config, "use_mla")
+    assert unsupported_reasons(vllm_config, worker) == []
+    _set("cache_config.cache_dtype", "fp8")(vllm_config)
+    (reason,) = unsupported_reasons(vllm_config, worker)
+    assert "KV cache type fp8 with multi-head latent attention" in reason
+
+
 def test_unsupported_vllm_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.34.1")
     with pytest.raises(ValueError, match=r"vLLM 0\.34\.1: this version of vl-cache-vllm supports"):

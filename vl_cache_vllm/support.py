@@ -92,6 +92,15 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         "speculative decoding with multi-head latent attention: remove --speculative-config",
     )
     refuse(
+        vllm_config.model_config.use_mla and is_quantized_kv_cache(cache.cache_dtype),
+        f"KV cache type {cache.cache_dtype} with multi-head latent attention: use "
+        "--kv-cache-dtype auto",
+    )
+    refuse(
+        vllm_config.model_config.use_mla and _other_latent_kernels(vllm_config),
+        "vLLM's AMX kernels of multi-head latent attention: use --attention-backend CPU_MLA",
+    )
+    refuse(
         is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in _FP8,
         f"KV cache type {cache.cache_dtype}: use --kv-cache-dtype auto, {', '.join(_FP8)}",
     )
@@ -113,6 +122,16 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         reasons += _gpu_reasons(vllm_config)
     hybrid_cache = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     return reasons + _model_reasons(vllm_config.model_config, hybrid_cache)
+
+
+def _other_latent_kernels(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM's CPU platform chooses its AMX kernels for latent attention."""
+    import torch
+    from vllm.platforms import current_platform
+
+    backend = vllm_config.attention_config.backend
+    is_chosen = backend is not None and backend.name == "CPU_MLA"
+    return current_platform.is_cpu() and torch.cpu._is_amx_tile_supported() and not is_chosen
 
 
 def _gpu_reasons(vllm_config: VllmConfig) -> list[str]:

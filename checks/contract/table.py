@@ -468,7 +468,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Exists(f"{KV_INTERFACE}:KVCacheSpec"),
         Extends(f"{KV_INTERFACE}:MLAAttentionSpec", f"{KV_INTERFACE}:FullAttentionSpec"),
         Overridden(f"{KV_INTERFACE}:MLAAttentionSpec.merge", "specs", "Self"),
-        Has(f"{KV_INTERFACE}:MLAAttentionSpec", "head_size_v"),
+        Has(
+            f"{KV_INTERFACE}:MLAAttentionSpec",
+            "head_size_v cache_role model_version tokens_per_state",
+        ),
         Overridden(f"{KV_INTERFACE}:FullAttentionSpec.merge", "specs", "Self"),
         Called(
             "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
@@ -579,7 +582,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "attention/latent.py": (
-        # The query up to here has no padding; prefills follow decodes.
         Overridden(
             f"{MLA}:MLAAttention.forward_impl",
             "q, k_c_normed, k_pe, kv_cache, attn_metadata, output, ...",
@@ -596,6 +598,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{MLA}:unified_mla_attention_with_output",
             ("layer.forward_impl(",),
         ),
+        # Prefills follow decodes.
         Steps(
             f"{MLA}:MLAAttention.forward_impl",
             (
@@ -608,6 +611,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             f"{MLA}:MLAAttention",
             "impl layer_name scale qk_nope_head_dim qk_rope_head_dim",
+        ),
+        Steps(
+            f"{MLA}:MLAAttention.process_weights_after_loading",
+            ("replace_parameter(self, 'W_UK_T', W_UK.permute(1, 2, 0)",),
         ),
         Has(f"{MLA}:MLACommonMetadata", "prefill decode slot_mapping num_decodes"),
         Has(f"{MLA}:MLACommonPrefillMetadata", "block_table"),
@@ -774,6 +781,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "kv_cache impl num_heads kv_sharing_target_layer_name",
         ),
         Has(f"{MLA}:MLAAttention", "kv_cache impl num_heads"),
+        Steps(f"{MLA}:MLAAttention.bind_kv_cache", ("self.kv_cache = kv_cache.squeeze(1)",)),
         # Layers that read another layer's cache get the metadata of that layer's group.
         Steps(
             "vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",

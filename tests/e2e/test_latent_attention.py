@@ -22,6 +22,8 @@ from testing.engine import read_trace
 from testing.tiny_models import random_image
 from vl_cache_vllm.attention.latent import LatentQueries
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on GPUs")
+
 KIND, BLOCK = "kimi-k2.5", 16
 SETTINGS = {"policy": "vlcache", "budget": matrix.BUDGET}
 
@@ -32,6 +34,7 @@ def start(
     model_zoo.let_numba_be_searched()
     model = model_zoo.build(KIND, models_dir / KIND)
     kwargs = {"max_model_len": 1024, "kv_cache_memory_bytes": 128 << 20} | kwargs
+    kwargs["attention_backend"] = model_zoo.backend(KIND)
     return harness.engine(model, settings, load_format="random", **kwargs)
 
 

@@ -7,7 +7,7 @@ That they are right is tested with the operations, through the interpreter.
 import functools
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -88,6 +88,23 @@ def test_all_compile_without_spilling(shape: str, architecture: int) -> None:
         if (programs := PROGRAMS_PER_SM.get(row["kernel"])) is not None:
             assert 128 * row["registers"] * programs <= 65536, row
             assert row["shared_bytes"] * programs <= 100 << 10, row
+
+
+@needs_compiler
+@pytest.mark.parametrize("architecture", kernels.ARCHITECTURES, ids=lambda sm: f"sm_{sm}")
+def test_large_heads_fit_any_gpu(architecture: int) -> None:
+    """Those of Gemma 4's full attention, in the 99 KB that a program has on the smallest GPUs."""
+    shape = replace(kernels.ATTENTION_SHAPES["7b-gqa"], num_heads=8, num_kv_heads=1, head_size=512)
+    found = [
+        kernels.compile_for(one, architecture)
+        for one in kernels.launches(shape)
+        if one.kernel.__name__.startswith(("statistics_", "columns_"))
+    ]
+    for row in found:
+        assert row["rows"] == 16
+        assert row["shared_bytes"] <= 99 << 10, row
+        assert row["spilled_bytes"] <= 16, row
+        assert row["loop_async_copies"] > 0, row
 
 
 @functools.cache

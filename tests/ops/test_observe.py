@@ -203,7 +203,7 @@ def test_maxima_of_chunks(chunks: tuple[int, ...]) -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("num_keys", [1, 64, 65, 500])
 def test_sizes(head_size: int, num_keys: int) -> None:
     """Whole and broken tiles, keys split over several programs."""

@@ -68,9 +68,8 @@ def evict_twice(settings: dict[str, Any], seeds: list[int] | None) -> tuple[Page
         )
     assert state.num_evictions == 2
     (one,) = found[0]
-    readers = torch.tensor(READERS if seeds else [1, 1, 1])
-    entries = sum(range(PROMPT - one.num_queries + 1, PROMPT + 1)) * NUM_HEADS * readers
-    return pool, (one.dense_entries / entries).tolist()
+    entries = sum(range(PROMPT - one.num_queries + 1, PROMPT + 1)) * NUM_HEADS
+    return pool, (one.dense_entries.double() / entries).tolist()
 
 
 @POLICIES

@@ -134,7 +134,6 @@ def _metadata_of(step: StepObserver, layer: int, metadata: Any) -> Any:
     """Attention metadata with a layer's own table; decodes come first in a batch."""
     assert step.tables is not None
     seq_lens, block_table, slot_mapping = step.tables.layers[layer]
-    block_table = block_table.contiguous()  # the kernels know no other strides
     prefill, decode, number = metadata.prefill, metadata.decode, metadata.num_decodes
     if decode is not None:
         decode = dataclasses.replace(

@@ -50,13 +50,19 @@ class EvictionMLASpec(EvictionAttentionSpec, MLAAttentionSpec):
     head_size_v: int = 0  # as in MLAAttentionSpec; dataclasses take the first base's default
 
 
+_OF_SPARSE_ATTENTION = "cache_role", "model_version", "tokens_per_state"
+
+
 def with_eviction(spec: KVCacheSpec, config: KVCompressConfig) -> KVCacheSpec:
     """The spec of a layer, with our block manager if the layer can be evicted.
 
-    Subclasses of these specs describe other layers.
+    Subclasses of these specs describe other layers; so do those of latent attention with other
+    values of `_OF_SPARSE_ATTENTION` than the defaults.
     """
     if type(spec) is FullAttentionSpec:
         return EvictionAttentionSpec.wrap(spec, config)
-    if type(spec) is MLAAttentionSpec:
+    if type(spec) is MLAAttentionSpec and all(
+        getattr(spec, name) == getattr(MLAAttentionSpec, name) for name in _OF_SPARSE_ATTENTION
+    ):
         return EvictionMLASpec.wrap(spec, config)
     return spec

@@ -62,6 +62,8 @@ CASES: tuple[Case, ...] = (
     ),
     # Both launches of the observation must compute the same bits.
     Case(AttentionShape(7, 2, 1, 256), 333, 16, num_queries=33, threshold=1.0, recent_ratio=0.14),
+    # Gemma 4's heads, of which a tile has few rows.
+    Case(AttentionShape(2, 4, 1, 512), 203, 32, num_queries=19, budget=0.3),
     Case(AttentionShape(1, 5, 1, 64), 97, 16, num_queries=97, dtype=torch.float32, budget=0.5),
     # A long prompt: keys are split over many programs, and tables have several iterations.
     Case(AttentionShape(2, 4, 2, 128), 4099, 16, num_queries=5, budget=0.15, grouped=True),

@@ -4,6 +4,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -68,6 +69,11 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
     return ours[0]
 
 
+def _owner(layer: Any) -> str | None:
+    """The name of the layer whose cache a layer reads; None: its own."""
+    return getattr(layer, "kv_sharing_target_layer_name", None)
+
+
 def build_evictor(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> tuple[Evictor, EvictedGroup]:
@@ -79,7 +85,10 @@ def build_evictor(
     """
     groups = kv_cache_config.kv_cache_groups
     index = _evicted_group(groups, vllm_config.device_config.device_type)
-    spec, layer_names = groups[index].kv_cache_spec, set(groups[index].layer_names)
+    context = vllm_config.compilation_config.static_forward_context
+    spec = groups[index].kv_cache_spec
+    # The runners add layers that read another one's cache to its group, in copies of their own.
+    layer_names = {name for name in groups[index].layer_names if _owner(context[name]) is None}
     assert isinstance(spec, EvictionAttentionSpec)
     is_latent = isinstance(spec, EvictionMLASpec)
     if spec.head_size_v != spec.head_size and not is_latent:
@@ -98,20 +107,24 @@ def build_evictor(
             f"KV compression needs contiguous pages; layout {kv_cache_config.kv_cache_layout} "
             f"places pages of {page_bytes} bytes at strides {strides}"
         )
-    context = vllm_config.compilation_config.static_forward_context
     layers = [context[name] for name in placement.layers]
     if is_latent:
         from vl_cache_vllm.attention import latent  # imports what only vLLM's CPU build needs
     first = layers[0]
     index_of = {name: i for i, name in enumerate(placement.layers)}
     for name, layer in context.items():
-        target = getattr(layer, "kv_sharing_target_layer_name", None)
+        target = _owner(layer)
         if target in layer_names:
             index_of[name] = index_of[target]
             layers.append(layer)
-    if not is_latent and not isinstance(first.impl, PerLayerAttentionMixin):
+    others = {
+        type(layer.impl).__name__
+        for layer in layers
+        if not is_latent and not isinstance(layer.impl, PerLayerAttentionMixin)
+    }
+    if others:
         raise ValueError(
-            f"KV compression does not support the attention backend {type(first.impl).__name__}: "
+            f"KV compression does not support the attention backend {', '.join(sorted(others))}: "
             "use --attention-backend FLASH_ATTN or TRITON_ATTN"
         )
     if len({layer.num_heads for layer in layers}) > 1:

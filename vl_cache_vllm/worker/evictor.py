@@ -162,6 +162,7 @@ class Evictor:
             else None
         )
         self._reports: list[PendingReport] = []
+        self._step: EvictionStep | None = None  # the last one, if it evicts
 
     def begin_output(
         self,
@@ -266,6 +267,8 @@ class Evictor:
                 assert tables is not None
                 drafts = int(batch.num_scheduled[observation.row]) - 1
                 step.num_keys[observation.row] = tables.seq_lens[:, observation.row] - drafts
+        if plan.pending_evictions:
+            self._step = step
         return step
 
     def layer_done(
@@ -348,7 +351,11 @@ class Evictor:
         return step.tables.block_table[:, row], step.num_keys[row]
 
     def take_reports(self) -> list[PendingReport]:
-        """The reports since the last call."""
+        """The reports since the last call, after the step has run."""
+        assert self._step is None or self._step.layers_done == self._num_attention_layers, (
+            "an attention layer of the last step was not seen, so nothing was evicted"
+        )
+        self._step = None
         reports, self._reports = self._reports, []
         return reports
 
@@ -357,6 +364,10 @@ class Evictor:
         pool, evictions = self.pool, step.pending_evictions
         stopwatch = Stopwatch(pool.device)
         with stopwatch:
+            if self._readers is not None:
+                for eviction in evictions:
+                    if (observed := eviction.state.attention_stats) is not None:
+                        observed.divide(self._readers)
             inputs = self._inputs(step)
             division = divide(inputs)
             kept_rows = [
@@ -397,11 +408,11 @@ class Evictor:
             assert state.attention_stats is not None, (
                 f"request {state.request_id} is to be evicted but was never observed"
             )
-            if self._readers is not None:
-                state.attention_stats.divide(self._readers)
             stats.append(state.attention_stats)
         # One sum over the ranks for all requests of the step.
         dense_entries = self.tp_group.sum(torch.stack([one.dense_entries for one in stats]))
+        if self._readers is not None:  # means over the attention layers that read a cache
+            dense_entries = dense_entries.double() / self._readers
         slots = [one.state.slot if one.evicted_before else 0 for one in evictions]
         kept_before = self.tables.kept_pages(to_device(slots, pool.device))
         inputs = []
@@ -424,7 +435,6 @@ class Evictor:
                     len(eviction.order.kept_blocks),
                     source,
                     eviction.unobserved,
-                    self._readers,
                 )
             )
         return inputs

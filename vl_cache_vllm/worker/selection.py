@@ -33,15 +33,14 @@ class EvictionInput:
     Args:
         config: the request's settings.
         observed: attention of the observed queries.
-        dense_entries: the observed ones, of all ranks.
+        dense_entries: the observed ones of a layer, of all ranks; a mean where several attention
+            layers read its cache.
         prompt: what the tokens are.
         num_heads: query heads of a layer, of all ranks.
         num_queries: number of observed queries, the last of `EvictionSource.cached_tokens`.
         kept_blocks: of the request.
         source: what is chosen from.
         unobserved: tokens between the last observed query and the one before it.
-        readers: attention layers that were observed on the cache of each, int64 ``[num_layers]``;
-            None: one each.
     """
 
     config: KVCompressConfig
@@ -53,7 +52,6 @@ class EvictionInput:
     kept_blocks: int
     source: EvictionSource
     unobserved: int = 0
-    readers: torch.Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -133,8 +131,6 @@ def divide(inputs: Sequence[EvictionInput]) -> Division:
     num_tokens = pages * block_size
     cached_tokens = num_tokens + numbers[:, :1]
     entries = cached_tokens * numbers[:, 1:2] - numbers[:, 2:]
-    if (readers := inputs[0].readers) is not None:  # of the worker
-        entries *= readers
     density = torch.stack([one.dense_entries for one in inputs]).double() / entries
     weights = []
     for one, own in zip(inputs, density, strict=True):
