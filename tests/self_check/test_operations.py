@@ -84,7 +84,7 @@ def test_old_gpus_have_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cases_are_odd() -> None:
     cases = operations.CASES
-    assert {case.shape.head_size for case in cases} == {64, 80, 96, 128, 256}
+    assert {case.shape.head_size for case in cases} == {64, 80, 96, 128, 256, 512}
     assert {case.block_size for case in cases} == {16, 32, 48, 64}
     assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
     assert {1, 2, 4} <= {case.shape.num_kv_heads for case in cases}
