@@ -90,9 +90,13 @@ $(PARTS)-plus-%.json: env
 accuracy-pretrained: $(addprefix $(PARTS)-,h2o.json others.json plus-completion.json plus-chat.json)
 	$(PRETRAINED) --report $^ --json benchmarks/results/accuracy-pretrained.json
 
+$(PARTS)-tune-%.json: env
+	mkdir -p build
+	$(PRETRAINED) --split tune --forms $* --policies vlcache-plus@0.1 vlcache-plus:evict_after=0@0.1 --budgets 1.0 --json $@
+
 # The same of the tuning split, at one budget.
-accuracy-pretrained-tune: env
-	$(PRETRAINED) --split tune --forms completion chat --policies vlcache-plus@0.1 vlcache-plus:evict_after=0@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-tune.json
+accuracy-pretrained-tune: $(addprefix $(PARTS)-tune-,completion.json chat.json)
+	$(PRETRAINED) --report $^ --json benchmarks/results/accuracy-pretrained-tune.json
 
 accuracy-agent: env
 	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-first.json

@@ -264,7 +264,8 @@ def test_reports_of_different_splits(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_document_has_the_committed_numbers() -> None:
     root = Path(__file__).parents[2]
     text = (root / "docs/accuracy.md").read_text()
-    for name in ("accuracy", "accuracy-pretrained", "accuracy-agent"):
+    names = ("accuracy", "accuracy-pretrained", "accuracy-pretrained-tune", "accuracy-agent")
+    for name in names:
         report = json.loads((root / f"benchmarks/results/{name}.json").read_text())
         assert accuracy.markdown(report["results"], 0.1) in text
     results = json.loads((root / "benchmarks/results/accuracy-pretrained.json").read_text())[
