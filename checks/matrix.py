@@ -136,7 +136,7 @@ def compare(
     Raises:
         AssertionError: if they differ, or if the request cannot show a difference.
     """
-    from testing.attention_recorder import attention_of
+    from testing.attention_recorder import attention_of, owners
     from testing.oracle import Settings, decide_prompt, with_tail
 
     num_kv_heads = next(layer.num_kv_heads for layer in layers if layer.window is None)
@@ -153,10 +153,10 @@ def compare(
     distance = effect = 0.0
     kept = iter(with_tail(expected.kept_positions, prompt_tokens, block_size))
     kept_of: dict[int, list[list[int]]] = {}  # by index of the layer that has the cache
-    for index, layer in enumerate(layers):
+    for owner, layer in zip(owners(layers), layers, strict=True):
         if layer.owner is None and not layer.window:
-            kept_of[index] = next(kept)
-        evicted = kept_of.get(index if layer.owner is None else layer.owner)
+            kept_of[owner] = next(kept)
+        evicted = kept_of.get(owner)
         distance = max(distance, layer.distance(layer.expected(prompt_tokens, evicted)))
         effect = max(effect, layer.distance(layer.expected(prompt_tokens)))
     assert distance < MAX_DISTANCE[dtype], f"attention outputs differ by {distance:.1e}"

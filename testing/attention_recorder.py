@@ -80,6 +80,11 @@ class Record:
         return float((output - expected).abs().max() / expected.abs().max())
 
 
+def owners(layers: Sequence[Record]) -> list[int]:
+    """For each layer the index of the one whose keys and values it reads, mostly its own."""
+    return [i if layer.owner is None else layer.owner for i, layer in enumerate(layers)]
+
+
 def attention_of(layers: Sequence[Record], first: int, end: int) -> list[torch.Tensor]:
     """What the tokens first to end - 1 attend to, for each layer that is evicted.
 
@@ -89,9 +94,8 @@ def attention_of(layers: Sequence[Record], first: int, end: int) -> list[torch.T
         Probabilities, float64 ``[H, end - first, end]`` for each cache of a layer.
     """
     readers: dict[int, list[torch.Tensor]] = {}
-    for index, layer in enumerate(layers):
+    for owner, layer in zip(owners(layers), layers, strict=True):
         if layer.window is None:
-            owner = index if layer.owner is None else layer.owner
             attention = layer.logits(first, end).softmax(dim=-1)
             readers.setdefault(owner, []).append(attention.unflatten(0, (layer.num_kv_heads, -1)))
     return [torch.cat(parts, dim=1).flatten(0, 1) for parts in readers.values()]

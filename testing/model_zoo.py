@@ -5,6 +5,7 @@ They have no weights; `testing.random_weights` generates them when vLLM loads th
 of `testing.tiny_models` are included.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -1141,6 +1142,18 @@ def _ovis() -> Kind:
     )
 
 
+_DEEPSEEK = dict(
+    num_key_value_heads=4,
+    first_k_dense_replace=1,
+    n_group=1,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    topk_group=1,
+)
+
+
 def _deepseek_ocr() -> Kind:
     """The encoder has its published size, which vLLM hard-codes."""
     return Kind(
@@ -1150,14 +1163,7 @@ def _deepseek_ocr() -> Kind:
             language_config=_text(
                 "deepseek_v2",
                 architectures=["DeepseekV2ForCausalLM"],
-                num_key_value_heads=4,
-                first_k_dense_replace=1,
-                n_group=1,
-                n_routed_experts=4,
-                n_shared_experts=1,
-                num_experts_per_tok=2,
-                moe_intermediate_size=64,
-                topk_group=1,
+                **_DEEPSEEK,
                 topk_method="greedy",
                 kv_lora_rank=None,
                 q_lora_rank=None,
@@ -1183,20 +1189,13 @@ def _kimi_text(model_type: str, **text: Any) -> dict[str, Any]:
     """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require."""
     return _text(
         model_type,
-        num_key_value_heads=4,
         head_dim=64,
         kv_lora_rank=512,
         q_lora_rank=32,
         qk_nope_head_dim=32,
         qk_rope_head_dim=64,
         v_head_dim=48,
-        first_k_dense_replace=1,
-        n_group=1,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        topk_group=1,
+        **_DEEPSEEK,
         **text,
     )
 
@@ -1621,6 +1620,7 @@ def modality(kind: str) -> str:
     return _BUILT[kind].modality if kind in _BUILT else "image"
 
 
+@functools.cache
 def let_numba_be_searched() -> None:
     """Call it before an engine of Kimi-K2.5 starts in this process.
 

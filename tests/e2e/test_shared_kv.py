@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that read the KV cache of an earlier layer (Gemma 4 E2B and E4B)."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import testing.random_weights  # noqa: F401  registers the load format
 from checks import matrix
 from testing import engine as harness
 from testing import model_zoo
-from testing.attention_recorder import recording
+from testing.attention_recorder import owners, recording
 from testing.engine import read_trace
 from testing.tiny_models import random_image
 
@@ -51,11 +52,8 @@ def test_exact(models_dir: Path, tmp_path: Path, chunk: int) -> None:
                     harness.greedy(matrix.NUM_TOKENS),
                     use_tqdm=False,
                 )
-            full = [index for index, layer in enumerate(layers) if layer.window is None]
-            owners = [
-                index if layers[index].owner is None else layers[index].owner for index in full
-            ]
-            assert {owner: owners.count(owner) for owner in owners} == READERS
+            pairs = zip(owners(layers), layers, strict=True)
+            assert Counter(owner for owner, layer in pairs if layer.window is None) == READERS
             record = list(read_trace(trace).values())[-1]
             tokens = len(output.prompt_token_ids)
             if matrix.compare(layers, tokens, record["vision_end"], record) is not None:

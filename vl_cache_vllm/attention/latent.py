@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
-from vl_cache_vllm.attention.per_layer import StepObserver
+from vl_cache_vllm.attention.per_layer import StepObserver, whole_pool
 from vl_cache_vllm.messages import take_step
 from vl_cache_vllm.ops.page_pool import PagePacking
 
@@ -76,11 +76,9 @@ class LatentLayer:
     ) -> torch.Tensor:
         """vLLM's with the layer's own table, then the observation of the layer."""
         layer = self._layer
-        step: StepObserver | None = None
-        if attn_metadata is not None:  # None: a profiling run
-            step = take_step(attn_metadata)
+        step: StepObserver | None = take_step(attn_metadata)  # of a profiling run there is none
         if step is not None and step.tables is not None:
-            kv_cache = _whole_pool(step, kv_cache)
+            kv_cache = whole_pool(step.pages, kv_cache)
             attn_metadata = _metadata_of(step, step.layer_index[layer.layer_name], attn_metadata)
         result = self._forward(
             q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **kwargs
@@ -101,11 +99,9 @@ class LatentLayer:
         **kwargs: Any,
     ) -> None:
         """vLLM's, with the layer's own slots."""
-        step: StepObserver | None = None
-        if attn_metadata is not None:
-            step = take_step(attn_metadata)
+        step: StepObserver | None = take_step(attn_metadata)
         if step is not None and step.tables is not None:
-            kv_cache = _whole_pool(step, kv_cache)
+            kv_cache = whole_pool(step.pages, kv_cache)
             slot_mapping = step.tables.layers[step.layer_index[self._layer.layer_name]][2]
             tokens = slot_mapping.shape[0]  # padding has no slot
             kv_c_normed, k_pe = kv_c_normed[:tokens], k_pe[:tokens]
@@ -121,13 +117,8 @@ def packing(block_size: int, head_size: int) -> PagePacking:
         block_size: tokens of a page.
         head_size: elements of a latent vector.
     """
-    vector = torch.arange(block_size)[:, None] * head_size + torch.arange(head_size)
+    vector = PagePacking.side_by_side(block_size, head_size, token_stride=head_size).key_index
     return PagePacking(vector, vector)
-
-
-def _whole_pool(step: StepObserver, kv_cache: torch.Tensor) -> torch.Tensor:
-    """The pages of all layers in the shape of a layer's cache, ``[num_pages, block_size, C]``."""
-    return step.pages.view(step.pages.shape[0], *kv_cache.shape[1:])
 
 
 def _metadata_of(step: StepObserver, layer: int, metadata: Any) -> Any:

@@ -46,17 +46,21 @@ class StepObserver(Protocol):
         """Called after the attention of a layer (`vl_cache_vllm.worker.evictor.Evictor`)."""
 
 
+def whole_pool(pages: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    """The pages of all layers in the shape of a layer's cache, which has a page for each block."""
+    return pages.as_strided(
+        (pages.shape[0], *kv_cache.shape[1:]),
+        (pages.stride(0), *kv_cache.stride()[1:]),
+        pages.storage_offset(),
+    )
+
+
 class LayerInputs:
     """The KV cache and the attention metadata of one layer at a time."""
 
     def __init__(self, kv_cache: torch.Tensor, metadata: Any, step: StepObserver) -> None:
         assert step.tables is not None
-        self.tables, pages = step.tables, step.pages
-        self.cache = pages.as_strided(  # the whole pool, in the shape of a layer's cache
-            (pages.shape[0], *kv_cache.shape[1:]),
-            (pages.stride(0), *kv_cache.stride()[1:]),
-            pages.storage_offset(),
-        )
+        self.tables, self.cache = step.tables, whole_pool(step.pages, kv_cache)
         self._metadata = dataclasses.replace(metadata)
 
     def metadata_of(self, layer: int) -> Any:

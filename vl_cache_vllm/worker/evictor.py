@@ -364,11 +364,10 @@ class Evictor:
         pool, evictions = self.pool, step.pending_evictions
         stopwatch = Stopwatch(pool.device)
         with stopwatch:
-            if self._readers is not None:
-                for eviction in evictions:
-                    if (observed := eviction.state.attention_stats) is not None:
-                        observed.divide(self._readers)
             inputs = self._inputs(step)
+            if self._readers is not None:
+                for one in inputs:
+                    one.observed.divide(self._readers)
             division = divide(inputs)
             kept_rows = [
                 to_device(eviction.order.kept_blocks, pool.device) for eviction in evictions
