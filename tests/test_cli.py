@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 try:
@@ -194,6 +194,10 @@ def _hybrid_in_one_group(vllm_config: VllmConfig) -> None:
     _set("scheduler_config.disable_hybrid_kv_cache_manager", True)(vllm_config)
 
 
+def _transfers(**fields: Any) -> Callable[[Any], None]:
+    return _set("kv_transfer_config", KVTransferConfig(kv_role="kv_both", **fields))
+
+
 REFUSALS = {
     "decode context parallel": (
         _set("parallel_config.decode_context_parallel_size", 2),
@@ -205,8 +209,26 @@ REFUSALS = {
     ),
     "micro-batching": (_set("parallel_config.enable_dbo", True), "remove --enable-dbo"),
     "micro-batches": (_set("parallel_config.ubatch_size", 2), "remove --ubatch-size 2"),
-    "KV connector": (_set("kv_transfer_config", object()), "remove --kv-transfer-config"),
-    "KV offloading": (_set("cache_config.kv_offloading_size", 1.0), "remove --kv-offloading-size"),
+    "KV connector": (_transfers(kv_connector="MooncakeConnector"), "remove --kv-transfer-config"),
+    "KV connector of a pair": (
+        _transfers(
+            kv_connector="MultiConnector",
+            kv_connector_extra_config={
+                "connectors": [{"kv_connector": "NixlConnector"}, {"kv_connector": "Mine"}]
+            },
+        ),
+        "KV connector Mine: use ExampleConnector, NixlConnector, ",
+    ),
+    "KV connector of one's own": (
+        _transfers(kv_connector="NixlConnector", kv_connector_module_path="mine"),
+        "remove kv_connector_module_path",
+    ),
+    "KV transfer in both directions": (
+        _transfers(
+            kv_connector="NixlConnector", kv_connector_extra_config={"bidirectional_kv_xfer": True}
+        ),
+        "remove bidirectional_kv_xfer",
+    ),
     "speculative decoding": (
         _set("speculative_config", SimpleNamespace(method="eagle")),
         "draft model",
@@ -264,12 +286,41 @@ def test_all_reasons_come_in_one_message(model: Path) -> None:
     [
         ("--language-model-only", "remove --language-model-only"),
         ("--mm-encoder-only", "encoder-only serving"),
-        ("--kv-offloading-size=1", "offloading: remove --kv-offloading-size$"),
     ],
 )
 def test_refused_flag(model: Path, flag: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         config(model, "--kv-compress=vlcache", flag)
+
+
+def test_a_backend_of_offloading_is_refused(model: Path) -> None:
+    vllm_config = _with_settings(config(model))
+    _set("cache_config.kv_offloading_size", 1.0)(vllm_config)
+    _transfers(kv_connector="LMCacheMPConnector")(vllm_config)
+    with pytest.raises(
+        ValueError, match=r"LMCacheMPConnector: .*, or remove --kv-offloading-size$"
+    ):
+        install.enable(vllm_config)
+
+
+@pytest.mark.parametrize("name", ["ExampleConnector", "OffloadingConnector", "NixlConnector"])
+def test_connectors_are_accepted(model: Path, name: str) -> None:
+    vllm_config = _with_settings(config(model))
+    _transfers(kv_connector=name)(vllm_config)
+    install.enable(vllm_config)
+
+
+def test_connectors_are_refused_beside_what_was_not_tried(model: Path) -> None:
+    vllm_config = _with_settings(config(model))
+    _transfers(kv_connector="NixlConnector")(vllm_config)
+    _set("model_config.hf_text_config.layer_types", ["full_attention", "sliding_attention"])(
+        vllm_config
+    )
+    _set("speculative_config", SimpleNamespace(method="ngram"))(vllm_config)
+    with pytest.raises(ValueError) as error:
+        install.enable(vllm_config)
+    assert "whose layers do not all have full attention" in str(error.value)
+    assert "KV connectors with speculative decoding" in str(error.value)
 
 
 POLICY_FLAGS = (["--kv-compress=vlcache"], ["--kv-compress=snapkv", "--kv-compress-text"])

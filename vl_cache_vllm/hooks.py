@@ -94,6 +94,21 @@ HOOKS: tuple[Hook, ...] = (
         "lets our block manager look up requests by id, and shortens prefix-cache hits",
     ),
     Hook(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.get_num_new_matched_tokens",
+        "wrap",
+        "the scheduler's KV connector in engines with eviction, that instance only",
+        "shortens hits from outside; the scheduler asks in the middle of its longest method",
+    ),
+    Hook(
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+        "RequestOffloadState.max_offload_tokens",
+        "wrap",
+        "the OffloadingConnector of engines with eviction, requests that may be evicted",
+        "bounds what is stored of a request: requests set it in kv_transfer_params, which arrive "
+        "before their prompt's length is known",
+    ),
+    Hook(
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",

@@ -107,7 +107,7 @@ class _OutputWithReports(AsyncModelRunnerOutput):
         return output
 
     def get_kv_connector_output(self) -> Any:
-        """vLLM 0.33 calls this; connectors are refused, but a step may have an empty output."""
+        """vLLM 0.33 calls this."""
         return self._output.get_kv_connector_output()  # type: ignore[attr-defined]
 
 
@@ -133,11 +133,10 @@ def take_reports(output: ModelRunnerOutput) -> list[dict[str, Any]]:
 def put_stats(stats: SchedulerStats, values: dict[str, Any]) -> None:
     """Send plain values along with vLLM's statistics of a step.
 
-    ``kv_connector_stats`` is the one field of vLLM's statistics that carries free-form data, and
-    KV connectors are refused at start-up.
+    ``kv_connector_stats`` is the one field of vLLM's statistics that carries free-form data. It may
+    already have those of a KV connector.
     """
-    assert stats.kv_connector_stats is None
-    stats.kv_connector_stats = {_STATS: values}
+    stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _STATS: values}
 
 
 def take_stats(stats: SchedulerStats) -> dict[str, Any] | None:
@@ -145,7 +144,8 @@ def take_stats(stats: SchedulerStats) -> dict[str, Any] | None:
     carried = stats.kv_connector_stats
     if not carried or _STATS not in carried:
         return None
-    stats.kv_connector_stats = None
+    others = {key: value for key, value in carried.items() if key != _STATS}
+    stats.kv_connector_stats = others or None
     return dict(carried[_STATS])
 
 

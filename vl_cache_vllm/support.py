@@ -70,12 +70,7 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         parallel.ubatch_size > 1 and not parallel.enable_dbo,
         f"micro-batching: remove --ubatch-size {parallel.ubatch_size}",
     )
-    offloads = cache.kv_offloading_size is not None
-    refuse(offloads, "KV offloading: remove --kv-offloading-size")
-    refuse(  # vLLM makes offloading a connector
-        vllm_config.kv_transfer_config is not None and not offloads,
-        "KV connectors: remove --kv-transfer-config",
-    )
+    reasons += _connector_reasons(vllm_config)
     speculative = vllm_config.speculative_config
     refuse(
         speculative is not None and speculative.method != "ngram",
@@ -122,6 +117,46 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         reasons += _gpu_reasons(vllm_config)
     hybrid_cache = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     return reasons + _model_reasons(vllm_config.model_config, hybrid_cache)
+
+
+def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
+    from vl_cache_vllm.core.connectors import SUPPORTED, configured_connectors
+
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    offloads = vllm_config.cache_config.kv_offloading_size is not None
+    flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
+    parts = configured_connectors(transfer.kv_connector, transfer.kv_connector_extra_config)
+    unknown = sorted({name for name, _ in parts} - SUPPORTED.keys())
+    model = vllm_config.model_config
+    layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    checks = (
+        (
+            bool(unknown),
+            f"KV connector {', '.join(unknown)}: use {', '.join(sorted(SUPPORTED))} or a "
+            f"MultiConnector of them, or remove {flag}",
+        ),
+        (
+            transfer.kv_connector_module_path is not None,
+            "KV connectors of your own: remove kv_connector_module_path from --kv-transfer-config",
+        ),
+        (
+            any(extra.get("bidirectional_kv_xfer") for _, extra in parts),
+            "KV transfer from decoding servers, whose caches are evicted: remove "
+            "bidirectional_kv_xfer from --kv-transfer-config",
+        ),
+        (
+            model.is_hybrid or {"full_attention", "sliding_attention"} <= layer_types,
+            f"KV connectors with models whose layers do not all have full attention: remove {flag}",
+        ),
+        (model.use_mla, f"KV connectors with multi-head latent attention: remove {flag}"),
+        (
+            vllm_config.speculative_config is not None,
+            f"KV connectors with speculative decoding: remove {flag} or --speculative-config",
+        ),
+    )
+    return [reason for condition, reason in checks if condition]
 
 
 def _other_latent_kernels(vllm_config: VllmConfig) -> bool:

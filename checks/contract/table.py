@@ -31,6 +31,8 @@ MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 KV_CACHE_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+OFFLOADING = f"{CONNECTORS}.offloading.scheduler"
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 KV_INTERFACE = "vllm.v1.kv_cache_interface"
 MLA = "vllm.model_executor.layers.attention.mla_attention"
@@ -227,6 +229,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has("vllm.config:SchedulerConfig", "scheduler_cls"),
         Has("vllm.config:CacheConfig", "kv_offloading_size cache_dtype kv_sharing_fast_prefill"),
+        Has(
+            "vllm.config:KVTransferConfig",
+            "kv_connector kv_connector_extra_config kv_connector_module_path",
+        ),
         Has("vllm.config:AttentionConfig", "hisparse_config backend backend_per_kind"),
         Exists("vllm.platforms:current_platform"),
         Called("vllm.platforms.interface:Platform.is_cuda", ""),
@@ -329,6 +335,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.v1.request:Request", "num_tokens num_output_tokens max_tokens priority"),
     ),
     "core/block_manager.py": (
+        Exists(f"{CONNECTORS}.base:KVConnectorBase_V1"),
         CDIV,
         Called("vllm.v1.request:Request.is_finished", "", "bool"),
         # Admission asks once more than allocation does, and only it may be told of later needs.
@@ -484,6 +491,35 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.multimodal.inputs:PlaceholderRange", "offset length"),
         CDIV,
     ),
+    "core/connectors.py": (
+        REQUEST,
+        Has("vllm.v1.request:Request", "kv_transfer_params num_prompt_tokens num_computed_tokens"),
+        Called(
+            f"{CONNECTORS}.base:KVConnectorBase_V1.get_num_new_matched_tokens",
+            "request, num_computed_tokens",
+            "tuple[int | None, bool]",
+        ),
+        Has(f"{CONNECTORS}.multi_connector:MultiConnector", "_connectors"),
+        Exists(f"{CONNECTORS}.example_connector:ExampleConnector"),
+        Exists(f"{CONNECTORS}.nixl.connector:NixlPullConnector"),
+        Defined(f"{CONNECTORS}.nixl.connector:NixlConnector", "NixlConnector = NixlPullConnector"),
+        # What `OffloadingConnector` knows of a request, and when it copies.
+        Has(f"{CONNECTORS}.offloading_connector:OffloadingConnector", "connector_scheduler"),
+        Has(f"{OFFLOADING}:OffloadingConnectorScheduler", "_req_status"),
+        Has(f"{OFFLOADING}:RequestOffloadState", "transfer_jobs max_offload_tokens"),
+        Steps(
+            f"{OFFLOADING}:OffloadingConnectorScheduler._calc_num_offloadable_tokens",
+            ("max_offload_tokens = req_status.max_offload_tokens", "min(num, max_offload_tokens)"),
+        ),
+        Steps(
+            f"{OFFLOADING}:OffloadingConnectorScheduler._build_store_jobs",
+            ("req_status.transfer_jobs.add(job_id)",),
+        ),
+        Steps(
+            f"{OFFLOADING}:OffloadingConnectorScheduler.update_connector_output",
+            ("req_status.transfer_jobs.remove(job_id)",),
+        ),
+    ),
     "core/patch_grids.py": (
         FEATURES,
         Called(
@@ -539,6 +575,19 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ),
         ),
         Has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks get_num_free_blocks"),
+        # A connector's hit is asked for before the request gets blocks.
+        Overridden(f"{SCHEDULER}.add_request", "request", "None"),
+        Overridden(f"{SCHEDULER}._update_waiting_for_remote_kv", "request", "None"),
+        Steps(f"{SCHEDULER}.add_request", ("self.connector.on_new_request(request)",)),
+        Steps(
+            f"{SCHEDULER}.schedule",
+            (
+                "self._get_local_prefix_cache_hit(request",
+                "self.connector.get_num_new_matched_tokens(",
+                "self.kv_cache_manager.allocate_slots(...delay_cache_blocks=load_kv_async",
+                "self.connector.update_state_after_alloc(",
+            ),
+        ),
         # Running requests come first. The prefix hit of a new one is known before it gets blocks.
         Steps(
             f"{SCHEDULER}.schedule",

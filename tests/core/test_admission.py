@@ -114,6 +114,7 @@ def test_reasons_have_names_for_metrics() -> None:
         "no_pressure",
         "no_observation_room",
         "short_output",
+        "handed_over",
     }
 
 

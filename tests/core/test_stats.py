@@ -97,6 +97,13 @@ def test_stats_survive_the_way_between_processes() -> None:
     assert take_stats(decoded.scheduler_stats) is None
 
 
+def test_a_connectors_statistics_stay() -> None:
+    carrier = SchedulerStats(kv_connector_stats={"connector": 1})
+    put_stats(carrier, some_stats().to_dict())
+    assert take_stats(carrier) is not None
+    assert carrier.kv_connector_stats == {"connector": 1}
+
+
 def test_another_carriers_data_stay() -> None:
     stats = SchedulerStats(kv_connector_stats={"connector": 1})
     assert take_stats(stats) is None

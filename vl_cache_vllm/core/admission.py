@@ -30,6 +30,7 @@ class Skip(Enum):
     NO_PRESSURE = "no_pressure"
     NO_OBSERVATION_ROOM = "no_observation_room"
     SHORT_OUTPUT = "short_output"
+    HANDED_OVER = "handed_over"
 
 
 @dataclass(frozen=True)

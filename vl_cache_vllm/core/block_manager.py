@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -35,6 +36,7 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import EvictionPlan, Skip, whole_blocks
+from vl_cache_vllm.core.connectors import ConnectorGuard
 from vl_cache_vllm.core.decisions import EvictionDecisions
 from vl_cache_vllm.core.later_evictions import (
     FULL_CACHE,
@@ -110,6 +112,7 @@ class EvictionBlockManager(FullAttentionManager):
         others: Sequence[SingleTypeKVCacheManager] = (),
         observation_tokens: int | None = None,
         has_drafts: bool = False,
+        connector: KVConnectorBase_V1 | None = None,
     ) -> None:
         """Give the manager what vLLM's interface does not pass.
 
@@ -118,11 +121,13 @@ class EvictionBlockManager(FullAttentionManager):
             others: the managers of the cache's other groups, which draw on the same pool.
             observation_tokens: bound of what workers observe at once; None: not bounded.
             has_drafts: whether the engine decodes speculatively.
+            connector: the scheduler's KV connector.
         """
         self._lookup = lookup
         self.decisions = EvictionDecisions(
             self._config, self, lookup, others, ObservationBudget(observation_tokens)
         )
+        self.connector = ConnectorGuard(connector, self.decisions.max_hit_tokens, self.block_size)
         self._decided = self.decisions.decided_plans
         self._prefill_demand = PrefillDemand(self, others)
         self._num_others = len(others)
@@ -202,7 +207,8 @@ class EvictionBlockManager(FullAttentionManager):
             and not kwargs.get("apply_admission_cap")
         ):  # what vLLM's returns for a running request
             return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
-        if self.decisions.must_wait(request_id, num_tokens):
+        is_loading = self.connector.is_loading(request_id)
+        if not is_loading and self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
         if (later := self.later.due.get(request_id)) is not None:
@@ -223,6 +229,7 @@ class EvictionBlockManager(FullAttentionManager):
             plan is not None
             and plan.kept_blocks
             and num_tokens >= plan.prompt_tokens
+            and not is_loading
             and self.decisions.decided(request_id) is None
         ):
             # The step that ends an evicted prefill asks for one free block more than it takes. With
@@ -246,6 +253,8 @@ class EvictionBlockManager(FullAttentionManager):
             if request_id in self._evicted:
                 self._outputs.set_held(request_id, self._num_held(request_id))
             return blocks
+        if self.connector.is_loading(request_id):  # its end is computed in a later step
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.decisions.admit_to_observation(request_id, num_tokens_main_model)
         plan = self.decisions.plan_of(request_id)
         if later := self.later.take(request_id):
@@ -334,6 +343,11 @@ class EvictionBlockManager(FullAttentionManager):
         self, request_id: str, evicted: EvictedBlocks, processed_computed_tokens: int
     ) -> None:
         """Free what evictions replaced whose steps have been processed."""
+        if processed_computed_tokens < evicted.to_free[0].safe_at:
+            return
+        if self.connector.is_reading(request_id):
+            return  # asked again in the request's next step
+        self.connector.forget_blocks(request_id)
         before = self.block_pool.get_num_free_blocks()
         while evicted.to_free and processed_computed_tokens >= evicted.to_free[0].safe_at:
             replaced = evicted.to_free.popleft()
@@ -349,6 +363,7 @@ class EvictionBlockManager(FullAttentionManager):
         if self.later.is_deferred(request_id) and request and request.is_finished():
             self._stats.skipped[Skip.SHORT_OUTPUT.value] += 1
         self.decisions.forget(request_id)
+        self.connector.forget(request_id)
         self.later.forget(request_id)
         self._outputs.discard(request_id)
         self._unsettled.discard(request_id)

@@ -14,6 +14,7 @@ from vl_cache_vllm.core.admission import (
     plan_eviction,
     post_vision_start,
 )
+from vl_cache_vllm.core.connectors import hands_over
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.pressure import PressureGauge, max_blocks
 
@@ -84,6 +85,8 @@ class EvictionDecisions:
             usable_blocks=pool.num_gpu_blocks - 1 - sum(other_blocks),  # one is the null block
             num_prompt_tokens=request.num_prompt_tokens,
         )
+        if plan.kept_blocks and hands_over(request):
+            return replace(plan, kept_blocks=0, skip=Skip.HANDED_OVER)
         if request.resumable and plan.skip != Skip.TEXT_ONLY:
             # Its prompt still grows: it is not evicted, and not bounded while it is short.
             return replace(plan, kept_blocks=0, skip=Skip.STREAMING_INPUT)

@@ -49,10 +49,17 @@ class EvictionSchedulerMixin(_Base):
             [m for m in managers if m is not manager],
             observation_budget_tokens(self.vllm_config, layers),
             self.vllm_config.speculative_config is not None,
+            self.connector,
         )
         self._eviction_manager = manager
+        self._connector_guard = manager.connector
         self._decisions = manager.decisions
         self._sends_stats = SEND_STATS in os.environ
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's, after which the connector knows how much of the request it may store."""
+        super().add_request(request)
+        self._connector_guard.on_new_request(request)
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         """vLLM's, with the requests to evict in this step and those admitted to observation."""
@@ -100,6 +107,11 @@ class EvictionSchedulerMixin(_Base):
         room = max(0, self.max_num_active_reqs - len(self.running))
         requests = chain(self.running, islice(waiting, room))
         return map(self._eviction_manager.missing_blocks, requests)
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """vLLM's, then the observed queries of what has been loaded are computed again."""
+        super()._update_waiting_for_remote_kv(request)
+        request.num_computed_tokens = self._connector_guard.computed_after_load(request)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args, **kwargs

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evicting engines with KV connectors: what is stored, loaded and kept, and when blocks are freed.
+
+Answers and kept positions must be those of an engine without a connector.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, RequestOutput
+from vllm.config import KVTransferConfig
+from vllm.v1.request import Request
+
+from testing import offloading, tiny_models
+from testing.engine import (
+    engine,
+    eviction_stats,
+    greedy,
+    image_request,
+    logprobs,
+    read_trace_lines,
+    scheduler,
+    token_ids,
+)
+
+KIND = "llava"
+BLOCK, NUM_TOKENS, NUM_IMAGES = 32, 40, 6
+BLOCK_BYTES = 64 << 10  # at least, of all layers
+# The observed part of the first prompt has a full block, which a hit must not cover.
+QUESTIONS = (
+    "What is in the picture? Tell all that you see, from the left to the right.",
+    "Which colours does it have?",
+)
+SETTINGS = {"policy": "vlcache", "budget": 0.25}
+TINY = 9 << 18
+SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 5 << 20}  # not two rounds of prompts
+
+both_runners = pytest.mark.both_runners
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> Path:
+    return tiny_models.build(KIND, models_dir / KIND)
+
+
+def prompts(question: str = QUESTIONS[0], seeds: Sequence[int] = range(NUM_IMAGES)) -> list[Any]:
+    return [image_request(KIND, question, [seed]) for seed in seeds]
+
+
+def settings_with_trace(path: Path, **settings: Any) -> dict[str, Any]:
+    return SETTINGS | settings | {"trace": {"path": str(path), "positions": True}}
+
+
+def kept_positions(path: Path) -> list[Any]:
+    """Of each eviction, in the order in which the requests were sent."""
+    records = read_trace_lines(path)
+    records.sort(key=lambda record: int(record["request_id"].split("-")[0]))
+    return [record["kept_positions"] for record in records]
+
+
+def answers(llm: LLM, requests: list[Any], tokens: int = NUM_TOKENS) -> list[RequestOutput]:
+    return llm.generate(requests, greedy(tokens), use_tqdm=False)
+
+
+def assert_same(found: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert token_ids(one) == token_ids(other)
+        assert logprobs(one) == pytest.approx(logprobs(other), rel=0, abs=1e-3)
+
+
+def assert_nothing_leaks(llm: LLM) -> None:
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
+
+
+class Offloaded:
+    """What an `OffloadingConnector` has been asked to store and to load."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.stored: set[bytes] = set()
+        self.loaded = 0
+        self.refused = 0
+        self.requests: list[Request] = []
+        manager = scheduler(llm).connector.connector_scheduler.manager
+        prepare_store, prepare_load = manager.prepare_store, manager.prepare_load
+        add_request = scheduler(llm).add_request
+
+        def note_stored(keys: Any, *args: Any) -> Any:
+            self.stored.update(key[:-4] for key in keys)  # without the group
+            output = prepare_store(keys, *args)
+            self.refused += output is None
+            return output
+
+        def note_loaded(keys: Any, *args: Any) -> Any:
+            self.loaded += len(keys)
+            return prepare_load(keys, *args)
+
+        def note_request(request: Request) -> None:
+            self.requests.append(request)
+            add_request(request)
+
+        manager.prepare_store, manager.prepare_load = note_stored, note_loaded
+        scheduler(llm).add_request = note_request
+
+    @property
+    def of_prompts(self) -> set[bytes]:
+        return {
+            bytes(key)
+            for request in self.requests
+            for key in request.block_hashes[: request.num_prompt_tokens // BLOCK]
+        }
+
+
+@pytest.fixture
+def expected(model: Path) -> Iterator[list[list[RequestOutput]]]:
+    """Answers to both questions without a connector, each after its own prefill."""
+    with engine(model, SETTINGS, enable_prefix_caching=False) as llm:
+        yield [answers(llm, prompts(question)) for question in QUESTIONS]
+
+
+@both_runners
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
+@pytest.mark.parametrize(
+    ("host_blocks", "options"),
+    [
+        pytest.param(1024, {}, id=""),
+        pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
+        # Copies fail for lack of room, and are tried again.
+        pytest.param(40, {}, id="little-host-memory"),
+    ],
+)
+def test_offloading_to_host_memory(
+    model: Path,
+    expected: list[list[RequestOutput]],
+    host_blocks: int,
+    options: dict[str, Any],
+    async_scheduling: bool,
+) -> None:
+    # Answers are stored, too, as far as they are decoded with the full cache.
+    transfer = offloading.config(host_blocks * BLOCK_BYTES, offload_prompt_only=False)
+    options = SMALL | options | {"kv_transfer_config": transfer}
+    with engine(model, SETTINGS, async_scheduling, **options) as llm:
+        offloaded = Offloaded(llm)
+        for _ in range(2):
+            for question, answer in zip(QUESTIONS, expected, strict=True):
+                assert_same(answers(llm, prompts(question)), answer)
+                # The last prompts, which little memory still has, but not the pool.
+                again = range(NUM_IMAGES)[:1:-1]
+                assert_same(answers(llm, prompts(question, again)), answer[:1:-1])
+        assert eviction_stats(llm).evicted == 4 * (2 * NUM_IMAGES - 2)
+        assert offloaded.stored and offloaded.stored <= offloaded.of_prompts
+        assert offloaded.loaded
+        assert bool(offloaded.refused) == (host_blocks < 1024)
+        assert not scheduler(llm).connector.connector_scheduler._jobs
+        assert_nothing_leaks(llm)
+
+
+@both_runners
+def test_requests_end_while_their_blocks_are_copied(
+    model: Path, expected: list[list[RequestOutput]]
+) -> None:
+    """Aborted before and after their eviction, and preempted; what is stored is right."""
+    transfer = offloading.config(1024 * BLOCK_BYTES)
+    settings = SETTINGS | {"output_reserve": False}
+    options = SMALL | {"kv_cache_memory_bytes": TINY}
+    with engine(model, settings, kv_transfer_config=transfer, **options) as llm:
+        offloaded = Offloaded(llm)
+        core = llm.llm_engine
+        for steps in range(1, 9):
+            for request in prompts(seeds=range(2)):
+                name = str(len(core.output_processor.request_states))
+                core.add_request(name, request, greedy(64))
+            for _ in range(steps):
+                core.step()
+            core.abort_request(list(core.output_processor.external_req_ids), internal=False)
+            while core.has_unfinished_requests():
+                core.step()
+        for _ in range(2):
+            answers(llm, prompts(), 200)
+        assert any(request.num_preemptions for request in offloaded.requests)
+        loaded = offloaded.loaded
+        for request, answer in zip(prompts(), expected[0], strict=True):
+            assert_same(answers(llm, [request]), [answer])
+        assert offloaded.loaded > loaded
+        assert_nothing_leaks(llm)
+
+
+@both_runners
+def test_evicted_some_tokens_into_the_answer(model: Path) -> None:
+    settings = SETTINGS | {"policy": "vlcache-plus", "evict_after": 20, "every": 32}
+    with engine(model, settings, enable_prefix_caching=False) as llm:
+        expected = answers(llm, prompts(), 100)
+    transfer = offloading.config(1024 * BLOCK_BYTES, offload_prompt_only=False)
+    with engine(model, settings, kv_transfer_config=transfer, **SMALL) as llm:
+        offloaded = Offloaded(llm)
+        for _ in range(2):
+            assert_same(answers(llm, prompts(), 100), expected)
+        assert offloaded.stored and offloaded.stored <= offloaded.of_prompts
+        assert offloaded.loaded
+        assert_nothing_leaks(llm)
+
+
+def example_config(path: Path) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(path)},
+    )
+
+
+@both_runners
+@pytest.mark.parametrize("prefill", ["unmodified", "evicting"])
+def test_disaggregated_prefill(model: Path, tmp_path: Path, prefill: str) -> None:
+    """One engine computes prompts, another one decodes: what it keeps is what one engine keeps."""
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    with engine(model, settings_with_trace(one)) as llm:
+        expected = answers(llm, prompts())
+    transfer = example_config(tmp_path)
+    settings = SETTINGS if prefill == "evicting" else None
+    with engine(model, settings, kv_transfer_config=transfer) as llm:
+        answers(llm, prompts(), 1)
+        if prefill == "evicting":
+            assert eviction_stats(llm).evicted == 0
+    with engine(model, settings_with_trace(other), kv_transfer_config=transfer) as llm:
+        found = answers(llm, prompts())
+        assert eviction_stats(llm).evicted == NUM_IMAGES
+        assert_nothing_leaks(llm)
+    assert_same(found, expected)
+    assert all(output.num_cached_tokens for output in found)
+    assert kept_positions(other) == kept_positions(one)
+    assert len(kept_positions(one)) == NUM_IMAGES
+
+
+def test_two_connectors(model: Path, tmp_path: Path, expected: list[list[RequestOutput]]) -> None:
+    parts = [offloading.config(1024 * BLOCK_BYTES), example_config(tmp_path)]
+    names = "kv_connector", "kv_role", "kv_connector_extra_config"
+    transfer = KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "connectors": [{name: getattr(part, name) for name in names} for part in parts]
+        },
+    )
+    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
+        for _ in range(2):
+            assert_same(answers(llm, prompts()), expected[0])
+        assert_nothing_leaks(llm)
+    assert list(tmp_path.iterdir())
