@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV events of a real engine, as a router receives them from vLLM's ZeroMQ publisher."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import zmq
 from vllm.config.kv_events import KVEventsConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+from vllm.v1.request import Request
 
 from testing import tiny_models
 from testing.engine import engine, eviction_stats, greedy, image_request, scheduler
@@ -78,3 +80,44 @@ def test_a_router_learns_what_is_cached_and_nothing_twice(
         num_tokens = len(output.prompt_token_ids)
         again = (num_tokens + NUM_TOKENS - 1) // BLOCK - (num_tokens - 1) // BLOCK
         assert repeated == (0 if policy else 2 * again)
+
+
+@pytest.mark.parametrize("policy", [None, "vlcache"])
+def test_an_index_predicts_the_hit_of_the_next_request(
+    model: Path, tmp_path: Path, policy: str | None
+) -> None:
+    """The longest prefix in the index, up to where the observed part of the prompt begins."""
+    replay = f"ipc://{tmp_path}/replay"
+    events = KVEventsConfig(
+        enable_kv_cache_events=True, endpoint=f"ipc://{tmp_path}/events", replay_endpoint=replay
+    )
+    config = policy and {"policy": policy, "budget": 0.25}
+    sent: list[Request] = []
+    with engine(model, config, kv_events_config=events, max_model_len=1024) as llm:
+        for seed in range(3):
+            llm.generate([image_request(KIND, QUESTION, [seed])], greedy(2), use_tqdm=False)
+        scheduler(llm).kv_event_publisher._event_queue.join()
+        known = {
+            block
+            for e in received(replay)
+            if isinstance(e, BlockStored)
+            for block in e.block_hashes
+        }
+        add_request = scheduler(llm).add_request
+        scheduler(llm).add_request = lambda request: (sent.append(request), add_request(request))
+        cached = []
+        for question, seed in [(QUESTION, 1), ("What else is there?", 2), (QUESTION, 7)]:
+            request = image_request(KIND, question, [seed])
+            (output,) = llm.generate([request], greedy(NUM_TOKENS), use_tqdm=False)
+            cached.append(output.num_cached_tokens)
+    predicted = []
+    for request in sent:
+        (image,) = request.mm_features
+        end = image.mm_position.offset + image.mm_position.length
+        observed_from = end if policy else request.num_prompt_tokens - 1
+        hits = itertools.takewhile(
+            lambda key: maybe_convert_block_hash(key) in known, request.block_hashes
+        )
+        predicted.append(min(len(list(hits)), observed_from // BLOCK) * BLOCK)
+    assert cached == predicted
+    assert cached[0] and cached[1] and not cached[2]
