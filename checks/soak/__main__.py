@@ -314,6 +314,7 @@ def measure(
     phase_seconds: float = 20.0,
     faults: Sequence[str] = tuple(FAULTS),
     stock: bool = False,
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the phases, then inject each fault into a restarted server.
 
@@ -325,6 +326,7 @@ def measure(
         phase_seconds: duration of one phase.
         faults: names in `FAULTS`.
         stock: also inject the faults into vLLM without eviction.
+        more: further arguments of the evicting servers.
     """
     load = Load(model, seed)
     outcomes: dict[str, Any] = {}
@@ -332,7 +334,7 @@ def measure(
     idle: list[dict[str, Any]] = []
     port = None
     for fault in faults:
-        with running(model, logs / f"{fault}.log", *EVICTION, port=port) as server:
+        with running(model, logs / f"{fault}.log", *EVICTION, *more, port=port) as server:
             port = server.port
             if not report:
                 report = asyncio.run(soak(server, load, 60 * minutes, phase_seconds))

@@ -151,8 +151,10 @@ def test_offloading_to_host_memory(
                 assert_same(answers(llm, prompts(question, again)), answer[:1:-1])
         assert eviction_stats(llm).evicted == 4 * (2 * NUM_IMAGES - 2)
         assert offloaded.stored and offloaded.stored <= offloaded.of_prompts
-        assert offloaded.loaded
-        assert bool(offloaded.refused) == (host_blocks < 1024)
+        if host_blocks < 1024:
+            assert offloaded.refused
+        else:
+            assert offloaded.loaded and not offloaded.refused
         assert not scheduler(llm).connector.connector_scheduler._jobs
         assert_nothing_leaks(llm)
 

@@ -97,12 +97,8 @@ def test_an_index_predicts_the_hit_of_the_next_request(
         for seed in range(3):
             llm.generate([image_request(KIND, QUESTION, [seed])], greedy(2), use_tqdm=False)
         scheduler(llm).kv_event_publisher._event_queue.join()
-        known = {
-            block
-            for e in received(replay)
-            if isinstance(e, BlockStored)
-            for block in e.block_hashes
-        }
+        stored = [event for event in received(replay) if isinstance(event, BlockStored)]
+        known = {block for event in stored for block in event.block_hashes}
         add_request = scheduler(llm).add_request
         scheduler(llm).add_request = lambda request: (sent.append(request), add_request(request))
         cached = []

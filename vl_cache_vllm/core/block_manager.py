@@ -207,8 +207,13 @@ class EvictionBlockManager(FullAttentionManager):
             and not kwargs.get("apply_admission_cap")
         ):  # what vLLM's returns for a running request
             return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
-        is_loading = self.connector.is_loading(request_id)
-        if not is_loading and self.decisions.must_wait(request_id, num_tokens):
+        if self.connector.is_loading(request_id):
+            # It cannot be preempted while it waits. So that it will go on, whatever others have
+            # been admitted by then, its whole prefill must fit before it gets any blocks.
+            request = self._lookup(request_id)
+            assert request is not None
+            num_tokens = max(num_tokens, request.num_tokens)
+        elif self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
         if (later := self.later.due.get(request_id)) is not None:
@@ -229,14 +234,14 @@ class EvictionBlockManager(FullAttentionManager):
             plan is not None
             and plan.kept_blocks
             and num_tokens >= plan.prompt_tokens
-            and not is_loading
             and self.decisions.decided(request_id) is None
         ):
             # The step that ends an evicted prefill asks for one free block more than it takes. With
             # async scheduling the next step is scheduled while the prompt's blocks are still held:
             # without the reserve a request that just fitted would preempt itself, over and over.
             num_blocks += plan.kept_blocks + 1
-        if kwargs.get("apply_admission_cap") and self._config.output_reserve:
+        is_new = not self.req_to_blocks.get(request_id)  # others were admitted before their load
+        if kwargs.get("apply_admission_cap") and self._config.output_reserve and is_new:
             request = self._lookup(request_id)
             if request is not None and num_blocks <= self.block_pool.get_num_free_blocks():
                 return max(num_blocks, self._free_blocks_for(request))
