@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-pretrained-tune accuracy-agent train train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-pretrained-tune accuracy-agent accuracy-hybrid train train-hybrid train-words clean
 
 env: $(STAMP)
 
@@ -98,6 +98,9 @@ $(PARTS)-tune-%.json: env
 accuracy-pretrained-tune: $(addprefix $(PARTS)-tune-,completion.json chat.json)
 	$(PRETRAINED) --report $^ --json benchmarks/results/accuracy-pretrained-tune.json
 
+accuracy-hybrid: env
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m evaluation.accuracy --bench hybrid-reader --samples 200 --policies vlcache-plus vlcache-plus:evict_after=0 vlcache snapkv --budgets 0.05 0.1 0.2 0.4 1.0 --json benchmarks/results/accuracy-hybrid.json
+
 accuracy-agent: env
 	$(PRETRAINED) --forms chat-first --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-pretrained-first.json
 	$(RUN) $(BIN)/python -m evaluation.accuracy --bench agent --samples 20 --policies vlcache-plus@0.1 --budgets 1.0 --json benchmarks/results/accuracy-agent.json
@@ -105,6 +108,10 @@ accuracy-agent: env
 train: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.train --out build/page-reader
 	$(RUN) $(BIN)/python -m training.export build/page-reader models/page-reader
+
+train-hybrid: env
+	$(KEEP) $(RUN) $(BIN)/python -m training.hybrid.train --out build/hybrid-reader
+	$(RUN) $(BIN)/python -m training.hybrid.export build/hybrid-reader models/hybrid-reader
 
 train-words: env
 	$(BIN)/python -m evaluation.pretrained.build_model build/pretrained

@@ -31,7 +31,9 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluation.benches import (
+    HYBRID_ENGINE,
     MODEL,
+    READERS,
     Bench,
     ImageBench,
     PixelBench,
@@ -522,7 +524,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.bench != "page-reader":
+    if options.bench not in READERS:
         parser.set_defaults(**PRETRAINED_DEFAULTS)
         options = parser.parse_args(arguments)
     options.arguments = arguments
@@ -549,6 +551,9 @@ def _bench(
         if options.bench != "page-reader":
             if options.data is not None or options.score is not None or options.model != MODEL:
                 raise ValueError(f"--bench {options.bench} has its own model, data and scores")
+            if options.bench in READERS:
+                model = str(READERS[options.bench])
+                return ImageBench(model, engine=HYBRID_ENGINE), bench_cases(options)
             if 1.0 not in options.budgets:
                 raise ValueError(f"--bench {options.bench} needs budget 1.0: it chooses the cases")
             if options.bench == "pretrained-pixels":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benches: cases, how vLLM is asked them, and how the outputs are scored.
 
-`page-reader` asks the embedded page reader about images of pages. `pretrained` asks a pretrained
+`page-reader` asks the embedded page reader about images of pages, and `hybrid-reader` the same of a
+reader with few layers of full attention. `pretrained` asks a pretrained
 language model about pages of prose, which reach it as image embeddings. `pretrained-pixels` shows
 it the same pages as images, which the word reader reads. `agent` asks the same model in
 conversations that get one more page in each turn. `long` asks it for long answers, offline only.
@@ -33,8 +34,13 @@ from training.pages import TASKS
 if TYPE_CHECKING:  # vLLM reads environment variables when it is imported
     from vllm import LLM, RequestOutput, SamplingParams
 
-MODEL = Path(__file__).parent.parent / "models" / "page-reader"
-BENCHES = ("page-reader", "pretrained", "pretrained-pixels", "agent")
+MODELS = Path(__file__).parent.parent / "models"
+READERS = {name: MODELS / name for name in ("page-reader", "hybrid-reader")}
+MODEL = READERS["page-reader"]
+BENCHES = (*READERS, "pretrained", "pretrained-pixels", "agent")
+# vLLM 0.32's CPU operator rotates LFM2's queries and keys wrongly, because they have three
+# dimensions. Its function in PyTorch is right.
+HYBRID_ENGINE = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
 MAX_IMAGES = 12  # of the longest documents, of 3,000 tokens
 
 
@@ -62,18 +68,21 @@ class Bench(Protocol):
 
 
 class ImageBench:
-    """Questions about images in the model's chat format: the page reader, and `--data`.
+    """Questions about images in the model's chat format: the readers of pages, and `--data`.
 
     Args:
         model: path or name.
         score: of `SCORES`; None: characters for dumps, exact for all others.
+        engine: arguments that the model needs.
     """
 
     counts_answered = False
 
-    def __init__(self, model: str, score: str | None = None) -> None:
+    def __init__(
+        self, model: str, score: str | None = None, engine: dict[str, Any] | None = None
+    ) -> None:
         self.model = model
-        self.engine: dict[str, Any] = {}
+        self.engine = engine or {}
         self._score = score
 
     def outputs(
@@ -231,7 +240,7 @@ def bench_cases(options: argparse.Namespace) -> list[Any]:
         ValueError: for unknown tasks or forms.
         FileNotFoundError: if the pretrained model cannot be built.
     """
-    if options.bench == "page-reader":
+    if options.bench in READERS:
         return page_reader_cases(options.split, options.tasks or TASKS, options.samples or 500)
     from transformers import AutoTokenizer  # slow to import
 

@@ -77,9 +77,13 @@ class Encoder:
         self.blank = self._glyph[BLANK]
 
     def prefix(self, num_pages: int, grid: int) -> tuple[Tensor, Tensor]:
-        ids = [self.user] + ([self.image] * grid**2 + [self.newline]) * num_pages
+        """Token ids before a question, and the positions of the visual ones."""
+        ids = [self.user] + self._page(grid) * num_pages
         tensor = torch.tensor(ids)
         return tensor, (tensor == self.image).nonzero().squeeze(1)
+
+    def _page(self, grid: int) -> list[int]:
+        return [self.image] * grid**2 + [self.newline]
 
     def characters(self, text: str) -> list[int]:
         return [self._glyph[c] for c in text]

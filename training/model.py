@@ -11,6 +11,7 @@ single questions.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Shape:
     norm_eps: float = 1e-5
 
 
-def _linear(n_in: int, n_out: int, bias: bool = False, gain: float = 1.0) -> nn.Linear:
+def linear(n_in: int, n_out: int, bias: bool = False, gain: float = 1.0) -> nn.Linear:
     layer = nn.Linear(n_in, n_out, bias=bias)
     nn.init.normal_(layer.weight, std=gain * n_in**-0.5)
     if bias:
@@ -62,10 +63,10 @@ class VisionAttention(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.heads = s.vision_heads
-        self.k_proj = _linear(s.vision_width, s.vision_width, bias=True)
-        self.v_proj = _linear(s.vision_width, s.vision_width, bias=True)
-        self.q_proj = _linear(s.vision_width, s.vision_width, bias=True)
-        self.out_proj = _linear(s.vision_width, s.vision_width, bias=True, gain=0.5)
+        self.k_proj = linear(s.vision_width, s.vision_width, bias=True)
+        self.v_proj = linear(s.vision_width, s.vision_width, bias=True)
+        self.q_proj = linear(s.vision_width, s.vision_width, bias=True)
+        self.out_proj = linear(s.vision_width, s.vision_width, bias=True, gain=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -78,8 +79,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.fc1 = _linear(s.vision_width, s.vision_mlp, bias=True)
-        self.fc2 = _linear(s.vision_mlp, s.vision_width, bias=True, gain=0.5)
+        self.fc1 = linear(s.vision_width, s.vision_mlp, bias=True)
+        self.fc2 = linear(s.vision_mlp, s.vision_width, bias=True, gain=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -142,8 +143,8 @@ class VisionTransformer(nn.Module):
 class Projector(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.linear_1 = _linear(s.vision_width, s.width, bias=True)
-        self.linear_2 = _linear(s.width, s.width, bias=True, gain=0.3)
+        self.linear_1 = linear(s.vision_width, s.width, bias=True)
+        self.linear_2 = linear(s.width, s.width, bias=True, gain=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(x)))
@@ -154,10 +155,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = s.head_size
         self.group = s.heads // s.kv_heads
-        self.q_proj = _linear(s.width, s.heads * s.head_size)
-        self.k_proj = _linear(s.width, s.kv_heads * s.head_size)
-        self.v_proj = _linear(s.width, s.kv_heads * s.head_size)
-        self.o_proj = _linear(s.heads * s.head_size, s.width, gain=0.5)
+        self.q_proj = linear(s.width, s.heads * s.head_size)
+        self.k_proj = linear(s.width, s.kv_heads * s.head_size)
+        self.v_proj = linear(s.width, s.kv_heads * s.head_size)
+        self.o_proj = linear(s.heads * s.head_size, s.width, gain=0.5)
 
     def split(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_size] -> [batch, heads, tokens, head_size]"""
@@ -167,9 +168,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.gate_proj = _linear(s.width, s.mlp)
-        self.up_proj = _linear(s.width, s.mlp)
-        self.down_proj = _linear(s.mlp, s.width, gain=0.5)
+        self.gate_proj = linear(s.width, s.mlp)
+        self.up_proj = linear(s.width, s.mlp)
+        self.down_proj = linear(s.mlp, s.width, gain=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -217,7 +218,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return _Attend.apply(q * k.shape[-1] ** -0.5, k, v, mask)
 
 
-class DecoderLayer(nn.Module):
+@dataclass(frozen=True)
+class Branches:
+    """What the layers need to know of a batch's tokens.
+
+    Attributes:
+        prefix: number of tokens of the pages.
+        slots: number of tokens of each branch.
+        mask: between the tokens of the branches, see `branch_mask`.
+        cos, sin: rotary embedding of all positions, [prefix + sum(slots), head size].
+    """
+
+    prefix: int
+    slots: tuple[int, ...]
+    mask: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def after(cls, prefix: int, slots: Sequence[int], s: Shape) -> "Branches":
+        """Branches of these lengths, each at the positions after the prefix."""
+        positions = torch.cat(
+            [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in slots)]
+        )
+        rotation = rotary(positions, s.head_size, s.rope_theta)
+        return cls(prefix, tuple(slots), branch_mask(slots), *rotation)
+
+
+class AttentionLayer(nn.Module):
+    """A decoder layer with full attention over the pages and within each branch."""
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, first_query: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from ``first_query`` on, keys and values: [batch, heads, tokens, head size]."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's output [batch, heads, tokens, head size], then the MLP's."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, branches: Branches, last: bool) -> Tensor:
+        """One layer: [batch, prefix + sum(slots), width]; of the branches only if ``last``."""
+        prefix = branches.prefix
+        q, k, v = self.project(x, branches.cos, branches.sin, prefix if last else 0)
+        own = 0 if last else prefix
+        asked = attend(q[:, :, own:], k, v, branches.mask)
+        if last:
+            return self.finish(x[:, prefix:], asked)
+        pages = []
+        for start in range(0, prefix, CHUNK):
+            end = min(start + CHUNK, prefix)
+            keys, values = k[:, :, :end], v[:, :, :end]
+            pages.append(attend(q[:, :, start:end], keys, values, causal_mask(end - start)))
+        return self.finish(x, torch.cat([*pages, asked], dim=2))
+
+
+class DecoderLayer(AttentionLayer):
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.self_attn = Attention(s)
@@ -239,30 +296,6 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(
-        self, x: Tensor, prefix: int, mask: Tensor, cos: Tensor, sin: Tensor, last: bool
-    ) -> Tensor:
-        """One layer.
-
-        Args:
-            x: [batch, prefix + branches, width].
-            prefix: number of tokens of the pages.
-            mask: of the branches, see `branch_mask`.
-            cos, sin: rotary embedding of all positions.
-            last: return the tokens of the branches only.
-        """
-        q, k, v = self.project(x, cos, sin, prefix if last else 0)
-        own = 0 if last else prefix
-        branches = attend(q[:, :, own:], k, v, mask)
-        if last:
-            return self.finish(x[:, prefix:], branches)
-        pages = []
-        for start in range(0, prefix, CHUNK):
-            end = min(start + CHUNK, prefix)
-            keys, values = k[:, :, :end], v[:, :, :end]
-            pages.append(attend(q[:, :, start:end], keys, values, causal_mask(end - start)))
-        return self.finish(x, torch.cat([*pages, branches], dim=2))
-
 
 class LanguageModel(nn.Module):
     def __init__(self, s: Shape) -> None:
@@ -283,11 +316,18 @@ class Body(nn.Module):
 
 
 class Reader(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    """The page reader.
+
+    Args:
+        shape: its sizes.
+        body: tower, projector and language model, if other ones than LLaVA's.
+    """
+
+    def __init__(self, shape: Shape, body: nn.Module | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Body(shape)
-        self.lm_head = _linear(shape.width, shape.vocab)
+        self.model: Any = body or Body(shape)
+        self.lm_head = linear(shape.width, shape.vocab)
 
     def features(self, patches: Tensor) -> Tensor:
         """Projected patch features: [pages, n, n, 3 * 14 * 14] -> [pages, n * n, width]."""
@@ -315,20 +355,16 @@ class Reader(nn.Module):
             [batch, sum(slots), width], and for each layer but the last
             [batch, prefix + sum(slots), width].
         """
-        s, language = self.shape, self.model.language_model
+        language = self.model.language_model
         batch = features.shape[0]
         prefix = prefix_ids.shape[0]
         text = language.embed_tokens(prefix_ids).expand(batch, -1, -1).to(features.dtype)
         x = text.index_copy(1, image_positions, features)
         x = torch.cat([x, language.embed_tokens(branch_ids)], dim=1)
-        positions = torch.cat(
-            [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in slots)]
-        )
-        cos, sin = rotary(positions, s.head_size, s.rope_theta)
-        mask = branch_mask(slots)
+        branches = Branches.after(prefix, slots, self.shape)
         between = []
         for i, layer in enumerate(language.layers):
-            x = layer(x, prefix, mask, cos, sin, i == s.layers - 1)
+            x = layer(x, branches, i == len(language.layers) - 1)
             between.append(x)
         return language.norm(x), between[:-1]
 

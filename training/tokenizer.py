@@ -4,6 +4,8 @@
 Upper-case letters and digits are never merged, so that each glyph of a key or value is one token.
 """
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +17,8 @@ SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT, IMAGE)
 _VOCABULARY_SIZE = 384
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer, with ``more`` special tokens after the others."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,13 +32,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(corpus + [" " + w for w in words if w.islower()], trainer)
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *more)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[USER, ASSISTANT, IMAGE],
+        additional_special_tokens=[USER, ASSISTANT, IMAGE, *more],
         clean_up_tokenization_spaces=False,
     )
 

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -196,16 +196,24 @@ class Trainer:
 
     There are three losses: of the answers; of the alignment between the feature of a patch and the
     embedding of its glyph; and of auxiliary predictions ("hints"). A hint predicts two characters
-    from hidden states, with a head that is not part of the model. After `NAME_LAYER`, patches
+    from hidden states, with a head that is not part of the model. After a first layer, patches
     predict the number of their page. The first patch of a value and the end of a question predict
-    their key with one shared head, so that a look-up can match them. After `VIA_LAYER`, the end of
+    their key with one shared head, so that a look-up can match them. After a second one, the end of
     the question predicts the start of the key's value. Look-ups therefore form in low layers, and a
     second look-up fits into the layers above.
     """
 
-    def __init__(self, shape: Shape, encoder: Encoder, optimizer: str, lr: float) -> None:
+    def __init__(
+        self,
+        model: Reader,
+        encoder: Encoder,
+        optimizer: str,
+        lr: float,
+        hint_layers: tuple[int, int] = (NAME_LAYER, VIA_LAYER),
+    ) -> None:
         self.encoder, self.lr = encoder, lr
-        self.model = Reader(shape)
+        self.model, shape = model, model.shape
+        self.name_layer, self.via_layer = hint_layers
         self.hints = torch.nn.ModuleList(
             torch.nn.Linear(shape.width, 2 * shape.vocab) for _ in ("number", "key", "via")
         )
@@ -253,14 +261,14 @@ class Trainer:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         number, key, via = self.hints
         documents, num_pages, cells = batch.glyphs.shape
-        low = between[NAME_LAYER]
+        low = between[self.name_layer]
         patches = low[:, batch.image_positions].view(documents, num_pages, cells, -1)
         branches = low[:, -batch.branch_ids.shape[1] :]
         printed = batch.glyphs != self.encoder.blank
         printed[..., ::3] = False  # a subset of two thirds is sufficient
         numbers = batch.numbers[:, :, None].expand(-1, -1, cells, -1)[printed]
         named, asked = batch.keys[..., 0] != IGNORED, batch.asked[..., 0] != IGNORED
-        high = between[VIA_LAYER][:, -batch.branch_ids.shape[1] :]
+        high = between[self.via_layer][:, -batch.branch_ids.shape[1] :]
         loss, accuracy = torch.zeros(()), {}
         for name, head, x, label in (
             ("number", number, patches[printed], numbers),
@@ -314,7 +322,9 @@ def batches(stage: Stage, encoder: Encoder, first: int) -> Iterator[Batch]:
         first,
         stage.max_documents,
     )
-    return iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
+    # A forked worker would come to hold a copy of the trainer's memory.
+    worker = dict(num_workers=1, prefetch_factor=4, multiprocessing_context="spawn")
+    return iter(DataLoader(data, batch_size=None, **worker))
 
 
 def save(path: Path, value: object) -> None:
@@ -323,14 +333,22 @@ def save(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> None:
+def page_reader(options: argparse.Namespace) -> Trainer:
+    tokenizer = build_tokenizer()
+    model = Reader(Shape(vocab=len(tokenizer)))
+    return Trainer(model, Encoder(tokenizer), options.optimizer, options.lr)
+
+
+def train(
+    options: argparse.Namespace,
+    build: Callable[[argparse.Namespace], Trainer] = page_reader,
+    stages: tuple[Stage, ...] = STAGES,
+) -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    encoder = Encoder(tokenizer)
-    trainer = Trainer(Shape(vocab=len(tokenizer)), encoder, options.optimizer, options.lr)
+    trainer = build(options)
     total = sum(stage.steps for stage in stages)
     step, seconds = 0, 0.0
     checkpoint = out / "checkpoint.pt"
@@ -345,7 +363,7 @@ def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> No
         while step < min(total, options.stop or total):
             index, within = stage_of(step, stages)
             if index != current:
-                stream, current = batches(stages[index], encoder, within), index
+                stream, current = batches(stages[index], trainer.encoder, within), index
             assert stream is not None
             lr = learning_rate(step, stages, options.lr)
             log.add(trainer.step(next(stream), lr, stages[index]))
@@ -356,8 +374,8 @@ def train(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> No
                 save(checkpoint, {"trainer": trainer.state(), "step": step, "seconds": log.seconds})
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the checkpoint and the log"
     )
@@ -368,7 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stop", type=int, help="stop after this step")
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=100)
-    train(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    train(argument_parser(__doc__.splitlines()[0]).parse_args(arguments))
 
 
 if __name__ == "__main__":

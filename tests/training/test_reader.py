@@ -184,10 +184,10 @@ def test_training_resumes_where_it_stopped() -> None:
     mixture = Mixture((("lookup", 2, 20),))
     documents = [[generate("resume", 4 * i + j, layout) for j in range(4)] for i in range(4)]
     batches = [collate(d, ENCODER, mixture, random.Random(0)) for d in documents]
-    one = Trainer(SHAPE, ENCODER, "muon", 1e-3)
+    one = Trainer(Reader(SHAPE), ENCODER, "muon", 1e-3)
     for batch in batches[:2]:
         one.step(batch, 1e-3, STAGES[-1])
-    two = Trainer(SHAPE, ENCODER, "muon", 1e-3)
+    two = Trainer(Reader(SHAPE), ENCODER, "muon", 1e-3)
     two.load(copy.deepcopy(one.state()))
     for trainer in (one, two):
         for batch in batches[2:]:
