@@ -89,6 +89,7 @@ def measure(way: str, documents: list[list[dict[str, Any]]], folder: Path) -> Ro
         block_size=32,
         max_model_len=2048,
         max_num_batched_tokens=2048,
+        enable_chunked_prefill=False,
         kv_cache_memory_bytes=1 << 28,
         limit_mm_per_prompt={"image": 4},
         async_scheduling=False,

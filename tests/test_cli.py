@@ -307,6 +307,10 @@ def test_a_backend_of_offloading_is_refused(model: Path) -> None:
 def test_connectors_are_accepted(model: Path, name: str) -> None:
     vllm_config = _with_settings(config(model))
     _transfers(kv_connector=name)(vllm_config)
+    if name == "ExampleConnector":
+        with pytest.raises(ValueError, match="add --no-enable-chunked-prefill"):
+            install.enable(vllm_config)
+        _set("scheduler_config.enable_chunked_prefill", False)(vllm_config)
     install.enable(vllm_config)
 
 

@@ -142,7 +142,7 @@ def test_disaggregated_prefill_is_accepted() -> None:
         if "args" in container:
             parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(container["args"])
             transfer = parsed.kv_transfer_config
-            names = configured_connectors(transfer.kv_connector, transfer.kv_connector_extra_config)
-            assert {name for name, _ in names} <= SUPPORTED.keys()
+            parts = configured_connectors(transfer)
+            assert {part["kv_connector"] for part in parts} <= SUPPORTED.keys()
             roles.append(transfer.kv_role)
     assert roles == ["kv_producer", "kv_consumer"]

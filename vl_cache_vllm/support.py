@@ -127,8 +127,9 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
         return []
     offloads = vllm_config.cache_config.kv_offloading_size is not None
     flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
-    parts = configured_connectors(transfer.kv_connector, transfer.kv_connector_extra_config)
-    unknown = sorted({name for name, _ in parts} - SUPPORTED.keys())
+    parts = configured_connectors(transfer)
+    names = {str(part.get("kv_connector")) for part in parts}
+    unknown = sorted(names - SUPPORTED.keys())
     model = vllm_config.model_config
     layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
     checks = (
@@ -138,17 +139,25 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
             f"MultiConnector of them, or remove {flag}",
         ),
         (
-            transfer.kv_connector_module_path is not None,
+            any(part.get("kv_connector_module_path") for part in parts),
             "KV connectors of your own: remove kv_connector_module_path from --kv-transfer-config",
         ),
         (
-            any(extra.get("bidirectional_kv_xfer") for _, extra in parts),
+            any(
+                (part.get("kv_connector_extra_config") or {}).get("bidirectional_kv_xfer")
+                for part in parts
+            ),
             "KV transfer from decoding servers, whose caches are evicted: remove "
             "bidirectional_kv_xfer from --kv-transfer-config",
         ),
         (
             model.is_hybrid or {"full_attention", "sliding_attention"} <= layer_types,
             f"KV connectors with models whose layers do not all have full attention: remove {flag}",
+        ),
+        (
+            "ExampleConnector" in names and vllm_config.scheduler_config.enable_chunked_prefill,
+            "ExampleConnector with prefills of several steps, which it stores and loads in part: "
+            "add --no-enable-chunked-prefill",
         ),
         (model.use_mla, f"KV connectors with multi-head latent attention: remove {flag}"),
         (

@@ -493,7 +493,15 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
     ),
     "core/connectors.py": (
         REQUEST,
-        Has("vllm.v1.request:Request", "kv_transfer_params num_prompt_tokens num_computed_tokens"),
+        Has(
+            "vllm.v1.request:Request",
+            "kv_transfer_params num_prompt_tokens num_computed_tokens skip_reading_prefix_cache",
+        ),
+        Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id"),
+        Has(
+            "vllm.config:KVTransferConfig",
+            "kv_connector kv_connector_extra_config kv_connector_module_path",
+        ),
         Called(
             f"{CONNECTORS}.base:KVConnectorBase_V1.get_num_new_matched_tokens",
             "request, num_computed_tokens",
@@ -505,7 +513,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Defined(f"{CONNECTORS}.nixl.connector:NixlConnector", "NixlConnector = NixlPullConnector"),
         # What `OffloadingConnector` knows of a request, and when it copies.
         Has(f"{CONNECTORS}.offloading_connector:OffloadingConnector", "connector_scheduler"),
-        Has(f"{OFFLOADING}:OffloadingConnectorScheduler", "_req_status"),
+        Has(
+            f"{OFFLOADING}:OffloadingConnectorScheduler",
+            "_req_status _current_batch_allocated_block_ids",
+        ),
         Has(f"{OFFLOADING}:RequestOffloadState", "transfer_jobs max_offload_tokens"),
         Steps(
             f"{OFFLOADING}:OffloadingConnectorScheduler._calc_num_offloadable_tokens",
@@ -514,10 +525,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(
             f"{OFFLOADING}:OffloadingConnectorScheduler._build_store_jobs",
             ("req_status.transfer_jobs.add(job_id)",),
-        ),
-        Steps(
-            f"{OFFLOADING}:OffloadingConnectorScheduler.update_connector_output",
-            ("req_status.transfer_jobs.remove(job_id)",),
         ),
     ),
     "core/patch_grids.py": (

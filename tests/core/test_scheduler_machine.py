@@ -1364,8 +1364,12 @@ EVENTS = (
     "streamed on",
     "trimmed hit",
     "two orders in a step",
-    # Observation is bounded on GPUs only: test_observation_budget.py.
-    *(f"skip {skip.value}" for skip in Skip if skip != Skip.NO_OBSERVATION_ROOM),
+    # Observation is bounded on GPUs only: test_observation_budget.py. KV connectors hand over.
+    *(
+        f"skip {skip.value}"
+        for skip in Skip
+        if skip not in (Skip.NO_OBSERVATION_ROOM, Skip.HANDED_OVER)
+    ),
 )
 
 

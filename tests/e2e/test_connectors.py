@@ -36,6 +36,8 @@ QUESTIONS = (
 SETTINGS = {"policy": "vlcache", "budget": 0.25}
 TINY = 9 << 18
 SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 5 << 20}  # not two rounds of prompts
+# What `ExampleConnector` needs.
+WHOLE_PREFILLS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048}
 
 both_runners = pytest.mark.both_runners
 
@@ -204,6 +206,57 @@ def test_evicted_some_tokens_into_the_answer(model: Path) -> None:
         assert_nothing_leaks(llm)
 
 
+@both_runners
+def test_kept_blocks_are_not_overwritten_before_they_are_copied(model: Path) -> None:
+    """A request ends, its blocks are still to be copied, and an eviction takes some of them."""
+    text = {"prompt": "USER: " + "Say something about pictures. " * 24 + "ASSISTANT:"}
+    with engine(model, SETTINGS, enable_prefix_caching=False) as llm:
+        (alone,) = answers(llm, [text], 8)
+    transfer = offloading.config(1024 * BLOCK_BYTES, polls=100)
+    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
+        offloaded, core = Offloaded(llm), llm.llm_engine
+        core.add_request("image", prompts()[0], greedy(8))
+        core.add_request("text", text, greedy(1))
+        taken: list[set[int]] = []
+        guard = scheduler(llm)._connector_guard
+        note = guard.on_blocks_taken
+
+        def taken_from_pool(blocks: Any) -> None:
+            blocks = list(blocks)
+            taken.append({block.block_id for block in blocks})
+            note(blocks)
+            waiting = scheduler(llm).connector.connector_scheduler
+            assert taken[-1] <= waiting._current_batch_allocated_block_ids
+
+        guard.on_blocks_taken = taken_from_pool
+        while core.has_unfinished_requests():
+            core.step()
+        assert taken and taken[0]
+        assert llm.reset_prefix_cache()
+        assert_same(answers(llm, [text], 8), [alone])
+        assert offloaded.loaded
+
+
+def test_a_hit_that_the_scheduler_ignores(model: Path) -> None:
+    """With ``prompt_logprobs`` vLLM computes the whole prompt, whatever a connector finds."""
+    transfer = offloading.config(1024 * BLOCK_BYTES)
+    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
+        guard = scheduler(llm)._connector_guard
+        answers(llm, prompts(), 2)
+        guard._matched_tokens = lambda request, num_computed_tokens: (BLOCK, True)  # as NIXL does
+        llm.generate(prompts(seeds=[9]), greedy(NUM_TOKENS, prompt_logprobs=1), use_tqdm=False)
+        assert eviction_stats(llm).evicted == NUM_IMAGES + 1
+        assert_nothing_leaks(llm)
+
+
+def test_only_a_connector_that_hands_over_leaves_requests_alone(model: Path) -> None:
+    transfer = offloading.config(1024 * BLOCK_BYTES)
+    parameters = greedy(NUM_TOKENS, extra_args={"kv_transfer_params": {"do_remote_decode": True}})
+    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
+        llm.generate(prompts(seeds=[0]), parameters, use_tqdm=False)
+        assert eviction_stats(llm).evicted == 1
+
+
 def example_config(path: Path) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="ExampleConnector",
@@ -221,11 +274,13 @@ def test_disaggregated_prefill(model: Path, tmp_path: Path, prefill: str) -> Non
         expected = answers(llm, prompts())
     transfer = example_config(tmp_path)
     settings = SETTINGS if prefill == "evicting" else None
-    with engine(model, settings, kv_transfer_config=transfer) as llm:
+    with engine(model, settings, kv_transfer_config=transfer, **WHOLE_PREFILLS) as llm:
         answers(llm, prompts(), 1)
         if prefill == "evicting":
             assert eviction_stats(llm).evicted == 0
-    with engine(model, settings_with_trace(other), kv_transfer_config=transfer) as llm:
+    with engine(
+        model, settings_with_trace(other), kv_transfer_config=transfer, **WHOLE_PREFILLS
+    ) as llm:
         found = answers(llm, prompts())
         assert eviction_stats(llm).evicted == NUM_IMAGES
         assert_nothing_leaks(llm)
@@ -245,7 +300,7 @@ def test_two_connectors(model: Path, tmp_path: Path, expected: list[list[Request
             "connectors": [{name: getattr(part, name) for name in names} for part in parts]
         },
     )
-    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
+    with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL | WHOLE_PREFILLS) as llm:
         for _ in range(2):
             assert_same(answers(llm, prompts()), expected[0])
         assert_nothing_leaks(llm)

@@ -81,6 +81,7 @@ class EvictionHarness(EvictionSchedulerMixin, _StubScheduler):
 
     kv_cache_manager: KVCacheManager
     requests: dict[str, Request]
+    connector = None
 
     def __init__(self, kv_cache_manager: KVCacheManager) -> None:
         super().__init__(kv_cache_manager)

@@ -36,7 +36,7 @@ from vllm.v1.request import Request
 
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.admission import EvictionPlan, Skip, whole_blocks
-from vl_cache_vllm.core.connectors import ConnectorGuard
+from vl_cache_vllm.core.connectors import ConnectorGuard, hands_over
 from vl_cache_vllm.core.decisions import EvictionDecisions
 from vl_cache_vllm.core.later_evictions import (
     FULL_CACHE,
@@ -125,7 +125,12 @@ class EvictionBlockManager(FullAttentionManager):
         """
         self._lookup = lookup
         self.decisions = EvictionDecisions(
-            self._config, self, lookup, others, ObservationBudget(observation_tokens)
+            self._config,
+            self,
+            lookup,
+            others,
+            ObservationBudget(observation_tokens),
+            hands_over(connector),
         )
         self.connector = ConnectorGuard(connector, self.decisions.max_hit_tokens, self.block_size)
         self._decided = self.decisions.decided_plans
@@ -392,7 +397,7 @@ class EvictionBlockManager(FullAttentionManager):
         evict_at = self._evict_at(request)
         if evict_at > plan.prompt_tokens:
             # Taken now, so that there is room for them then.
-            self._reserved[request_id] = self.block_pool.get_new_blocks(num_kept)
+            self._reserved[request_id] = self._take_kept_blocks(num_kept)
             deferred = DeferredEviction(plan.prompt_tokens, evict_at, num_kept)
             self.later.defer(request_id, deferred)
             self._newly_deferred.append(request_id)
@@ -417,10 +422,15 @@ class EvictionBlockManager(FullAttentionManager):
         end = evicted_tokens // self.block_size
         evicted.to_free.append(ReplacedBlocks(safe_at, end, evicted.kept))
         reserved = self._reserved.pop(request_id, None)
-        evicted.kept = reserved or self.block_pool.get_new_blocks(num_kept)
+        evicted.kept = reserved or self._take_kept_blocks(num_kept)
         evicted.evicted_tokens = evicted_tokens
         ids = tuple(block.block_id for block in evicted.kept)
         self._orders[request_id] = EvictionOrder(evicted_tokens, ids), counted
+
+    def _take_kept_blocks(self, number: int) -> list[KVCacheBlock]:
+        blocks = self.block_pool.get_new_blocks(number)
+        self.connector.on_blocks_taken(blocks)
+        return blocks
 
     def _last_eviction(self, request_id: str) -> tuple[int, int]:
         """E and M of a request's last eviction; zeros if it has not been evicted."""
@@ -449,7 +459,7 @@ class EvictionBlockManager(FullAttentionManager):
         return sum(
             self._freed_by(request_id, evicted.evicted_tokens) + len(evicted.blocks_to_free)
             for request_id, evicted in self._evicted.items()
-            if evicted.to_free
+            if evicted.to_free and not self.connector.is_reading(request_id)
         )
 
     def _bound_of(self, request_id: str, plan: EvictionPlan) -> AnswerBound | None:

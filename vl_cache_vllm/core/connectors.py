@@ -9,14 +9,18 @@ them as always. Three things differ:
   blocks by their number, and its end is computed again.
 - Nothing behind the prompt is stored: after an eviction, keys and values depend on it.
 - Replaced blocks stay until the connector has read them, and are not offered to it again.
+- Kept blocks are in no request's row, so the connector is told when they are taken: a copy of their
+  last owner's contents may still be due.
 
 `SUPPORTED` names the connectors that this was written for and tested with. All others are refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vl_cache_vllm.core.admission import whole_blocks
@@ -34,6 +38,9 @@ class Reader(Protocol):
     def forget_blocks(self, request_id: str) -> None:
         """Make sure that the connector does not read the request's present blocks any more."""
 
+    def on_blocks_taken(self, block_ids: Iterable[int]) -> None:
+        """Let the connector copy these blocks before the step that overwrites them."""
+
 
 class _ReadsWithinSteps:
     """A connector that has read a step's blocks when the step ends, or never reads evicted ones."""
@@ -47,6 +54,9 @@ class _ReadsWithinSteps:
     def forget_blocks(self, request_id: str) -> None:
         pass
 
+    def on_blocks_taken(self, block_ids: Iterable[int]) -> None:
+        pass
+
 
 class _ReadsBetweenSteps:
     """`OffloadingConnector`, which copies blocks while later steps run.
@@ -56,7 +66,8 @@ class _ReadsBetweenSteps:
     """
 
     def __init__(self, connector: Any) -> None:
-        self._states: Mapping[str, Any] = connector.connector_scheduler._req_status
+        self._scheduler: Any = connector.connector_scheduler
+        self._states: Mapping[str, Any] = self._scheduler._req_status
 
     def on_new_request(self, request: Request, storable_tokens: int) -> None:
         state = self._states.get(request.request_id)
@@ -75,6 +86,10 @@ class _ReadsBetweenSteps:
         if state is not None:
             state.max_offload_tokens = 0
 
+    def on_blocks_taken(self, block_ids: Iterable[int]) -> None:
+        # It waits for copies from the blocks that it finds here when a step has been scheduled.
+        self._scheduler._current_batch_allocated_block_ids.update(block_ids)
+
 
 SUPPORTED: dict[str, Callable[[Any], Reader]] = {
     "ExampleConnector": lambda _: _ReadsWithinSteps(),
@@ -84,18 +99,33 @@ SUPPORTED: dict[str, Callable[[Any], Reader]] = {
 }
 """Connectors by vLLM's name, and how they read blocks; `MultiConnector` may combine them."""
 
-
-def hands_over(request: Request) -> bool:
-    """Whether a request's blocks are handed to another server when it ends."""
-    return bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+_HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 
 
-def configured_connectors(name: str | None, extra: Mapping[str, Any]) -> list[tuple[str, dict]]:
-    """Names and options of a configured connector, or of those that a `MultiConnector` combines."""
-    if name != "MultiConnector":
-        return [(str(name), dict(extra))]
-    parts = extra.get("connectors", [])
-    return [(str(c.get("kv_connector")), c.get("kv_connector_extra_config") or {}) for c in parts]
+def _parts(connector: KVConnectorBase_V1 | None) -> list[Any]:
+    """The connectors that a `MultiConnector` combines, or the connector itself."""
+    return [] if connector is None else getattr(connector, "_connectors", [connector])
+
+
+def hands_over(connector: KVConnectorBase_V1 | None) -> Callable[[Request], bool]:
+    """Which requests' blocks the connector hands to another server when they end."""
+    if not any(type(part).__name__ in _HANDS_OVER for part in _parts(connector)):
+        return lambda request: False
+    return lambda request: bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+
+
+def configured_connectors(transfer: KVTransferConfig) -> list[dict[str, Any]]:
+    """The fields of a configured connector, or of those that a `MultiConnector` combines."""
+    extra = transfer.kv_connector_extra_config
+    if transfer.kv_connector == "MultiConnector":
+        return [dict(part) for part in extra.get("connectors", [])]
+    return [
+        {
+            "kv_connector": transfer.kv_connector,
+            "kv_connector_extra_config": extra,
+            "kv_connector_module_path": transfer.kv_connector_module_path,
+        }
+    ]
 
 
 class ConnectorGuard:
@@ -117,8 +147,7 @@ class ConnectorGuard:
         self._readers: list[Reader] = []
         self._loading: set[str] = set()
         if connector is not None:
-            parts = getattr(connector, "_connectors", [connector])  # of a MultiConnector
-            self._readers = [SUPPORTED[type(part).__name__](part) for part in parts]
+            self._readers = [SUPPORTED[type(part).__name__](part) for part in _parts(connector)]
             self._matched_tokens = connector.get_num_new_matched_tokens
             connector.get_num_new_matched_tokens = self._shortened  # type: ignore[method-assign]
 
@@ -136,6 +165,11 @@ class ConnectorGuard:
         """Blocks of a request are about to be freed while it runs."""
         for reader in self._readers:
             reader.forget_blocks(request_id)
+
+    def on_blocks_taken(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Blocks have left the pool that will be overwritten, but are in no request's row."""
+        for reader in self._readers:
+            reader.on_blocks_taken(block.block_id for block in blocks)
 
     def is_loading(self, request_id: str) -> bool:
         """Whether a request waits for blocks from outside, so that its step computes nothing."""
@@ -160,7 +194,7 @@ class ConnectorGuard:
         self._loading.discard(request.request_id)
         num_tokens, is_async = self._matched_tokens(request, num_computed_tokens)
         limit = self._max_hit_tokens(request)
-        if not num_tokens:
+        if not num_tokens or request.skip_reading_prefix_cache:  # the scheduler ignores the hit
             return num_tokens, is_async
         if limit is not None and limit <= num_computed_tokens:
             return 0, False

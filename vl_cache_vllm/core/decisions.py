@@ -14,7 +14,6 @@ from vl_cache_vllm.core.admission import (
     plan_eviction,
     post_vision_start,
 )
-from vl_cache_vllm.core.connectors import hands_over
 from vl_cache_vllm.core.observation_budget import ObservationBudget
 from vl_cache_vllm.core.pressure import PressureGauge, max_blocks
 
@@ -28,6 +27,7 @@ class EvictionDecisions:
         lookup: finds the scheduler's requests by id.
         others: managers of the cache's other groups, which draw on the same block pool.
         observation_budget: bound of what workers observe at once.
+        hands_over: whether a request's blocks go to another server when it ends.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class EvictionDecisions:
         lookup: Callable[[str], Request | None],
         others: Sequence[SingleTypeKVCacheManager],
         observation_budget: ObservationBudget,
+        hands_over: Callable[[Request], bool] = lambda request: False,
     ) -> None:
+        self._hands_over = hands_over
         self._config, self._manager, self._lookup, self._others = config, manager, lookup, others
         self.observation_budget = observation_budget
         self.pressure = PressureGauge(config.pressure.high, config.pressure.low)
@@ -85,7 +87,7 @@ class EvictionDecisions:
             usable_blocks=pool.num_gpu_blocks - 1 - sum(other_blocks),  # one is the null block
             num_prompt_tokens=request.num_prompt_tokens,
         )
-        if plan.kept_blocks and hands_over(request):
+        if plan.kept_blocks and self._hands_over(request):
             return replace(plan, kept_blocks=0, skip=Skip.HANDED_OVER)
         if request.resumable and plan.skip != Skip.TEXT_ONLY:
             # Its prompt still grows: it is not evicted, and not bounded while it is short.

@@ -43,6 +43,11 @@ class EvictionSchedulerMixin(_Base):
         (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))
         group = self.kv_cache_manager.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
         assert isinstance(group.kv_cache_spec, EvictionAttentionSpec)
+        if self.connector is not None and len(managers) > 1:
+            raise ValueError(
+                "KV compression cannot be used with a KV connector and a model whose cache has "
+                f"{len(managers)} groups: remove --kv-transfer-config or --kv-offloading-size"
+            )
         layers = [group.kv_cache_spec] * len(group.layer_names)
         manager.bind(
             self.requests.get,
