@@ -122,12 +122,11 @@ def expected(model: Path) -> Iterator[list[list[RequestOutput]]]:
         yield [answers(llm, prompts(question)) for question in QUESTIONS]
 
 
-@both_runners
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
 @pytest.mark.parametrize(
     ("host_blocks", "options"),
     [
-        pytest.param(1024, {}, id=""),
+        pytest.param(1024, {}, id="", marks=both_runners),
         pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
         # Copies fail for lack of room, and are tried again.
         pytest.param(40, {}, id="little-host-memory"),
@@ -161,7 +160,6 @@ def test_offloading_to_host_memory(
         assert_nothing_leaks(llm)
 
 
-@both_runners
 def test_requests_end_while_their_blocks_are_copied(
     model: Path, expected: list[list[RequestOutput]]
 ) -> None:
@@ -206,7 +204,6 @@ def test_evicted_some_tokens_into_the_answer(model: Path) -> None:
         assert_nothing_leaks(llm)
 
 
-@both_runners
 def test_kept_blocks_are_not_overwritten_before_they_are_copied(model: Path) -> None:
     """A request ends, its blocks are still to be copied, and an eviction takes some of them."""
     text = {"prompt": "USER: " + "Say something about pictures. " * 24 + "ASSISTANT:"}
@@ -265,8 +262,7 @@ def example_config(path: Path) -> KVTransferConfig:
     )
 
 
-@both_runners
-@pytest.mark.parametrize("prefill", ["unmodified", "evicting"])
+@pytest.mark.parametrize("prefill", ["unmodified", pytest.param("evicting", marks=both_runners)])
 def test_disaggregated_prefill(model: Path, tmp_path: Path, prefill: str) -> None:
     """One engine computes prompts, another one decodes: what it keeps is what one engine keeps."""
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
