@@ -6,7 +6,7 @@
 The page reader is asked two questions about each document of four pages, in an engine that evicts.
 Between them its blocks leave the prefix cache, unless the row is "prefix cache". Host memory is
 vLLM's `OffloadingConnector` with the copies of `testing.offloading`, because vLLM's own need a GPU;
-files are those of `ExampleConnector`, in a folder of /tmp.
+files are those of `ExampleConnector`, in a temporary folder.
 """
 
 import statistics

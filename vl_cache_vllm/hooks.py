@@ -109,6 +109,14 @@ HOOKS: tuple[Hook, ...] = (
         "before their prompt's length is known",
     ),
     Hook(
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+        "OffloadingConnectorScheduler",
+        "wrap",
+        "the OffloadingConnector of engines with eviction, steps that evict",
+        "kept blocks join its _current_batch_allocated_block_ids, so that pending copies from them "
+        "end first; vLLM adds the blocks of requests' rows, where kept blocks are not",
+    ),
+    Hook(
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",

@@ -2,7 +2,7 @@
 """KV connectors beside eviction: what they load, what they store, and when blocks may be freed.
 
 A prompt's blocks are ordinary blocks until an eviction replaces them, so connectors store and load
-them as always. Three things differ:
+them as always. Four things differ:
 
 - The observed queries must be computed here. A hit that is loaded within a step is shortened like
   a local one. One that is loaded between steps is loaded whole, because connectors place its
