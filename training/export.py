@@ -7,6 +7,7 @@ python -m training.export build/page-reader models/page-reader
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 from training.data import MEAN, STD
@@ -68,9 +70,27 @@ def save_weights(
     norm = tower + "post_layernorm."
     width = shape.vision_width
     unused = {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
-    weights = {k: v.detach().to(dtype).contiguous() for k, v in (state | unused).items()}
+    write_weights(state | unused, out, dtype)
+
+
+def write_weights(weights: dict[str, Tensor], out: Path, dtype: torch.dtype) -> None:
+    """Write weights, as they are named in the checkpoint, to ``out / "model.safetensors"``."""
+    weights = {k: v.detach().to(dtype).contiguous() for k, v in weights.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # readable for other users
+
+
+def write_files(config: Any, processor: ProcessorMixin, out: Path, dtype: torch.dtype) -> None:
+    """Write all but the weights of a checkpoint to the folder ``out``, which is made."""
+    config.dtype = dtype
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
+    processor.save_pretrained(out)
+    GenerationConfig(
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        do_sample=False,
+    ).save_pretrained(out)
 
 
 def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
@@ -119,16 +139,7 @@ def export(
 ) -> None:
     """Write config, weights, tokenizer, processor and chat template to the folder ``out``."""
     tokenizer = build_tokenizer()
-    config = configuration(shape, tokenizer)
-    config.dtype = dtype
-    out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(out)
-    processor(shape, tokenizer).save_pretrained(out)
-    GenerationConfig(
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
-        do_sample=False,
-    ).save_pretrained(out)
+    write_files(configuration(shape, tokenizer), processor(shape, tokenizer), out, dtype)
     save_weights(state, "model.vision_tower.vision_model.", shape, out, dtype)
 
 

@@ -150,7 +150,9 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
+    """Queries, keys and values of an attention layer."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.head_size = s.head_size
@@ -158,11 +160,16 @@ class Attention(nn.Module):
         self.q_proj = linear(s.width, s.heads * s.head_size)
         self.k_proj = linear(s.width, s.kv_heads * s.head_size)
         self.v_proj = linear(s.width, s.kv_heads * s.head_size)
-        self.o_proj = linear(s.heads * s.head_size, s.width, gain=0.5)
 
     def split(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_size] -> [batch, heads, tokens, head_size]"""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class Attention(Projections):
+    def __init__(self, s: Shape) -> None:
+        super().__init__(s)
+        self.o_proj = linear(s.heads * s.head_size, s.width, gain=0.5)
 
 
 class MLP(nn.Module):

@@ -28,6 +28,15 @@ def model(models_dir: Path) -> Path:
     return tiny_models.build(KIND, models_dir / KIND)
 
 
+def published_in(folder: Path) -> tuple[KVEventsConfig, str]:
+    """vLLM's publisher with sockets in a folder, and the endpoint of `received`."""
+    replay = f"ipc://{folder}/replay"
+    events = KVEventsConfig(
+        enable_kv_cache_events=True, endpoint=f"ipc://{folder}/events", replay_endpoint=replay
+    )
+    return events, replay
+
+
 def received(endpoint: str) -> Iterator[Any]:
     """All events since the engine's start: vLLM's publisher sends them again to who asks."""
     decoder = msgspec.msgpack.Decoder(KVEventBatch)
@@ -47,10 +56,7 @@ def test_a_router_learns_what_is_cached_and_nothing_twice(
     model: Path, tmp_path: Path, policy: str | None
 ) -> None:
     """Three equal prompts, then others that push them out; unmodified vLLM beside ours."""
-    replay = f"ipc://{tmp_path}/replay"
-    events = KVEventsConfig(
-        enable_kv_cache_events=True, endpoint=f"ipc://{tmp_path}/events", replay_endpoint=replay
-    )
+    events, replay = published_in(tmp_path)
     config = policy and {"policy": policy, "budget": 0.25}
     small = {"max_model_len": 1024, "kv_cache_memory_bytes": 4 << 20}
     with engine(model, config, kv_events_config=events, **small) as llm:
@@ -87,10 +93,7 @@ def test_an_index_predicts_the_hit_of_the_next_request(
     model: Path, tmp_path: Path, policy: str | None
 ) -> None:
     """The longest prefix in the index, up to where the observed part of the prompt begins."""
-    replay = f"ipc://{tmp_path}/replay"
-    events = KVEventsConfig(
-        enable_kv_cache_events=True, endpoint=f"ipc://{tmp_path}/events", replay_endpoint=replay
-    )
+    events, replay = published_in(tmp_path)
     config = policy and {"policy": policy, "budget": 0.25}
     sent: list[Request] = []
     with engine(model, config, kv_events_config=events, max_model_len=1024) as llm:

@@ -9,10 +9,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     Lfm2Config,
     Lfm2VlConfig,
     Lfm2VlImageProcessor,
@@ -22,7 +20,7 @@ from transformers import (
 )
 
 from training.data import MEAN, STD
-from training.export import MAX_POSITION
+from training.export import MAX_POSITION, write_files, write_weights
 from training.hybrid.model import IMAGE_END, IMAGE_START, HybridEncoder, HybridShape
 from training.tokenizer import CHAT_TEMPLATE, END, IMAGE, PAD, build_tokenizer
 
@@ -96,7 +94,7 @@ def processor(shape: HybridShape, tokenizer: PreTrainedTokenizerFast) -> Lfm2VlP
 def checkpoint(state: dict[str, Tensor], shape: HybridShape) -> dict[str, Tensor]:
     """The weights of a state dict in the layout of a published checkpoint."""
     name = "model.vision_tower.vision_model.embeddings.patch_embedding.weight"
-    weights = {k: v.detach() for k, v in state.items() if k != "lm_head.weight"}  # tied
+    weights = {k: v for k, v in state.items() if k != "lm_head.weight"}  # tied
     # The processor's patches have their channels last.
     patch = weights[name].unflatten(1, (3, shape.patch, shape.patch))
     return weights | {name: patch.permute(0, 2, 3, 1).flatten(1)}
@@ -107,19 +105,8 @@ def export(
 ) -> None:
     """Write config, weights, tokenizer, processor and chat template to the folder ``out``."""
     tokenizer = build_tokenizer((IMAGE_START, IMAGE_END))
-    config = configuration(shape, tokenizer)
-    config.dtype = dtype
-    out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(out)
-    processor(shape, tokenizer).save_pretrained(out)
-    GenerationConfig(
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
-        do_sample=False,
-    ).save_pretrained(out)
-    weights = {k: v.to(dtype).contiguous() for k, v in checkpoint(state, shape).items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # readable for other users
+    write_files(configuration(shape, tokenizer), processor(shape, tokenizer), out, dtype)
+    write_weights(checkpoint(state, shape), out, dtype)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from training.data import Encoder
 from training.model import (
     AttentionLayer,
     Branches,
+    Projections,
     Projector,
     Reader,
     RMSNorm,
@@ -51,21 +52,12 @@ class MLP(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     def __init__(self, s: HybridShape) -> None:
-        super().__init__()
-        self.head_size = s.head_size
-        self.group = s.heads // s.kv_heads
-        self.q_proj = linear(s.width, s.heads * s.head_size)
-        self.k_proj = linear(s.width, s.kv_heads * s.head_size)
-        self.v_proj = linear(s.width, s.kv_heads * s.head_size)
+        super().__init__(s)
         self.out_proj = linear(s.heads * s.head_size, s.width, gain=0.5)
         self.q_layernorm = RMSNorm(s.head_size, s.norm_eps)
         self.k_layernorm = RMSNorm(s.head_size, s.norm_eps)
-
-    def split(self, x: Tensor) -> Tensor:
-        """[batch, tokens, heads * head_size] -> [batch, heads, tokens, head_size]"""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 class FullAttention(AttentionLayer):
