@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from training.data import Mixture, collate, normalised
+from tests.training.comparison import assert_branches_equal, pictures
+from training.data import Mixture, collate
 from training.hybrid.export import export
 from training.hybrid.model import HybridEncoder, HybridReader, HybridShape
 from training.hybrid.train import HINT_LAYERS, STAGES
 from training.pages import Layout, generate
-from training.render import render
 
 ENCODER = HybridEncoder()
 SHAPE = HybridShape(vocab=ENCODER.vocab, vision_layers=1)
@@ -48,28 +48,8 @@ def test_equals_transformers(tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(tmp_path)
     document = generate("unit", 0, TWO_PAGES)
     batch = collate([document], ENCODER, MIXTURE, random.Random(0))
-    rng = random.Random(0)
-    images = [Image.fromarray(render(p, rng.getrandbits(32))) for p in document.pages]
-    with torch.no_grad():
-        features = model.features(normalised(batch.pages[0])).flatten(0, 1)[None]
-        hidden, between = model(
-            features, batch.prefix_ids, batch.image_positions, batch.branch_ids, batch.slots
-        )
-        ours = model.lm_head(hidden)[0]
-    assert len(between) == SHAPE.layers - 1
-    pixels = processor.image_processor(images, return_tensors="pt")
-    compared, start = 0, 0
-    for length in batch.slots:
-        ids = batch.branch_ids[0, start : start + length]
-        ids = ids[ids != ENCODER.pad]
-        with torch.no_grad():
-            theirs = loaded(input_ids=torch.cat([batch.prefix_ids, ids])[None], **pixels).logits[
-                0, -len(ids) :
-            ]
-        torch.testing.assert_close(ours[start : start + len(ids)], theirs, atol=2e-3, rtol=2e-3)
-        compared += len(ids)
-        start += length
-    assert compared > 60
+    pixels = processor.image_processor(pictures(document), return_tensors="pt")
+    assert_branches_equal(model, ENCODER, batch, lambda ids: loaded(input_ids=ids, **pixels).logits)
 
 
 def test_hints_are_asked_of_layers_with_full_attention() -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.training.comparison import assert_branches_equal, pictures
 from training.data import IGNORED, Encoder, Mixture, collate, normalised, patches
 from training.export import export
 from training.model import Reader, Shape, branch_mask
@@ -71,27 +72,10 @@ def test_equals_transformers(tmp_path: Path) -> None:
 
     document = generate("unit", 0, TWO_PAGES)
     batch = batch_of([document])
-    rng = random.Random(0)
-    images = [Image.fromarray(render(p, rng.getrandbits(32))) for p in document.pages]
-    with torch.no_grad():
-        features = model.features(normalised(batch.pages[0])).flatten(0, 1)[None]
-        hidden, _ = model(
-            features, batch.prefix_ids, batch.image_positions, batch.branch_ids, batch.slots
-        )
-        ours = model.lm_head(hidden)[0]
-    compared, start = 0, 0
-    for length in batch.slots:
-        ids = batch.branch_ids[0, start : start + length]
-        ids = ids[ids != ENCODER.pad]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            theirs = loaded(
-                input_ids=torch.cat([batch.prefix_ids, ids])[None], pixel_values=pixels
-            ).logits[0, -len(ids) :]
-        torch.testing.assert_close(ours[start : start + len(ids)], theirs, atol=2e-3, rtol=2e-3)
-        compared += len(ids)
-        start += length
-    assert compared > 60
+    pixels = processor.image_processor(pictures(document), return_tensors="pt")["pixel_values"]
+    assert_branches_equal(
+        model, ENCODER, batch, lambda ids: loaded(input_ids=ids, pixel_values=pixels).logits
+    )
 
 
 def test_labels_are_the_answers() -> None:
