@@ -188,6 +188,26 @@ def _set(path: str, value: Any) -> Callable[[VllmConfig], None]:
     return apply
 
 
+def _drafts(stages: int = 1, windows: bool = False, **changed: Any) -> Callable[[VllmConfig], None]:
+    """An MTP module, with settings of vLLM's that are refused."""
+
+    def apply(vllm_config: VllmConfig) -> None:
+        values: dict[str, Any] = dict(
+            method="mtp",
+            draft_tensor_parallel_size=1,
+            use_multi_module_mtp=lambda: False,
+            parallel_drafting=False,
+            disable_padded_drafter_batch=False,
+        )
+        _set("speculative_config", SimpleNamespace(**{**values, **changed}))(vllm_config)
+        _set("parallel_config.pipeline_parallel_size", stages)(vllm_config)
+        if windows:
+            kinds = ["full_attention", "sliding_attention"]
+            _set("model_config.hf_text_config.layer_types", kinds)(vllm_config)
+
+    return apply
+
+
 def _hybrid_in_one_group(vllm_config: VllmConfig) -> None:
     layer_types = ["full_attention", "sliding_attention"]
     _set("model_config.hf_text_config.layer_types", layer_types)(vllm_config)
@@ -231,8 +251,20 @@ REFUSALS = {
     ),
     "speculative decoding": (
         _set("speculative_config", SimpleNamespace(method="eagle")),
-        "draft model",
+        "drafts of the kind eagle: use eagle3, mtp or ngram",
     ),
+    "several MTP modules": (_drafts(use_multi_module_mtp=lambda: True), "num_speculative_tokens 1"),
+    "parallel drafting": (_drafts(parallel_drafting=True), "remove parallel_drafting"),
+    "draft batches": (
+        _drafts(disable_padded_drafter_batch=True),
+        "remove disable_padded_drafter_batch",
+    ),
+    "a draft model on one worker": (
+        _drafts(draft_tensor_parallel_size=2),
+        "a draft model on 2 of 1 workers: remove draft_tensor_parallel_size",
+    ),
+    "drafts and pipeline stages": (_drafts(stages=2), "drafts of a model on several pipeline"),
+    "drafts and windows": (_drafts(windows=True), "drafts of a model whose layers"),
     "other cache": (_set("cache_config.cache_dtype", "fp8_inc"), "KV cache type fp8_inc"),
     "layers that skip the prefill": (
         _set("cache_config.kv_sharing_fast_prefill", True),

@@ -200,6 +200,36 @@ HOOKS: tuple[Hook, ...] = (
             ("prepare_attn", "the only place that sees the batch and the metadata together"),
         )
     ),
+    Hook(
+        "vllm.v1.spec_decode.llm_base_proposer:"
+        "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
+        "wrap",
+        "the drafter of workers with eviction and a draft model, V1, that instance only",
+        "the draft's layers need tables of their own in each of its passes",
+    ),
+    *(
+        Hook(
+            f"vllm.v1.worker.gpu.spec_decode.{where}",
+            "wrap",
+            "the speculator of workers with eviction and a draft model, V2, that instance only",
+            reason,
+        )
+        for where, reason in (
+            (
+                "target_dependent_ar.speculator:TargetDependentARSpeculator._prefill",
+                "the first pass takes the model's metadata, whose tables are those of its layers",
+            ),
+            (
+                "speculator:DraftModelSpeculator._build_attn_metadata",
+                "the draft's layers need tables of their own in each further pass",
+            ),
+            (
+                "speculator:DraftModelSpeculator._configure_decode_metadata_update",
+                "its result, supports_decode_metadata_update, is set to False: metadata that is "
+                "updated in place would keep the tables of the pass before",
+            ),
+        )
+    ),
 )
 
 WORKERS = {

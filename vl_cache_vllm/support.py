@@ -71,12 +71,8 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
         f"micro-batching: remove --ubatch-size {parallel.ubatch_size}",
     )
     reasons += _connector_reasons(vllm_config)
+    reasons += _draft_reasons(vllm_config)
     speculative = vllm_config.speculative_config
-    refuse(
-        speculative is not None and speculative.method != "ngram",
-        "speculative decoding with a draft model, whose own cache is not evicted: remove "
-        '--speculative-config or use \'{"method": "ngram", ...}\'',
-    )
     refuse(
         speculative is not None and vllm_config.model_config.is_hybrid,
         "speculative decoding with layers of linear attention or state spaces: remove "
@@ -163,6 +159,56 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
         (
             vllm_config.speculative_config is not None,
             f"KV connectors with speculative decoding: remove {flag} or --speculative-config",
+        ),
+    )
+    return [reason for condition, reason in checks if condition]
+
+
+def _draft_reasons(vllm_config: VllmConfig) -> list[str]:
+    """Why drafts of a model cannot be used; n-grams need no model."""
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is None or speculative.method == "ngram":
+        return []
+    if speculative.method not in ("eagle3", "mtp"):
+        return [
+            f"drafts of the kind {speculative.method}: use eagle3, mtp or ngram in "
+            "--speculative-config, or remove it"
+        ]
+    layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    parallel = vllm_config.parallel_config
+    own = speculative.draft_tensor_parallel_size or parallel.tensor_parallel_size
+    checks = (
+        (
+            not parallel.worker_cls.endswith("CPUWorker"),
+            "drafts of a model, on a GPU: use ngram in --speculative-config, or remove it",
+        ),
+        (
+            {"full_attention", "sliding_attention"} <= layer_types,
+            "drafts of a model whose layers do not all have full attention: remove "
+            "--speculative-config",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "drafts of a model on several pipeline stages: remove --speculative-config",
+        ),
+        (
+            own != parallel.tensor_parallel_size,
+            f"a draft model on {own} of {parallel.tensor_parallel_size} workers: remove "
+            "draft_tensor_parallel_size from --speculative-config",
+        ),
+        (
+            speculative.use_multi_module_mtp(),
+            "several MTP modules: use num_speculative_tokens 1 in --speculative-config",
+        ),
+        (
+            speculative.parallel_drafting,
+            "drafts of several tokens in one pass: remove parallel_drafting from "
+            "--speculative-config",
+        ),
+        (
+            speculative.disable_padded_drafter_batch,
+            "draft batches without padding: remove disable_padded_drafter_batch from "
+            "--speculative-config",
         ),
     )
     return [reason for condition, reason in checks if condition]

@@ -21,6 +21,9 @@ from checks.contract.rows import (
 
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+V2_DRAFTS = "vllm.v1.worker.gpu.spec_decode"
+V2_SPECULATOR = f"{V2_DRAFTS}.target_dependent_ar.speculator:TargetDependentARSpeculator"
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 V2_STATE = "vllm.v1.worker.gpu.model_states.interface:ModelState"
@@ -225,7 +228,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.config:ParallelConfig",
             "worker_cls decode_context_parallel_size prefill_context_parallel_size enable_dbo "
-            "ubatch_size",
+            "ubatch_size tensor_parallel_size pipeline_parallel_size",
         ),
         Has("vllm.config:SchedulerConfig", "scheduler_cls"),
         Has("vllm.config:CacheConfig", "kv_offloading_size cache_dtype kv_sharing_fast_prefill"),
@@ -236,7 +239,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.config:AttentionConfig", "hisparse_config backend backend_per_kind"),
         Exists("vllm.platforms:current_platform"),
         Called("vllm.platforms.interface:Platform.is_cuda", ""),
-        Has("vllm.config:SpeculativeConfig", "method"),
+        Has(
+            "vllm.config:SpeculativeConfig",
+            "method draft_tensor_parallel_size use_multi_module_mtp parallel_drafting "
+            "disable_padded_drafter_batch",
+        ),
         Has(
             "vllm.config:ModelConfig",
             "hf_text_config runner_type supports_multimodal_inputs use_mla is_encoder_decoder "
@@ -945,6 +952,31 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             ("block_ids.extend(new_ids)", "req_state.block_ids = new_block_ids"),
         ),
         Steps(f"{V1_RUNNER}._prepare_inputs", ("self.query_start_loc.copy_to_gpu()",)),
+        # A draft model: one call for each of its passes, the first over the step's own tokens.
+        Has(PROPOSER, "_draft_attn_layer_names"),
+        Overridden(
+            f"{PROPOSER}.build_per_group_and_layer_attn_metadata",
+            "common_attn_metadata, draft_index=",
+            "tuple[list[object], dict[str, object]]",
+        ),
+        Steps(
+            f"{PROPOSER}.propose",
+            (
+                "self.build_per_group_and_layer_attn_metadata(common_attn_metadata)",
+                "common_attn_metadata.seq_lens -= num_rejected_tokens_gpu",
+                "self._update_positions_dependent_metadata(",
+                "self.build_per_group_and_layer_attn_metadata(common_attn_metadata, "
+                "draft_index=token_index + 1)",
+            ),
+        ),
+        # The first pass has the tokens of the model's step, those of rejected drafts included.
+        Steps(
+            f"{PROPOSER}.prepare_inputs_padded",
+            (
+                "query_start_loc=common_attn_metadata.query_start_loc",
+                "seq_lens=common_attn_metadata.seq_lens",
+            ),
+        ),
     ),
     "worker/generators.py": (
         Overridden(f"{V1_RUNNER}._sample", "logits, spec_decode_metadata", "SamplerOutput"),
@@ -1001,6 +1033,25 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.config:CompilationConfig", "cudagraph_capture_sizes"),
         Has("vllm.config:ParallelConfig", "data_parallel_size"),
         Has("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np"),
+        # A draft model: the first pass gets the model's metadata, the others build their own.
+        Has(V2_RUNNER, "speculator"),
+        Has(f"{V2_DRAFTS}.speculator:DraftModelSpeculator", "supports_decode_metadata_update"),
+        Has(f"{V2_DRAFTS}.speculator:DraftModelSpeculator", "draft_attn_layer_names"),
+        Overridden(
+            f"{V2_DRAFTS}.speculator:DraftModelSpeculator._build_attn_metadata",
+            "...",
+            "dict[str, Any] | None",
+        ),
+        Overridden(f"{V2_SPECULATOR}._prefill", "num_reqs, num_tokens, attn_metadata, ..."),
+        Steps(f"{V2_SPECULATOR}.propose", ("self._prefill(num_reqs, ..., attn_metadata,",)),
+        Steps(
+            f"{V2_SPECULATOR}.propose",
+            ("self._fused_multi_step_decode if self.supports_decode_metadata_update",),
+        ),
+        Steps(
+            f"{V2_SPECULATOR}._multi_step_decode",
+            ("for step in range(1,", "attn_metadata = self._build_uniform_attn_metadata("),
+        ),
         Overridden(f"{V2_STATE}.add_request", "req_index, new_req_data"),
         Overridden(f"{V2_STATE}.remove_request", "req_id"),
         Overridden(

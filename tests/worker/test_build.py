@@ -22,7 +22,7 @@ from vl_cache_vllm.attention.cpu import EvictionCPUAttentionImpl
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
-from vl_cache_vllm.worker.build import EvictedGroup, build_evictor
+from vl_cache_vllm.worker.build import EvictedGroup, build_evictors
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 5, 32, 2, 32
 LAYERS = ["layers.0", "layers.1", "layers.2"]
@@ -111,15 +111,41 @@ def vllm_config(
 
 
 @pytest.mark.parametrize("order", ["layer-outermost", "block-outermost"])
-def test_pages_are_the_layers_own_memory(order: str) -> None:
-    strides = (
-        {}
-        if order == "layer-outermost"
-        else {"layer_stride": PAGE_BYTES, "block_stride": len(LAYERS) * PAGE_BYTES}
-    )
-    cache = cache_config(**strides)
+def test_a_drafts_layers_have_a_pool_of_their_own(order: str) -> None:
+    cache = cache_config(**page_strides(order))
     config = vllm_config(cache)
-    worker, group = build_evictor(config, cache)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=2)
+    worker, group, drafts = build_evictors(config, cache, {LAYERS[2]})
+    assert group.layers == {LAYERS[0]: 0, LAYERS[1]: 1}
+    assert worker.pool.num_layers == 2 and drafts is not None
+    pool = drafts.evictor.pool
+    assert drafts.layers == {LAYERS[2]: 0} and pool.num_layers == 1
+    layer = config.compilation_config.static_forward_context[LAYERS[2]]
+    for block in range(NUM_BLOCKS):
+        layer.kv_cache[block] = block + 1
+        page = pool.pages[int(pool.page_ids(0, torch.tensor(block)))]
+        assert (page == block + 1).all()
+
+
+@pytest.mark.parametrize("draft", [LAYERS[:1], ["elsewhere"]])
+def test_a_draft_that_does_not_follow_the_model_is_refused(draft: list[str]) -> None:
+    cache = cache_config()
+    config = vllm_config(cache)
+    with pytest.raises(ValueError, match="needs a draft model whose layers have the shape"):
+        build_evictors(config, cache, draft)
+
+
+def page_strides(order: str) -> dict[str, int]:
+    if order == "layer-outermost":
+        return {}
+    return {"layer_stride": PAGE_BYTES, "block_stride": len(LAYERS) * PAGE_BYTES}
+
+
+@pytest.mark.parametrize("order", ["layer-outermost", "block-outermost"])
+def test_pages_are_the_layers_own_memory(order: str) -> None:
+    cache = cache_config(**page_strides(order))
+    config = vllm_config(cache)
+    worker, group, _ = build_evictors(config, cache)
     assert group == EvictedGroup(0, {name: i for i, name in enumerate(LAYERS)})
     for name, layer in config.compilation_config.static_forward_context.items():
         for block in range(NUM_BLOCKS):
@@ -141,7 +167,7 @@ def test_pages_are_the_layers_own_memory(order: str) -> None:
 )
 def test_tables_are_as_large_as_graphs(graph_tokens: int | None, expected: int) -> None:
     cache = cache_config()
-    worker, _ = build_evictor(vllm_config(cache, graph_tokens=graph_tokens), cache)
+    worker, _, _ = build_evictors(vllm_config(cache, graph_tokens=graph_tokens), cache)
     tables = worker.tables
     assert tables._block_table.numel() == len(LAYERS) * expected * tables.sizes.width
 
@@ -166,7 +192,7 @@ def test_of_a_hybrid_model_the_group_of_full_attention() -> None:
     config = vllm_config(cache)
     layers = config.compilation_config.static_forward_context
     layers[LAYERS[1]].kv_cache = layers[LAYERS[0]].kv_cache
-    worker, group = build_evictor(config, cache)
+    worker, group, _ = build_evictors(config, cache)
     assert group == EvictedGroup(1, {LAYERS[1]: 0})
     assert worker.shard.layers == (1,)
     assert worker.pool.num_layers == 1
@@ -244,13 +270,13 @@ def test_of_a_hybrid_model_the_group_of_full_attention() -> None:
 )
 def test_refused(cache: KVCacheConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_evictor(vllm_config(cache), cache)
+        build_evictors(vllm_config(cache), cache)
 
 
 def test_token_major_pages_of_a_cpu_are_refused() -> None:
     cache = cache_config()
     with pytest.raises(ValueError, match="head-major"):
-        build_evictor(vllm_config(cache, token_major=True), cache)
+        build_evictors(vllm_config(cache, token_major=True), cache)
 
 
 def sharer(config: Any, target: str, num_heads: int = 4) -> None:
@@ -269,7 +295,7 @@ def test_layers_that_read_anothers_cache() -> None:
             layers["window.0"] = SimpleNamespace(kv_sharing_target_layer_name=target)
         else:
             sharer(config, target)
-    worker, group = build_evictor(config, cache)
+    worker, group, _ = build_evictors(config, cache)
     shared = {"layers.3": 2, "layers.5": 0, "layers.6": 2}
     assert group == EvictedGroup(0, {name: i for i, name in enumerate(LAYERS)} | shared)
     assert worker.pool.num_layers == len(LAYERS)
@@ -282,7 +308,7 @@ def test_readers_with_other_heads_are_refused() -> None:
     config = vllm_config(cache)
     sharer(config, LAYERS[1], num_heads=8)
     with pytest.raises(ValueError, match="same number of query heads in all layers"):
-        build_evictor(config, cache)
+        build_evictors(config, cache)
 
 
 def with_states(kind: MambaAttentionBackendEnum) -> KVCacheConfig:
@@ -301,14 +327,14 @@ def with_states(kind: MambaAttentionBackendEnum) -> KVCacheConfig:
 @pytest.mark.parametrize("name", ["GDN_ATTN", "SHORT_CONV"])
 def test_states_that_are_tested(name: str) -> None:
     cache = with_states(MambaAttentionBackendEnum[name])
-    _, group = build_evictor(vllm_config(cache), cache)
+    _, group, _ = build_evictors(vllm_config(cache), cache)
     assert group == EvictedGroup(1, {name: i for i, name in enumerate(LAYERS)})
 
 
 def test_states_that_are_not_tested_are_refused() -> None:
     cache = with_states(MambaAttentionBackendEnum.MAMBA2)
     with pytest.raises(ValueError, match="not tested beside layers with states of the kind MAMBA2"):
-        build_evictor(vllm_config(cache), cache)
+        build_evictors(vllm_config(cache), cache)
 
 
 def test_states_on_a_gpu_are_refused() -> None:
@@ -316,13 +342,13 @@ def test_states_on_a_gpu_are_refused() -> None:
     config = vllm_config(cache)
     config.device_config.device_type = "cuda"
     with pytest.raises(ValueError, match="states is not tested on GPUs"):
-        build_evictor(config, cache)
+        build_evictors(config, cache)
 
 
 def test_attention_of_somebody_else_is_refused() -> None:
     cache = cache_config()
     with pytest.raises(ValueError, match="attention backend object: use --attention-backend"):
-        build_evictor(vllm_config(cache, impl=object), cache)
+        build_evictors(vllm_config(cache, impl=object), cache)
 
 
 def test_layers_with_different_query_heads_are_refused() -> None:
@@ -333,7 +359,7 @@ def test_layers_with_different_query_heads_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"query heads in all layers of full attention, not 4, 8, 4"
     ):
-        build_evictor(config, cache)
+        build_evictors(config, cache)
 
 
 def test_pages_in_an_order_of_their_own_are_refused() -> None:
@@ -342,14 +368,14 @@ def test_pages_in_an_order_of_their_own_are_refused() -> None:
     for layer in config.compilation_config.static_forward_context.values():
         layer.kv_cache = layer.kv_cache[:, :, :16]
     with pytest.raises(ValueError, match="cannot read pages of 16 tokens"):
-        build_evictor(config, cache)
+        build_evictors(config, cache)
 
 
 @pytest.mark.parametrize("token_major", [False, True])
 def test_tokens_of_a_gpu_cache(token_major: bool) -> None:
     cache = cache_config()
     config = vllm_config(cache, PerLayerAttentionMixin, token_major)
-    worker, group = build_evictor(config, cache)
+    worker, group, _ = build_evictors(config, cache)
     assert worker.pool.block_size == BLOCK_SIZE
     layers = config.compilation_config.static_forward_context
     for layer in layers.values():

@@ -12,7 +12,7 @@ from vl_cache_vllm.attention import registration
 from vl_cache_vllm.config import get_kv_compress_config
 from vl_cache_vllm.core.spec import with_eviction
 from vl_cache_vllm.messages import put_reports, take_admitted, take_deferred, take_orders
-from vl_cache_vllm.worker.build import build_evictor
+from vl_cache_vllm.worker.build import build_evictors
 
 
 class EvictionWorkerMixin(Worker):
@@ -34,26 +34,33 @@ class EvictionWorkerMixin(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """vLLM's, then builds the evictor over the allocated cache and hooks it into the runner."""
         super().initialize_from_config(kv_cache_config)
-        self.evictor, group = build_evictor(self.vllm_config, kv_cache_config)
         # Each adapter imports its runner, which the other one's platform may lack.
+        adapter: Any
         if self.use_v2_model_runner:
             from vl_cache_vllm.worker import v2
 
-            v2.install(self.model_runner, self.evictor, group)
+            adapter = v2
         else:
             from vl_cache_vllm.worker import v1
 
-            v1.install(self.model_runner, self.evictor, group)
+            adapter = v1
+        self.evictor, group, self.drafts = build_evictors(
+            self.vllm_config, kv_cache_config, adapter.draft_layers(self.model_runner)
+        )
+        adapter.install(self.model_runner, self.evictor, group, self.drafts)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's, with the scheduler's messages before it and the eviction reports after it."""
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        self.evictor.begin_output(
+        messages = (
             ended,
             take_admitted(scheduler_output),
             take_orders(scheduler_output),
             take_deferred(scheduler_output),
         )
+        self.evictor.begin_output(*messages)
+        if self.drafts is not None:
+            self.drafts.begin_output(*messages)
         self.evictor.cached_requests = scheduler_output.scheduled_cached_reqs
         return self._with_reports(super().execute_model(scheduler_output))
 
@@ -62,6 +69,8 @@ class EvictionWorkerMixin(Worker):
         return self._with_reports(super().sample_tokens(*args, **kwargs))
 
     def _with_reports(self, output: Any) -> Any:
+        if self.drafts is not None and output is not None:
+            self.drafts.end_step()
         if not get_pp_group().is_last_rank:  # the scheduler reads the last stage's output only
             self.evictor.take_reports()
             return output

@@ -2,8 +2,8 @@
 """Builds the evictor of a worker over its allocated KV cache."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin, number_type
+from vl_cache_vllm.config import TraceConfig
 from vl_cache_vllm.core.spec import EvictionAttentionSpec, EvictionMLASpec
 from vl_cache_vllm.ops.page_pool import PagePool
 from vl_cache_vllm.policy import Shard
+from vl_cache_vllm.worker.drafts import DraftEvictor
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.tp_group import tensor_parallel_group
 
@@ -74,10 +76,20 @@ def _owner(layer: Any) -> str | None:
     return getattr(layer, "kv_sharing_target_layer_name", None)
 
 
-def build_evictor(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> tuple[Evictor, EvictedGroup]:
-    """Build the evictor of a worker, and find the layers that it evicts.
+def build_evictors(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    draft_layers: Collection[str] = (),
+) -> tuple[Evictor, EvictedGroup, DraftEvictor | None]:
+    """Build the evictors of a worker, and find the layers that they evict.
+
+    Args:
+        vllm_config: the engine's configuration.
+        kv_cache_config: the allocated cache.
+        draft_layers: names of the attention layers of a draft model.
+
+    Returns:
+        The evictor of the model's layers, these layers, and the evictor of the draft's layers.
 
     Raises:
         ValueError: if the cache has no single group of full attention with interchangeable pages.
@@ -111,7 +123,7 @@ def build_evictor(
     if is_latent:
         from vl_cache_vllm.attention import latent  # imports what only vLLM's CPU build needs
     first = layers[0]
-    index_of = {name: i for i, name in enumerate(placement.layers)}
+    index_of = {name: i for i, name in enumerate(placement.layers) if name not in draft_layers}
     for name, layer in context.items():
         target = _owner(layer)
         if target in layer_names:
@@ -144,6 +156,13 @@ def build_evictor(
     layer_stride, block_stride = (stride // page_bytes for stride in strides)
     cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
+    names = [name for name in placement.layers if name not in draft_layers]
+    draft_names = placement.layers[len(names) :]
+    if names != [*placement.layers[: len(names)]] or len(draft_names) != len(draft_layers):
+        raise ValueError(
+            "KV compression needs a draft model whose layers have the shape of the model's and "
+            f"follow them in the KV cache, not {', '.join(draft_layers)}"
+        )
     last_page = (len(layer_names) - 1) * layer_stride + (
         kv_cache_config.num_blocks - 1
     ) * block_stride
@@ -155,7 +174,7 @@ def build_evictor(
         packing=latent.packing(tokens, content)
         if is_latent
         else first.impl.page_packing(first, dtype),
-        num_layers=len(layer_names),
+        num_layers=len(names),
         layer_stride=layer_stride,
         block_stride=block_stride,
         number_type=number_type(cache_dtype),
@@ -164,15 +183,40 @@ def build_evictor(
         for layer in layers:
             latent.LatentLayer(layer)
     readers = Counter(index_of.values())
-    worker = evictor_over(
+    evictor = evictor_over(
         pool,
         spec,
         vllm_config,
-        placement.layers,
+        names,
         first.num_heads,
         [readers[layer] for layer in range(pool.num_layers)],
     )
-    return worker, EvictedGroup(index, index_of)
+    drafts = None
+    if draft_names:
+        drafts = _draft_evictor(evictor, spec, vllm_config, draft_names, first.num_heads)
+    return evictor, EvictedGroup(index, index_of), drafts
+
+
+def _draft_evictor(
+    model: Evictor,
+    spec: EvictionAttentionSpec,
+    vllm_config: VllmConfig,
+    names: Sequence[str],
+    num_heads: int,
+) -> DraftEvictor:
+    """The evictor of a draft's layers, whose pages follow those of the model's layers."""
+    pool = model.pool
+    own = replace(
+        pool, pages=pool.pages[pool.num_layers * pool.layer_stride :], num_layers=len(names)
+    )
+    assert spec.kv_compress is not None and vllm_config.speculative_config is not None
+    untraced = replace(spec, kv_compress=replace(spec.kv_compress, trace=TraceConfig()))
+    return DraftEvictor(
+        model,
+        evictor_over(own, untraced, vllm_config, names, num_heads),
+        {name: layer for layer, name in enumerate(names)},
+        vllm_config.speculative_config.num_speculative_tokens or 0,
+    )
 
 
 def evictor_over(

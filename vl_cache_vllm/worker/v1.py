@@ -6,15 +6,25 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vl_cache_vllm.worker.build import EvictedGroup
+from vl_cache_vllm.worker.drafts import DraftEvictor
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.requests import RequestState
 from vl_cache_vllm.worker.step import Batch, BatchRow
 
 
-def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
+def draft_layers(runner: Any) -> set[str]:
+    """Names of the attention layers of a runner's draft model."""
+    return getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
+
+
+def install(
+    runner: Any, evictor: Evictor, group: EvictedGroup, drafts: DraftEvictor | None
+) -> None:
     """Hook eviction into a V1 model runner."""
-    adapter = V1Adapter(runner, evictor, group)
+    adapter = V1Adapter(runner, evictor, group, drafts)
     runner._build_attention_metadata = adapter.build_attention_metadata
+    if drafts is not None:
+        runner.drafter.build_per_group_and_layer_attn_metadata = adapter.build_draft_metadata
 
 
 class V1Adapter:
@@ -25,11 +35,21 @@ class V1Adapter:
     runs.
     """
 
-    def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
+    def __init__(
+        self,
+        runner: GPUModelRunner,
+        evictor: Evictor,
+        group: EvictedGroup,
+        drafts: DraftEvictor | None = None,
+    ) -> None:
         self._runner = runner
         self._evictor = evictor
         self._group = group
+        self._drafts = drafts
         self._build = runner._build_attention_metadata
+        if drafts is not None:
+            drafter: Any = runner.drafter
+            self._build_draft = drafter.build_per_group_and_layer_attn_metadata
         # The list of block ids that a request's state belongs to, compared by identity. A reused
         # request id comes with a new list, too.
         self._block_ids: dict[str, object] = {}
@@ -59,14 +79,27 @@ class V1Adapter:
                 batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], strict=True
             )
         ]
+        planned = Batch.of(rows)
         step = self._evictor.begin_step(
-            Batch.of(rows),
+            planned,
             batch.block_table[group].get_device_tensor(batch.num_reqs),
             runner.query_start_loc.gpu,
             runner.seq_lens,
         )
         if step is not None:
             step.attach(metadata, self._group.layers)
+        if self._drafts is not None:
+            self._drafts.begin_step(planned)
+
+    def build_draft_metadata(self, *args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Replaces the drafter's method, which it calls for each pass of its model."""
+        assert self._drafts is not None
+        groups, layers = self._build_draft(*args, **kwargs)
+        if kwargs.get("draft_index", 0) == 0:
+            self._drafts.first_pass(layers)
+        else:
+            self._drafts.further_pass(layers)
+        return groups, layers
 
     def _state(self, req_id: str) -> RequestState:
         runner = self._runner

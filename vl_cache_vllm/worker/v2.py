@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter for vLLM's V2 model runner (`vllm.v1.worker.gpu`): wraps its `ModelState`."""
 
+import dataclasses
 from bisect import bisect_left
 from typing import Any
 
@@ -12,19 +13,33 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
 from vl_cache_vllm.worker.build import EvictedGroup
+from vl_cache_vllm.worker.drafts import DraftEvictor
 from vl_cache_vllm.worker.evictor import Evictor
 from vl_cache_vllm.worker.step import Batch, BatchRow
 from vl_cache_vllm.worker.step_tables import GraphShape
 
 
-def install(runner: Any, evictor: Evictor, group: EvictedGroup) -> None:
+def draft_layers(runner: Any) -> set[str]:
+    """Names of the attention layers of a runner's draft model."""
+    return getattr(runner.speculator, "draft_attn_layer_names", set())
+
+
+def install(
+    runner: Any, evictor: Evictor, group: EvictedGroup, drafts: DraftEvictor | None
+) -> None:
     """Hook eviction into a V2 model runner and its model state."""
-    adapter = V2Adapter(runner, evictor, group)
+    adapter = V2Adapter(runner, evictor, group, drafts)
     state = runner.model_state
     state.add_request = adapter.add_request
     state.remove_request = adapter.remove_request
     state.prepare_attn = adapter.prepare_attn
     runner.gather_batch_req_state = adapter.gather_batch_req_state
+    if drafts is not None:
+        speculator = runner.speculator
+        speculator._prefill = adapter.draft_first_pass
+        speculator._build_attn_metadata = adapter.build_draft_metadata
+        # Metadata that vLLM updates in place between two passes would keep the first one's tables.
+        speculator.supports_decode_metadata_update = False
 
 
 class V2Adapter:
@@ -33,10 +48,21 @@ class V2Adapter:
     A batch is known by its request ids, because dummy batches use the slots of live requests.
     """
 
-    def __init__(self, runner: GPUModelRunner, evictor: Evictor, group: EvictedGroup) -> None:
+    def __init__(
+        self,
+        runner: GPUModelRunner,
+        evictor: Evictor,
+        group: EvictedGroup,
+        drafts: DraftEvictor | None = None,
+    ) -> None:
         self._runner = runner
         self._evictor = evictor
         self._group = group
+        self._drafts = drafts
+        if drafts is not None:
+            speculator: Any = runner.speculator
+            self._draft_prefill = speculator._prefill
+            self._build_draft = speculator._build_attn_metadata
         state = runner.model_state
         self._add, self._remove, self._prepare = (
             state.add_request,
@@ -153,6 +179,34 @@ class V2Adapter:
             step.tables.slot_mapping.fill_(-1)  # like vLLM: dummy batches write nothing
         if step is not None:
             step.attach(metadata, self._group.layers)
+        if self._drafts is not None and not is_capture:
+            self._drafts.begin_step(batch)
+        return metadata
+
+    def draft_first_pass(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        attn_metadata: dict[str, Any] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Replaces the method of the speculator, which passes on the model's metadata."""
+        assert self._drafts is not None
+        if attn_metadata is not None:
+            # `replace` leaves out what is attached: the model's step.
+            attn_metadata = {
+                name: dataclasses.replace(attn_metadata[name]) for name in self._drafts.layers
+            }
+            self._drafts.first_pass(attn_metadata)
+        self._draft_prefill(num_reqs, num_tokens, attn_metadata, *args, **kwargs)
+
+    def build_draft_metadata(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """Replaces the speculator's method, which it calls for each further pass."""
+        metadata: dict[str, Any] | None = self._build_draft(*args, **kwargs)
+        if metadata is not None:
+            assert self._drafts is not None
+            self._drafts.further_pass(metadata)
         return metadata
 
     def _batch(self, input_batch: InputBatch) -> Batch | None:
