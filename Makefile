@@ -14,7 +14,7 @@ RUN := LD_PRELOAD="$(CURDIR)/$(VENV)/lib/libiomp5.so$${LD_PRELOAD:+:$$LD_PRELOAD
 # Training allocates the same large tensors in every step; with these the C library keeps them.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-pretrained-tune accuracy-agent accuracy-hybrid train train-hybrid train-words clean
+.PHONY: env test test-quick lint demo bench bench-smoke soak accuracy accuracy-pretrained accuracy-pretrained-tune accuracy-agent accuracy-hybrid train train-drafts train-hybrid train-words clean
 
 env: $(STAMP)
 
@@ -112,6 +112,10 @@ train: env
 train-hybrid: env
 	$(KEEP) $(RUN) $(BIN)/python -m training.hybrid.train --out build/hybrid-reader
 	$(RUN) $(BIN)/python -m training.hybrid.export build/hybrid-reader models/hybrid-reader
+
+train-drafts: env
+	$(KEEP) $(RUN) $(BIN)/python -m training.drafts.train --out build/page-reader-eagle3
+	$(RUN) $(BIN)/python -m training.drafts.export build/page-reader-eagle3 models/page-reader-eagle3
 
 train-words: env
 	$(BIN)/python -m evaluation.pretrained.build_model build/pretrained

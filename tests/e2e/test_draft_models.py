@@ -16,13 +16,16 @@ from vllm import LLM
 from vllm.forward_context import get_forward_context
 
 import testing.random_weights  # noqa: F401  registers the load format
+from benchmarks.drafts import EAGLE3
+from evaluation.benches import MODEL, ImageBench
+from evaluation.cases import page_reader_cases
 from testing import engine as harness
 from testing import model_zoo
 from testing.oracle import Settings, decide_prompt
 from testing.tiny_models import random_image
 from tests.e2e.test_accounting import assert_pool_is_whole
 
-pytestmark = pytest.mark.both_runners
+both_runners = pytest.mark.both_runners
 
 KIND, BLOCK, NUM_DRAFTS = "glm-ocr", 32, 3
 DRAFTS = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
@@ -143,6 +146,7 @@ class Cache:
         return probabilities
 
 
+@both_runners
 def test_the_drafts_layer_attends_to_what_it_keeps(model: Path) -> None:
     """All its passes: the prompt, the drafts of a step, and what is taken back."""
     budget, num_tokens = 0.25, 40
@@ -200,8 +204,8 @@ def answers(
     ("settings", "kwargs"),
     [
         pytest.param({}, {}, id="after the prefill"),
-        pytest.param({"evict_after": 20}, {}, id="after some tokens"),
-        pytest.param({"every": 32}, {}, id="again and again"),
+        pytest.param({"evict_after": 20}, {}, id="after some tokens", marks=both_runners),
+        pytest.param({"every": 32}, {}, id="again and again", marks=both_runners),
         pytest.param({}, {"max_num_batched_tokens": 96}, id="chunked prefill"),
         pytest.param({}, {"async_scheduling": True}, id="asynchronous scheduling"),
     ],
@@ -256,11 +260,56 @@ def test_steps_without_the_draft_model(model: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_two_workers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --------------------------------------------------------------------------------------------------
+# Accepted drafts, and more than one worker: the page reader and its EAGLE-3 head
+
+
+def copies(
+    cases: Sequence[Any], settings: dict[str, Any] | None, has_drafts: bool = True, **kwargs: Any
+) -> tuple[list[list[int]], float]:
+    """Answers of the page reader, and the share of its drafts that are accepted."""
+    drafts = {
+        "method": "eagle3",
+        "model": str(EAGLE3),
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    with harness.engine(
+        MODEL,
+        settings,
+        dtype="float32",
+        limit_mm_per_prompt={"image": 4},
+        speculative_config=drafts if has_drafts else None,
+        disable_log_stats=False,
+        **kwargs,
+    ) as llm:
+        parameters = [harness.greedy(case.max_tokens) for case in cases]
+        for one in parameters:
+            one.ignore_eos = False  # the head has not learned what follows
+        outputs = ImageBench(str(MODEL)).outputs(llm, cases, parameters)
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        drafted, accepted = (
+            counts.get(f"vllm:spec_decode_num_{name}_tokens", 0) for name in ("draft", "accepted")
+        )
+        assert harness.num_evicted(llm.llm_engine) == (len(cases) if settings else 0)
+        return [harness.token_ids(output) for output in outputs], accepted / max(1, drafted)
+
+
+@both_runners
+def test_drafts_are_accepted_with_an_evicted_cache() -> None:
+    cases = page_reader_cases("test", ("row",), 6)
+    settings = {"policy": "vlcache-plus", "budget": 0.25, "evict_after": 0}
+    _, full = copies(cases, None)
+    plain, _ = copies(cases, settings, has_drafts=False)
+    drafted, evicted = copies(cases, settings)
+    assert drafted == plain
+    assert full > 0.9 and evicted > 0.8
+
+
+@both_runners
+def test_two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallelism: each worker has one of the draft's two KV heads."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    settings = {"policy": "vlcache", "budget": 0.25}
-    plain, evicted = answers(model, False, settings, tensor_parallel_size=2)
-    drafted, evicted_too = answers(model, True, settings, tensor_parallel_size=2)
-    assert drafted == plain
-    assert evicted_too == evicted == 5
+    cases = page_reader_cases("test", ("row",), 4)
+    settings = {"policy": "vlcache-plus", "budget": 0.25, "evict_after": 0}
+    alone = copies(cases, settings)
+    assert copies(cases, settings, tensor_parallel_size=2) == alone
