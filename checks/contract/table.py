@@ -1035,8 +1035,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np"),
         # A draft model: the first pass gets the model's metadata, the others build their own.
         Has(V2_RUNNER, "speculator"),
-        Has(f"{V2_DRAFTS}.speculator:DraftModelSpeculator", "supports_decode_metadata_update"),
-        Has(f"{V2_DRAFTS}.speculator:DraftModelSpeculator", "draft_attn_layer_names"),
+        Has(
+            f"{V2_DRAFTS}.speculator:DraftModelSpeculator",
+            "supports_decode_metadata_update draft_attn_layer_names",
+        ),
+        Exists(f"{V2_DRAFTS}.speculator:DraftModelSpeculator._configure_decode_metadata_update"),
         Overridden(
             f"{V2_DRAFTS}.speculator:DraftModelSpeculator._build_attn_metadata",
             "...",

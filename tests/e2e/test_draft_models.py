@@ -16,9 +16,9 @@ from vllm import LLM
 from vllm.forward_context import get_forward_context
 
 import testing.random_weights  # noqa: F401  registers the load format
-from benchmarks.drafts import EAGLE3
 from evaluation.benches import MODEL, ImageBench
 from evaluation.cases import page_reader_cases
+from evaluation.drafts import EAGLE3
 from testing import engine as harness
 from testing import model_zoo
 from testing.oracle import Settings, decide_prompt

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens of a draft model are accepted, with whole caches and with evicted ones.
 
-    python -m benchmarks.drafts [--samples 50] [--json OUT]
+    python -m evaluation.drafts [--samples 50] [--json OUT]
 
 The page reader copies rows and all records of a page, with drafts of its EAGLE-3 head. The draft's
 layer is evicted like those of the reader; answers must be the same as without drafts.
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(measure(name, settings, budget, cases))
             print(rows[-1], flush=True)
     if options.json:
-        write_report(options.json, "benchmarks.drafts", arguments, tasks=[*TASKS], rows=rows)
+        write_report(options.json, "evaluation.drafts", arguments, tasks=[*TASKS], rows=rows)
 
 
 if __name__ == "__main__":
