@@ -147,7 +147,10 @@ def test_a_dummy_run_between_steps_changes_nothing() -> None:
     world.drafts.end_step()
     before = world.pool.pages.clone()
     assert world.first_pass(5, 5) is None
+    assert world.further_pass(6) is None
     assert torch.equal(world.pool.pages, before)
+    world.begin(PROMPT, 1)
+    assert world.first_pass(1, PROMPT + 1).tables is not None
 
 
 def test_nothing_is_kept_where_the_draft_model_did_not_run() -> None:

@@ -106,6 +106,7 @@ class DraftEvictor:
         """
         batch, self._waiting = self._waiting, None
         if batch is None:  # a dummy run
+            self._rows = []
             return
         evictor, orders = self.evictor, self.evictor.orders
         given_up = {
