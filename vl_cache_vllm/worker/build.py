@@ -47,8 +47,8 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
     kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
     if len(ours) != 1:
         raise ValueError(
-            "KV compression needs the layers of full attention, all of one shape, in one KV cache "
-            f"group; this model's groups are: {kinds}"
+            "KV compression needs the layers of full attention, those of a draft model included, "
+            f"all of one shape, in one KV cache group; this model's groups are: {kinds}"
         )
     others = [g.kv_cache_spec for i, g in enumerate(groups) if i not in ours]
     states = [spec for spec in others if isinstance(spec, MambaSpec)]
