@@ -253,7 +253,10 @@ REFUSALS = {
         _set("speculative_config", SimpleNamespace(method="eagle")),
         "drafts of the kind eagle: use eagle3, mtp or ngram",
     ),
-    "several MTP modules": (_drafts(use_multi_module_mtp=lambda: True), "num_speculative_tokens 1"),
+    "several MTP modules": (
+        _drafts(use_multi_module_mtp=lambda: True),
+        "several MTP modules: remove",
+    ),
     "parallel drafting": (_drafts(parallel_drafting=True), "remove parallel_drafting"),
     "draft batches": (
         _drafts(disable_padded_drafter_batch=True),

@@ -198,7 +198,7 @@ def _draft_reasons(vllm_config: VllmConfig) -> list[str]:
         ),
         (
             speculative.use_multi_module_mtp(),
-            "several MTP modules: use num_speculative_tokens 1 in --speculative-config",
+            "several MTP modules: remove --speculative-config",
         ),
         (
             speculative.parallel_drafting,

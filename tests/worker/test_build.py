@@ -114,7 +114,7 @@ def vllm_config(
 def test_a_drafts_layers_have_a_pool_of_their_own(order: str) -> None:
     cache = cache_config(**page_strides(order))
     config = vllm_config(cache)
-    config.speculative_config = SimpleNamespace(num_speculative_tokens=2)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=2, method="mtp")
     worker, group, drafts = build_evictors(config, cache, {LAYERS[2]})
     assert group.layers == {LAYERS[0]: 0, LAYERS[1]: 1}
     assert worker.pool.num_layers == 2 and drafts is not None
@@ -125,6 +125,17 @@ def test_a_drafts_layers_have_a_pool_of_their_own(order: str) -> None:
         layer.kv_cache[block] = block + 1
         page = pool.pages[int(pool.page_ids(0, torch.tensor(block)))]
         assert (page == block + 1).all()
+
+
+def test_several_mtp_modules_are_refused() -> None:
+    cache = cache_config()
+    config = vllm_config(cache)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=1, method="mtp")
+    with pytest.raises(ValueError, match="one MTP module, not 2"):
+        build_evictors(config, cache, set(LAYERS[1:]))
+    config.speculative_config.method = "eagle3"
+    drafts = build_evictors(config, cache, set(LAYERS[1:]))[2]
+    assert drafts is not None and drafts.evictor.pool.num_layers == 2
 
 
 @pytest.mark.parametrize("draft", [LAYERS[:1], ["elsewhere"]])

@@ -163,6 +163,12 @@ def build_evictors(
             "KV compression needs a draft model whose layers have the shape of the model's and "
             f"follow them in the KV cache, not {', '.join(draft_layers)}"
         )
+    speculative = vllm_config.speculative_config if len(draft_names) > 1 else None
+    if speculative is not None and speculative.method == "mtp":
+        raise ValueError(
+            "KV compression supports a draft model with one MTP module, not "
+            f"{len(draft_names)}, of which vLLM runs one in each pass: remove --speculative-config"
+        )
     last_page = (len(layer_names) - 1) * layer_stride + (
         kv_cache_config.num_blocks - 1
     ) * block_stride

@@ -152,14 +152,15 @@ class DraftEvictor:
     def end_step(self) -> None:
         """End a step, in which the draft model may not have run.
 
-        vLLM leaves it out near the model's maximum length, for all requests of the step. A prompt
-        that the draft's layers have not seen is a gap in their cache: they keep nothing of such a
-        request when it is evicted.
+        vLLM leaves it out near the draft model's maximum length, for all requests of the step. A
+        prompt that the draft's layers have not seen is a gap in their cache: they keep nothing of
+        such a request when it is evicted.
         """
         if (batch := self._waiting) is not None:
             self._waiting = None
             for one, computed in zip(self._rows, batch.num_computed.tolist(), strict=True):
-                one.is_incomplete |= computed < one.state.prefill_tokens
+                if computed < one.state.prefill_tokens:
+                    one.is_incomplete, one.state.attention_stats = True, None
                 if (order := self.evictor.orders.get(one.state.request_id)) is not None:
                     self._keep_nothing(one.state, order)
         self.evictor.take_reports()  # the model's reports stand for the request
