@@ -15,6 +15,7 @@ from testing.results import Row, write_report
 
 EAGLE3 = Path(__file__).parent.parent / "models" / "page-reader-eagle3"
 NUM_DRAFTS = 3
+DRAFTS = {"method": "eagle3", "model": str(EAGLE3), "num_speculative_tokens": NUM_DRAFTS}
 TASKS = "row", "dump"
 CACHES: dict[str, dict[str, Any] | None] = {
     "full cache": None,
@@ -37,11 +38,6 @@ def measure(
     for one in sampling:
         one.ignore_eos = False
     for has_drafts in (True, False):
-        drafts = {
-            "method": "eagle3",
-            "model": str(EAGLE3),
-            "num_speculative_tokens": NUM_DRAFTS,
-        }
         with running_llm(
             model=bench.model,
             enforce_eager=True,
@@ -52,7 +48,7 @@ def measure(
             limit_mm_per_prompt={"image": 4},
             async_scheduling=False,
             disable_log_stats=False,
-            speculative_config=drafts if has_drafts else None,
+            speculative_config=DRAFTS if has_drafts else None,
             additional_config={"kv_compress": {**settings, "budget": budget}} if settings else {},
         ) as llm:
             outputs = bench.outputs(llm, cases, sampling)

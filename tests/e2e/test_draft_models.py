@@ -18,7 +18,7 @@ from vllm.forward_context import get_forward_context
 import testing.random_weights  # noqa: F401  registers the load format
 from evaluation.benches import MODEL, ImageBench
 from evaluation.cases import page_reader_cases
-from evaluation.drafts import EAGLE3
+from evaluation.drafts import DRAFTS as READER_DRAFTS
 from testing import engine as harness
 from testing import model_zoo
 from testing.oracle import Settings, decide_prompt
@@ -268,17 +268,12 @@ def copies(
     cases: Sequence[Any], settings: dict[str, Any] | None, has_drafts: bool = True, **kwargs: Any
 ) -> tuple[list[list[int]], float]:
     """Answers of the page reader, and the share of its drafts that are accepted."""
-    drafts = {
-        "method": "eagle3",
-        "model": str(EAGLE3),
-        "num_speculative_tokens": NUM_DRAFTS,
-    }
     with harness.engine(
         MODEL,
         settings,
         dtype="float32",
         limit_mm_per_prompt={"image": 4},
-        speculative_config=drafts if has_drafts else None,
+        speculative_config=READER_DRAFTS if has_drafts else None,
         disable_log_stats=False,
         **kwargs,
     ) as llm:

@@ -40,9 +40,7 @@ class World:
         model = replace(self.pool, num_layers=2)
         draft = replace(self.pool, pages=self.pool.pages[2 * model.layer_stride :], num_layers=1)
         self.model = Evictor(config, model, **sizes)
-        self.drafts = DraftEvictor(
-            self.model, Evictor(config, draft, **sizes), {"draft": 0}, NUM_DRAFTS
-        )
+        self.drafts = DraftEvictor(Evictor(config, draft, **sizes), {"draft": 0}, NUM_DRAFTS)
         self.state = self.start()
 
     def start(self) -> RequestState:

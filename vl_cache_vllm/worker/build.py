@@ -199,26 +199,24 @@ def build_evictors(
     )
     drafts = None
     if draft_names:
-        drafts = _draft_evictor(evictor, spec, vllm_config, draft_names, first.num_heads)
+        drafts = _draft_evictor(pool, spec, vllm_config, draft_names, first.num_heads)
     return evictor, EvictedGroup(index, index_of), drafts
 
 
 def _draft_evictor(
-    model: Evictor,
+    pool: PagePool,
     spec: EvictionAttentionSpec,
     vllm_config: VllmConfig,
     names: Sequence[str],
     num_heads: int,
 ) -> DraftEvictor:
-    """The evictor of a draft's layers, whose pages follow those of the model's layers."""
-    pool = model.pool
+    """The evictor of a draft's layers, whose pages follow ``pool``, those of the model's layers."""
     own = replace(
         pool, pages=pool.pages[pool.num_layers * pool.layer_stride :], num_layers=len(names)
     )
     assert spec.kv_compress is not None and vllm_config.speculative_config is not None
     untraced = replace(spec, kv_compress=replace(spec.kv_compress, trace=TraceConfig()))
     return DraftEvictor(
-        model,
         evictor_over(own, untraced, vllm_config, names, num_heads),
         {name: layer for layer, name in enumerate(names)},
         vllm_config.speculative_config.num_speculative_tokens or 0,

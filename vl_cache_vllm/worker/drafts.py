@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eviction in the layers of a draft model: EAGLE, EAGLE-3 and multi-token prediction (MTP).
+"""Eviction in the layers of a draft model: EAGLE-3 and multi-token prediction (MTP).
 
 vLLM places these layers in the KV cache group of the model, so every block has a page for each of
 them, too. They run after the model, in passes of their own:
@@ -39,18 +39,14 @@ class DraftEvictor:
     """Evicts the draft's layers.
 
     Args:
-        model: the evictor of the model's layers, which plans each step first.
         evictor: of the draft's layers, over a pool of their own.
         layers: index in that pool by vLLM's layer name.
         num_drafts: tokens that are drafted in a step at most.
     """
 
-    def __init__(
-        self, model: Evictor, evictor: Evictor, layers: dict[str, int], num_drafts: int
-    ) -> None:
+    def __init__(self, evictor: Evictor, layers: dict[str, int], num_drafts: int) -> None:
         self.evictor = evictor
         self.layers = layers
-        self._model = model
         self._num_drafts = num_drafts
         self._requests: dict[str, _Request] = {}
         self._waiting: Batch | None = None  # the step's, until the first pass
