@@ -93,9 +93,9 @@ def write_files(config: Any, processor: ProcessorMixin, out: Path, dtype: torch.
     ).save_pretrained(out)
 
 
-def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
-    text = LlamaConfig(
+def llama_config(shape: Shape, **fields: Any) -> LlamaConfig:
+    """A decoder of the shape's sizes; ``fields`` are added and replace those of the shape."""
+    values = dict(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
         intermediate_size=shape.mlp,
@@ -107,10 +107,14 @@ def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
         rms_norm_eps=shape.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=pad,
         tie_word_embeddings=False,
     )
+    return LlamaConfig(**{**values, **fields})
+
+
+def configuration(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    end, pad, image = tokenizer.convert_tokens_to_ids([END, PAD, IMAGE])
+    text = llama_config(shape, eos_token_id=end, pad_token_id=pad)
     return LlavaConfig(
         vision_config=vision_config(shape),
         text_config=text,

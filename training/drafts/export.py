@@ -13,27 +13,17 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from training.drafts.model import AUX_LAYERS
-from training.export import MAX_POSITION, write_weights
+from training.export import llama_config, write_weights
 from training.model import Shape
 from training.tokenizer import build_tokenizer
 
 
 def configuration(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(
+    return llama_config(
+        shape,
         architectures=["LlamaForCausalLMEagle3"],
-        vocab_size=shape.vocab,
         draft_vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
         num_hidden_layers=1,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        max_position_embeddings=MAX_POSITION,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        bos_token_id=None,
-        tie_word_embeddings=False,
         eagle_aux_hidden_state_layer_ids=[*AUX_LAYERS],
     )
 
