@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.cases import Case
 from evaluation.pretrained.scores import score
 from evaluation.pretrained.tasks import PretrainedCase
 from training.data import Encoder, normalised, patches
-from training.model import CHUNK, LanguageModel, Reader, Shape, causal_mask, rotary
+from training.drafts.train import load_reader
+from training.model import CHUNK, LanguageModel, Shape, causal_mask, rotary
 from training.tokenizer import build_tokenizer
 from vl_cache_vllm.policy import PatchGrid
 
@@ -153,10 +153,7 @@ class OfflineReader(OfflineModel):
     def __init__(self, folder: Path) -> None:
         tokenizer = build_tokenizer()
         self.encoder = Encoder(tokenizer)
-        self.model = Reader(Shape(vocab=len(tokenizer)))
-        weights = load_file(folder / "model.safetensors")
-        wanted = self.model.state_dict()  # without the norm of the unused class token
-        self.model.load_state_dict({name: weights[name].float() for name in wanted})
+        self.model = load_reader(folder)
         super().__init__(self.model.shape, self.model.model.language_model, self.model.lm_head)
 
     def prefix(self, case: Case) -> Hashable:

@@ -42,8 +42,9 @@ STAGES = (
 def load_reader(path: Path = READER) -> Reader:
     """The page reader with the weights of a checkpoint."""
     reader = Reader(Shape(vocab=len(build_tokenizer())))
-    weights = {k: v.float() for k, v in load_file(path / "model.safetensors").items()}
-    reader.load_state_dict({k: weights[k] for k in reader.state_dict()})
+    weights = load_file(path / "model.safetensors")
+    wanted = reader.state_dict()  # without the norm of the unused class token
+    reader.load_state_dict({name: weights[name].float() for name in wanted})
     return reader.eval().requires_grad_(False)
 
 
