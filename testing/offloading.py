@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV offloading to host memory on a CPU build, with copies that run as late as they may.
 
-vLLM's `OffloadingConnector` and its manager of host memory are used as they are. Only the copies,
-which vLLM has for GPUs alone, are ours. A copy runs when it has been asked for its result several
-times, or when vLLM waits for it: a block that was freed too early is then copied with the contents
-of its next owner.
+vLLM's `OffloadingConnector` and `SimpleCPUOffloadConnector` and their managers of host memory are
+used as they are. Only the copies, which vLLM has for GPUs alone, are ours. A copy runs when it has
+been asked for its result several times, or when vLLM waits for it: a block that was freed too early
+is then copied with the contents of its next owner.
 """
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_offload.base import (
@@ -21,6 +22,7 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.simple_kv_offload import worker as simple
 
 POLLS = 4  # of `get_finished` before a copy runs, unless the configuration says otherwise
 
@@ -90,3 +92,79 @@ class LateCopies(OffloadingWorker):
             to[index][target.block_ids, :size] = from_[index][source.block_ids, :size]
         size = len(source.block_ids) * sum(size for _, size in self._layers)
         self._finished.append(TransferResult(job_id, True, size, time.perf_counter() - start))
+
+
+def simple_config(num_bytes: int, **extra: Any) -> KVTransferConfig:
+    """`SimpleCPUOffloadConnector` with so much host memory; call `use_late_copies` before."""
+    return KVTransferConfig(
+        kv_connector="SimpleCPUOffloadConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": num_bytes, **extra},
+    )
+
+
+class _Stream:
+    def __init__(self, priority: int) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+
+class LateBackend:
+    """Copies of `SimpleCPUOffloadConnector`, in the order in which they were asked for."""
+
+    blocks: ClassVar[list[int]] = [0, 0]  # that were loaded and stored
+
+    def init(
+        self, pool: dict[str, torch.Tensor], host: dict[str, torch.Tensor], *streams: object
+    ) -> None:
+        self._pool, self._host = list(pool.values()), list(host.values())
+
+    def launch_copy(
+        self,
+        source: list[int],
+        target: list[int],
+        is_store: bool,
+        event_idx: int,
+        events_list: list[Any],
+        wait_event: object = None,
+    ) -> None:
+        events_list.append((event_idx, _LateCopy(self, source, target, is_store)))
+
+    def copy(self, source: list[int], target: list[int], is_store: bool) -> None:
+        from_, to = (self._pool, self._host) if is_store else (self._host, self._pool)
+        for one, other in zip(from_, to, strict=True):
+            other[target] = one[source]
+        LateBackend.blocks[is_store] += len(source)
+
+
+class _LateCopy:
+    """The event that a copy has been done; without arguments, one of a step."""
+
+    def __init__(self, backend: LateBackend | None = None, *copy: Any) -> None:
+        self._backend, self._copy, self._polls = backend, copy, POLLS
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        self._polls -= 1
+        if self._polls <= 0:
+            self.synchronize()
+        return self._backend is None
+
+    def synchronize(self) -> None:
+        if self._backend is not None:
+            self._backend.copy(*self._copy)
+            self._backend = None
+
+
+def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `SimpleCPUOffloadConnector` copy with `LateBackend`, without streams of a GPU."""
+    monkeypatch.setattr(LateBackend, "blocks", [0, 0])
+    monkeypatch.setattr(simple, "DmaCopyBackend", LateBackend)
+    monkeypatch.setattr(torch, "Event", _LateCopy)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)

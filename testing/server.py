@@ -23,6 +23,13 @@ from PIL import Image
 START_TIMEOUT_SECONDS = 300.0
 
 
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server."""
@@ -120,9 +127,7 @@ def running(
         RuntimeError: if it exits or is not healthy in time; includes the end of its log.
     """
     if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
     arguments = (*arguments, "--host", "127.0.0.1", "--port", str(port))
     with log.open("w") as output:
         process = subprocess.Popen(

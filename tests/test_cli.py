@@ -28,6 +28,7 @@ from testing import tiny_models
 from testing.server import command, environment
 from vl_cache_vllm import deprecated, hooks, install
 from vl_cache_vllm.config import KVCompressConfig, describe_settings, get_kv_compress_config
+from vl_cache_vllm.core import connectors
 from vl_cache_vllm.support import unsupported_reasons
 
 
@@ -237,7 +238,33 @@ REFUSALS = {
                 "connectors": [{"kv_connector": "NixlConnector"}, {"kv_connector": "Mine"}]
             },
         ),
-        "KV connector Mine: use ExampleConnector, NixlConnector, ",
+        "KV connector Mine: use ExampleConnector, LMCacheMPConnector, ",
+    ),
+    "LMCache in a pair": (
+        _transfers(
+            kv_connector="MultiConnector",
+            kv_connector_extra_config={
+                "connectors": [
+                    {"kv_connector": "LMCacheMPConnector"},
+                    {"kv_connector": "OffloadingConnector"},
+                ]
+            },
+        ),
+        "LMCacheMPConnector in a MultiConnector: use it alone",
+    ),
+    "LMCache that stores answers": (
+        _transfers(
+            kv_connector="LMCacheMPConnector",
+            kv_connector_extra_config={"lmcache.mp.save_decode_cache": True},
+        ),
+        "LMCache's lmcache.mp.save_decode_cache, with which",
+    ),
+    "LMCache that stores late": (
+        _transfers(
+            kv_connector="LMCacheMPConnector",
+            kv_connector_extra_config={"lmcache.mp.lazy_offload": True},
+        ),
+        "LMCache's lmcache.mp.lazy_offload, with which",
     ),
     "KV connector of one's own": (
         _transfers(kv_connector="NixlConnector", kv_connector_module_path="mine"),
@@ -331,14 +358,34 @@ def test_refused_flag(model: Path, flag: str, reason: str) -> None:
 def test_a_backend_of_offloading_is_refused(model: Path) -> None:
     vllm_config = _with_settings(config(model))
     _set("cache_config.kv_offloading_size", 1.0)(vllm_config)
-    _transfers(kv_connector="LMCacheMPConnector")(vllm_config)
-    with pytest.raises(
-        ValueError, match=r"LMCacheMPConnector: .*, or remove --kv-offloading-size$"
-    ):
+    _transfers(kv_connector="HF3FSKVConnector")(vllm_config)
+    with pytest.raises(ValueError, match=r"HF3FSKVConnector: .*, or remove --kv-offloading-size$"):
         install.enable(vllm_config)
 
 
-@pytest.mark.parametrize("name", ["ExampleConnector", "OffloadingConnector", "NixlConnector"])
+@pytest.mark.parametrize(
+    ("installed", "named"), [(None, r"\(not installed\)"), ("0.6.1", r"0\.6\.1"), ("0.50", "0.50")]
+)
+def test_other_releases_of_lmcache_are_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, named: str
+) -> None:
+    monkeypatch.setattr(connectors, "lmcache_version", lambda: installed)
+    vllm_config = _with_settings(config(model))
+    _transfers(kv_connector="LMCacheMPConnector")(vllm_config)
+    with pytest.raises(ValueError, match=rf"LMCache {named}: install lmcache 0\.5, "):
+        install.enable(vllm_config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ExampleConnector",
+        "LMCacheMPConnector",
+        "NixlConnector",
+        "OffloadingConnector",
+        "SimpleCPUOffloadConnector",
+    ],
+)
 def test_connectors_are_accepted(model: Path, name: str) -> None:
     vllm_config = _with_settings(config(model))
     _transfers(kv_connector=name)(vllm_config)

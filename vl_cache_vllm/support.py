@@ -116,7 +116,12 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
 
 
 def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
-    from vl_cache_vllm.core.connectors import SUPPORTED, configured_connectors
+    from vl_cache_vllm.core.connectors import (
+        LMCACHE_SERIES,
+        SUPPORTED,
+        configured_connectors,
+        lmcache_version,
+    )
 
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
@@ -125,6 +130,7 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
     flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
     parts = configured_connectors(transfer)
     names = {str(part.get("kv_connector")) for part in parts}
+    options = {key for part in parts for key in part.get("kv_connector_extra_config") or {}}
     unknown = sorted(names - SUPPORTED.keys())
     model = vllm_config.model_config
     layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
@@ -137,6 +143,24 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
         (
             any(part.get("kv_connector_module_path") for part in parts),
             "KV connectors of your own: remove kv_connector_module_path from --kv-transfer-config",
+        ),
+        (
+            "LMCacheMPConnector" in names and transfer.kv_connector == "MultiConnector",
+            "LMCacheMPConnector in a MultiConnector: use it alone",
+        ),
+        (
+            "LMCacheMPConnector" in names
+            and not (lmcache_version() or "").startswith(f"{LMCACHE_SERIES}."),
+            f"LMCache {lmcache_version() or '(not installed)'}: install lmcache {LMCACHE_SERIES}, "
+            "which eviction was tested with",
+        ),
+        *(
+            (
+                option in options,
+                f"LMCache's {option}, with which blocks would be stored that eviction has "
+                "replaced: remove it from --kv-transfer-config",
+            )
+            for option in ("lmcache.mp.save_decode_cache", "lmcache.mp.lazy_offload")
         ),
         (
             any(

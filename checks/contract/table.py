@@ -36,6 +36,7 @@ KV_CACHE_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
 OFFLOADING = f"{CONNECTORS}.offloading.scheduler"
+SIMPLE_OFFLOADING = "vllm.v1.simple_kv_offload.manager:SimpleCPUOffloadScheduler"
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 KV_INTERFACE = "vllm.v1.kv_cache_interface"
 MLA = "vllm.model_executor.layers.attention.mla_attention"
@@ -533,6 +534,33 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{OFFLOADING}:OffloadingConnectorScheduler._build_store_jobs",
             ("req_status.transfer_jobs.add(job_id)",),
         ),
+        # `SimpleCPUOffloadConnector` holds what it copies, and stores blocks by their own hashes.
+        Has(
+            f"{CONNECTORS}.simple_cpu_offload_connector:SimpleCPUOffloadConnector",
+            "scheduler_manager",
+        ),
+        Has(SIMPLE_OFFLOADING, "_pending_cpu_hits"),
+        Called(f"{SIMPLE_OFFLOADING}._free_pending_cpu_hit", "pending", "None"),
+        Steps(
+            f"{SIMPLE_OFFLOADING}.get_num_new_matched_tokens",
+            ("self._pending_cpu_hits[request.request_id] = (cpu_hit_blocks, ...",),
+        ),
+        Steps(
+            f"{SIMPLE_OFFLOADING}._prepare_eager_store_specs",
+            (
+                "self._select_eager_blocks_to_store(state, block_ids_by_group)",
+                "gpu_block_pool.touch([gpu_block_pool.blocks[bid] for bid in gpu_block_ids])",
+            ),
+        ),
+        Steps(
+            f"{SIMPLE_OFFLOADING}._classify_store_candidate",
+            ("if gpu_block.block_hash is None", "return _StoreAdmission.NOT_HASHED"),
+        ),
+        # LMCache's package brings the connector; that of this module is its older copy.
+        Steps(
+            f"{CONNECTORS}.lmcache_mp_connector:_resolve_lmcache_mp_connector",
+            ("return _ExternalLMCacheMPConnector",),
+        ),
     ),
     "core/patch_grids.py": (
         FEATURES,
@@ -879,6 +907,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(f"{KV_INTERFACE}:AttentionSpec", "num_kv_heads"),
         Has("vllm.config:ModelConfig", "max_model_len"),
         Has("vllm.config:SchedulerConfig", "max_num_batched_tokens"),
+    ),
+    "worker/connectors.py": (
+        Called("vllm.distributed.kv_transfer:get_kv_transfer_group", "", "KVConnectorBaseType"),
+        Called("vllm.distributed.kv_transfer:has_kv_transfer_group", "", "bool"),
     ),
     "worker/base_worker.py": (
         Called("vllm.distributed:get_pp_group", "", "GroupCoordinator"),

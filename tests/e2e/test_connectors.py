@@ -12,6 +12,7 @@ import pytest
 from vllm import LLM, RequestOutput
 from vllm.config import KVTransferConfig
 from vllm.v1.request import Request
+from vllm.v1.simple_kv_offload import manager
 
 from testing import offloading, tiny_models
 from testing.engine import (
@@ -160,6 +161,82 @@ def test_offloading_to_host_memory(
         assert_nothing_leaks(llm)
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
+@pytest.mark.parametrize(
+    ("host_blocks", "options"),
+    [
+        pytest.param(1024, {}, id="", marks=both_runners),
+        pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
+        pytest.param(40, {}, id="little-host-memory"),
+    ],
+)
+def test_simple_offloading(
+    model: Path,
+    expected: list[list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
+    host_blocks: int,
+    options: dict[str, Any],
+    async_scheduling: bool,
+) -> None:
+    offloading.use_late_copies(monkeypatch)
+    warnings: list[str] = []
+    monkeypatch.setattr(manager.logger, "warning", lambda text, *_: warnings.append(text))
+    transfer = offloading.simple_config(host_blocks * BLOCK_BYTES)
+    options = SMALL | options | {"kv_transfer_config": transfer}
+    with engine(model, SETTINGS, async_scheduling, **options) as llm:
+        for _ in range(2):
+            for question, answer in zip(QUESTIONS, expected, strict=True):
+                assert_same(answers(llm, prompts(question)), answer)
+                again = range(NUM_IMAGES)[:1:-1]
+                assert_same(answers(llm, prompts(question, again)), answer[:1:-1])
+        assert eviction_stats(llm).evicted == 4 * (2 * NUM_IMAGES - 2)
+        loaded, stored = offloading.LateBackend.blocks
+        assert stored and (loaded or host_blocks < 1024)
+        finish_copies(llm)
+        assert_nothing_leaks(llm)
+    assert not warnings  # of hits that were not loaded
+
+
+def test_simple_offloading_of_requests_that_end_early(
+    model: Path, expected: list[list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offloading.use_late_copies(monkeypatch)
+    transfer = offloading.simple_config(1024 * BLOCK_BYTES)
+    settings = SETTINGS | {"output_reserve": False}
+    options = SMALL | {"kv_cache_memory_bytes": TINY}
+    with engine(model, settings, kv_transfer_config=transfer, **options) as llm:
+        abort_and_preempt(llm)
+        loaded = offloading.LateBackend.blocks[0]
+        for request, answer in zip(prompts(), expected[0], strict=True):
+            assert_same(answers(llm, [request]), [answer])
+        assert offloading.LateBackend.blocks[0] > loaded
+        finish_copies(llm)
+        assert_nothing_leaks(llm)
+
+
+def finish_copies(llm: LLM) -> None:
+    """Run steps until `SimpleCPUOffloadConnector` holds no blocks."""
+    offload = scheduler(llm).connector.scheduler_manager
+    while offload.has_pending_stores():
+        answers(llm, [{"prompt": "USER: Hello. ASSISTANT:"}], 1)
+
+
+def abort_and_preempt(llm: LLM) -> None:
+    """Abort requests in each of their first steps, then run more at once than fit."""
+    core = llm.llm_engine
+    for steps in range(1, 9):
+        for request in prompts(seeds=range(2)):
+            name = str(len(core.output_processor.request_states))
+            core.add_request(name, request, greedy(64))
+        for _ in range(steps):
+            core.step()
+        core.abort_request(list(core.output_processor.external_req_ids), internal=False)
+        while core.has_unfinished_requests():
+            core.step()
+    for _ in range(2):
+        answers(llm, prompts(), 200)
+
+
 def test_requests_end_while_their_blocks_are_copied(
     model: Path, expected: list[list[RequestOutput]]
 ) -> None:
@@ -169,18 +246,7 @@ def test_requests_end_while_their_blocks_are_copied(
     options = SMALL | {"kv_cache_memory_bytes": TINY}
     with engine(model, settings, kv_transfer_config=transfer, **options) as llm:
         offloaded = Offloaded(llm)
-        core = llm.llm_engine
-        for steps in range(1, 9):
-            for request in prompts(seeds=range(2)):
-                name = str(len(core.output_processor.request_states))
-                core.add_request(name, request, greedy(64))
-            for _ in range(steps):
-                core.step()
-            core.abort_request(list(core.output_processor.external_req_ids), internal=False)
-            while core.has_unfinished_requests():
-                core.step()
-        for _ in range(2):
-            answers(llm, prompts(), 200)
+        abort_and_preempt(llm)
         assert any(request.num_preemptions for request in offloaded.requests)
         loaded = offloaded.loaded
         for request, answer in zip(prompts(), expected[0], strict=True):

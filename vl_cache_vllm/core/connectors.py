@@ -12,11 +12,15 @@ them as always. Four things differ:
 - Kept blocks are in no request's row, so the connector is told when they are taken: a copy of their
   last owner's contents may still be due.
 
+LMCache copies blocks in a process of its own, and only its workers know when it is done. They wait
+for it (`worker/connectors.py`).
+
 `SUPPORTED` names the connectors that this was written for and tested with. All others are refused.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -26,14 +30,25 @@ from vllm.v1.request import Request
 from vl_cache_vllm.core.admission import whole_blocks
 
 
-class Reader(Protocol):
-    """What the scheduler must know of how a connector reads blocks."""
+class Reader:
+    """What the scheduler must know of how a connector reads blocks.
+
+    This class suits a connector that has read a step's blocks when the step ends, or never reads
+    evicted ones.
+    """
+
+    def __init__(self, connector: Any) -> None:
+        pass
 
     def on_new_request(self, request: Request, storable_tokens: int) -> None:
         """Let the connector store only the first tokens of a request."""
 
+    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
+        """The last tokens of a hit will be computed, whether or not they are loaded as well."""
+
     def is_reading(self, request_id: str) -> bool:
         """Whether reads of the request's blocks have been scheduled and are not done."""
+        return False
 
     def forget_blocks(self, request_id: str) -> None:
         """Make sure that the connector does not read the request's present blocks any more."""
@@ -42,23 +57,7 @@ class Reader(Protocol):
         """Let the connector copy these blocks before the step that overwrites them."""
 
 
-class _ReadsWithinSteps:
-    """A connector that has read a step's blocks when the step ends, or never reads evicted ones."""
-
-    def on_new_request(self, request: Request, storable_tokens: int) -> None:
-        pass
-
-    def is_reading(self, request_id: str) -> bool:
-        return False
-
-    def forget_blocks(self, request_id: str) -> None:
-        pass
-
-    def on_blocks_taken(self, block_ids: Iterable[int]) -> None:
-        pass
-
-
-class _ReadsBetweenSteps:
+class _Offloading(Reader):
     """`OffloadingConnector`, which copies blocks while later steps run.
 
     vLLM lets it assume that the blocks of full attention stay until their request ends. Its
@@ -91,13 +90,49 @@ class _ReadsBetweenSteps:
         self._scheduler._current_batch_allocated_block_ids.update(block_ids)
 
 
+class _SimpleOffloading(Reader):
+    """`SimpleCPUOffloadConnector`, which holds references to the blocks that it copies.
+
+    It stores a block by the block's own hash, whoever owns it, and blocks without a hash never.
+    """
+
+    def __init__(self, connector: Any) -> None:
+        self._scheduler: Any = connector.scheduler_manager
+
+    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
+        # It holds the host blocks of a hit until it is loaded, and would warn of one that is not.
+        if not is_loaded and (hit := self._scheduler._pending_cpu_hits.pop(request_id, None)):
+            self._scheduler._free_pending_cpu_hit(hit)
+
+
+class _LMCache(Reader):
+    """`LMCacheMPConnector`, which stores the chunks of a prompt in the steps that compute them.
+
+    It counts the tokens that were computed itself: those of the hit and those of all steps since.
+    Its workers wait until it has copied what an eviction replaces (`worker/connectors.py`).
+    """
+
+    def __init__(self, connector: Any) -> None:
+        self._trackers: Mapping[str, Any] = connector.request_trackers
+
+    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
+        # They are in both numbers. Without this, chunks would be stored before their last tokens
+        # have been computed.
+        self._trackers[request_id].num_scheduled_tokens = -num_tokens
+
+
 SUPPORTED: dict[str, Callable[[Any], Reader]] = {
-    "ExampleConnector": lambda _: _ReadsWithinSteps(),
-    "NixlConnector": lambda _: _ReadsWithinSteps(),  # what it sends is not evicted
-    "NixlPullConnector": lambda _: _ReadsWithinSteps(),
-    "OffloadingConnector": _ReadsBetweenSteps,
+    "ExampleConnector": Reader,
+    "LMCacheMPConnector": _LMCache,
+    "NixlConnector": Reader,  # what it sends is not evicted
+    "NixlPullConnector": Reader,
+    "OffloadingConnector": _Offloading,
+    "SimpleCPUOffloadConnector": _SimpleOffloading,
 }
 """Connectors by vLLM's name, and how they read blocks; `MultiConnector` may combine them."""
+
+LMCACHE_SERIES = "0.5"
+"""Releases of LMCache whose counting of tokens `_LMCache` corrects."""
 
 _HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 
@@ -105,6 +140,14 @@ _HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 def _parts(connector: KVConnectorBase_V1 | None) -> list[Any]:
     """The connectors that a `MultiConnector` combines, or the connector itself."""
     return [] if connector is None else getattr(connector, "_connectors", [connector])
+
+
+def lmcache_version() -> str | None:
+    """The installed release of LMCache; vLLM's own copy of its connector needs the package, too."""
+    try:
+        return version("lmcache")
+    except PackageNotFoundError:
+        return None
 
 
 def hands_over(connector: KVConnectorBase_V1 | None) -> Callable[[Request], bool]:
@@ -178,12 +221,11 @@ class ConnectorGuard:
     def computed_after_load(self, request: Request) -> int:
         """Computed tokens with which a request goes on whose blocks have arrived."""
         self._loading.discard(request.request_id)
-        limit = self._max_hit_tokens(request)
-        return (
-            request.num_computed_tokens
-            if limit is None
-            else min(request.num_computed_tokens, limit)
-        )
+        computed, limit = request.num_computed_tokens, self._max_hit_tokens(request)
+        if limit is None or computed <= limit:
+            return computed
+        self._on_computed_here(request, computed - limit, is_loaded=True)
+        return limit
 
     def forget(self, request_id: str) -> None:
         """A request has ended or was preempted; unknown ids are fine."""
@@ -197,6 +239,7 @@ class ConnectorGuard:
         if not num_tokens or request.skip_reading_prefix_cache:  # the scheduler ignores the hit
             return num_tokens, is_async
         if limit is not None and limit <= num_computed_tokens:
+            self._on_computed_here(request, num_tokens, is_loaded=False)
             return 0, False
         if is_async:
             self._loading.add(request.request_id)
@@ -204,3 +247,7 @@ class ConnectorGuard:
         if limit is not None:
             num_tokens = min(num_tokens, limit - num_computed_tokens)
         return num_tokens, False
+
+    def _on_computed_here(self, request: Request, num_tokens: int, is_loaded: bool) -> None:
+        for reader in self._readers:
+            reader.on_computed_here(request.request_id, num_tokens, is_loaded)

@@ -366,7 +366,8 @@ def test_every_hook_is_in_the_table() -> None:
         for row in rows
         for name in (row.names.split() if isinstance(row, Has) else ())
     } | {target for rows in CONTRACT.values() for target in targets(rows)}
-    assert {hook.target for hook in hooks.HOOKS} <= known
+    # The release of LMCache is checked at start-up.
+    assert {hook.target for hook in hooks.HOOKS if hook.target.startswith("vllm.")} <= known
     assert {":".join(worker.rsplit(".", 1)) for worker in hooks.WORKERS} <= {
         target.rpartition(".")[0] for target in known
     }
