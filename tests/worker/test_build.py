@@ -22,6 +22,7 @@ from vl_cache_vllm.attention.cpu import EvictionCPUAttentionImpl
 from vl_cache_vllm.attention.per_layer import PerLayerAttentionMixin
 from vl_cache_vllm.config import KVCompressConfig
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
+from vl_cache_vllm.policy import Shard
 from vl_cache_vllm.worker.build import EvictedGroup, build_evictors
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 5, 32, 2, 32
@@ -136,6 +137,8 @@ def test_several_mtp_modules_are_refused() -> None:
     config.speculative_config.method = "eagle3"
     drafts = build_evictors(config, cache, set(LAYERS[1:]))[2]
     assert drafts is not None and drafts.evictor.pool.num_layers == 2
+    # They are a model of their own for policies that give layers shares by their depth.
+    assert drafts.evictor.shard == Shard()
 
 
 @pytest.mark.parametrize("draft", [LAYERS[:1], ["elsewhere"]])

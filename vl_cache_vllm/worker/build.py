@@ -217,7 +217,7 @@ def _draft_evictor(
     assert spec.kv_compress is not None and vllm_config.speculative_config is not None
     untraced = replace(spec, kv_compress=replace(spec.kv_compress, trace=TraceConfig()))
     return DraftEvictor(
-        evictor_over(own, untraced, vllm_config, names, num_heads),
+        evictor_over(own, untraced, vllm_config, None, num_heads),
         {name: layer for layer, name in enumerate(names)},
         vllm_config.speculative_config.num_speculative_tokens or 0,
     )
@@ -227,7 +227,7 @@ def evictor_over(
     pool: PagePool,
     spec: EvictionAttentionSpec,
     vllm_config: VllmConfig,
-    layer_names: Sequence[str],
+    layer_names: Sequence[str] | None,
     num_heads: int,
     readers: Sequence[int] = (),
 ) -> Evictor:
@@ -237,7 +237,8 @@ def evictor_over(
         pool: pages of the layers, in order.
         spec: the KV cache spec that all layers share.
         vllm_config: the engine's configuration.
-        layer_names: vLLM's names of the layers, in the order of the pool.
+        layer_names: vLLM's names of the layers, in the order of the pool; None: they are all
+            layers of a draft model.
         num_heads: query heads of a layer on this worker.
         readers: as for `Evictor`.
     """
@@ -257,9 +258,9 @@ def evictor_over(
         max_graph_reqs=min(scheduler.max_num_seqs, graph_tokens),
         tp_group=tp_group,
         shard=Shard(
-            tuple(map(extract_layer_index, layer_names)),
-            tp_group.rank * model_config.get_total_num_kv_heads() // tp_group.size,
-            model_config.get_total_num_hidden_layers(),
+            layers=tuple(map(extract_layer_index, layer_names)) if layer_names else None,
+            first_kv_head=tp_group.rank * model_config.get_total_num_kv_heads() // tp_group.size,
+            num_layers=model_config.get_total_num_hidden_layers() if layer_names else None,
         ),
         readers=readers,
     )
