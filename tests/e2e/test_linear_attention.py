@@ -8,7 +8,6 @@ compared with the oracle rather than with each other.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import testing.random_weights  # noqa: F401  registers the load format
 from checks import matrix
 from testing import engine as harness
 from testing import model_zoo
-from testing.attention_recorder import Record, recording
+from testing.attention_recorder import Record, after_hit, recording
 from testing.engine import read_trace
 from testing.tiny_models import random_image
 from vl_cache_vllm.core.pressure import max_blocks
@@ -52,22 +51,6 @@ def ask(llm: LLM, prompt: dict[str, Any]) -> tuple[RequestOutput, list[Record]]:
     with recording(llm) as layers:
         (output,) = llm.generate([prompt], harness.greedy(matrix.NUM_TOKENS), use_tqdm=False)
     return output, layers
-
-
-def after_hit(layers: list[Record], earlier: list[Record], hit: int) -> list[Record]:
-    """The records of a request whose first tokens were another request's."""
-    names = ("query", "key", "value", "output")
-    return [
-        replace(
-            layer,
-            **{
-                name: [*(part[None] for one in getattr(old, name) for part in one)][:hit]
-                + getattr(layer, name)
-                for name in names
-            },
-        )
-        for layer, old in zip(layers, earlier, strict=True)
-    ]
 
 
 def blocks_of_others(llm: LLM) -> int:
