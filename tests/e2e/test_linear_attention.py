@@ -30,19 +30,26 @@ LONG = "Describe everything that you can see in the picture, from left to right.
 
 
 @contextmanager
-def hybrid(models_dir: Path, settings: dict[str, Any] | None, **kwargs: Any) -> Iterator[LLM]:
-    model = model_zoo.build(KIND, models_dir / KIND)
+def hybrid(
+    models_dir: Path, settings: dict[str, Any] | None, kind: str = KIND, **kwargs: Any
+) -> Iterator[LLM]:
+    model = model_zoo.build(kind, models_dir / kind)
     with harness.engine(
-        model, settings, dtype=model_zoo.dtype(KIND), load_format="random", **kwargs
+        model,
+        settings,
+        dtype=model_zoo.dtype(kind),
+        load_format="random",
+        trust_remote_code=model_zoo.has_code(kind),
+        **kwargs,
     ) as llm:
         assert llm.llm_engine.vllm_config.cache_config.block_size == BLOCK  # a page holds a state
         yield llm
 
 
-def request(question: str, seed: int, num_images: int = 1) -> dict[str, Any]:
+def request(question: str, seed: int, num_images: int = 1, kind: str = KIND) -> dict[str, Any]:
     images = [random_image(seed + number) for number in range(num_images)]
     return {
-        "prompt": model_zoo.prompt_for(KIND, question, num_images),
+        "prompt": model_zoo.prompt_for(kind, question, num_images),
         "multi_modal_data": {"image": images},
     }
 
@@ -90,6 +97,25 @@ def test_prefix_hits_and_chunks_are_exact(models_dir: Path, tmp_path: Path, chun
             assert row is not None
         assert records[2]["kept_positions"] == records[1]["kept_positions"]
         assert harness.token_ids(again) == harness.token_ids(second)
+
+
+@pytest.mark.parametrize("chunk", [2048, 96], ids=["whole", "chunks"])
+def test_mamba_is_exact(models_dir: Path, tmp_path: Path, chunk: int) -> None:
+    """Without prefix caching, for which vLLM's CPU kernel of Mamba-2 lacks the states."""
+    trace, kind = tmp_path / "trace", "nemotron-nano-vl"
+    settings = SETTINGS | {"trace": {"path": str(trace), "positions": True}}
+    with hybrid(
+        models_dir, settings, kind, enable_prefix_caching=False, max_num_batched_tokens=chunk
+    ) as llm:
+        rows = []
+        for seed in range(3):
+            output, layers = ask(llm, request(LONG, seed, kind=kind))
+            (*_, record) = read_trace(trace).values()
+            assert output.prompt_token_ids is not None
+            tokens = len(output.prompt_token_ids)
+            end = record["vision_end"]
+            rows.append(matrix.compare(layers, tokens, end, record, model_zoo.dtype(kind)))
+        assert any(rows)  # None: a near tie
 
 
 def test_questions_share_the_image_with_few_observed_queries(models_dir: Path) -> None:
