@@ -28,6 +28,7 @@ KINDS = {
     "qwen3-vl": (*QWEN, FRAMES // 2),
     "llava-onevision": ("<video>\n", "<image>\n", 0),
     "internvl": ("<video>\n", "<IMG_CONTEXT>\n", 0),
+    "nemotron-nano-vl": ("<video>\n", "<image>\n", 0),
 }
 
 
@@ -90,7 +91,7 @@ def engine(kind: str, models_dir: Path, trace: Path, **kwargs: Any) -> Iterator[
         yield llm, ask
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"nemotron-nano-vl"}))
 def test_videos_are_exact(models_dir: Path, tmp_path: Path, kind: str) -> None:
     with engine(kind, models_dir, tmp_path / "trace") as (llm, ask):
         for parts in ("v", "vv", "iv", "vi"):
@@ -153,6 +154,30 @@ def test_pruned_videos_are_exact(
         assert second.num_cached_tokens == end // 32 * 32
         layers = after_hit(others, layers, second.num_cached_tokens)
         assert matrix.compare(layers, length + len(more), end, cached) is not None
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5], ids=["whole", "pruned"])
+def test_videos_beside_mamba_are_exact(models_dir: Path, tmp_path: Path, rate: float) -> None:
+    kind, dtype, lengths = "nemotron-nano-vl", "bfloat16", []
+    with engine(
+        kind,
+        models_dir,
+        tmp_path / "trace",
+        dtype=dtype,
+        trust_remote_code=True,
+        enable_prefix_caching=False,
+        video_pruning_rate=rate,
+    ) as (_, ask):
+        for parts in ("v", "iv"):
+            output, layers, record = ask(parts)
+            assert output.prompt_token_ids is not None
+            length, end = len(output.prompt_token_ids), record["vision_end"]
+            assert length - end == len("\n" + matrix.QUESTION)
+            assert matrix.compare(layers, length, end, record, dtype) is not None
+            first, last = record["visual"][-1]
+            lengths.append(last - first)
+    # Of 8 frames of 49 tokens, half are pruned; their time stamps and marks stay.
+    assert lengths == [679 - round(rate * 8 * 49)] * 2
 
 
 def test_sound_counts_as_text(models_dir: Path, tmp_path: Path) -> None:
