@@ -10,7 +10,7 @@ tokens, H query heads, D head size.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -99,6 +99,20 @@ def attention_of(layers: Sequence[Record], first: int, end: int) -> list[torch.T
             attention = layer.logits(first, end).softmax(dim=-1)
             readers.setdefault(owner, []).append(attention.unflatten(0, (layer.num_kv_heads, -1)))
     return [torch.cat(parts, dim=1).flatten(0, 1) for parts in readers.values()]
+
+
+def after_hit(layers: Sequence[Record], earlier: Sequence[Record], hit: int) -> list[Record]:
+    """The records of a request whose first tokens were another request's."""
+    names = ("query", "key", "value", "output")
+    return [
+        replace(
+            layer,
+            **{
+                name: [torch.cat(getattr(old, name))[:hit], *getattr(layer, name)] for name in names
+            },
+        )
+        for layer, old in zip(layers, earlier, strict=True)
+    ]
 
 
 @contextlib.contextmanager

@@ -803,6 +803,46 @@ def _lfm2_vl() -> Kind:
     )
 
 
+def _nemotron_nano_vl() -> Kind:
+    """Mamba-2 beside full attention. vLLM gives the encoder one of four sizes."""
+    return Kind(
+        config=dict(
+            architectures=["NemotronH_Nano_VL_V2"],
+            model_type="NemotronH_Nano_VL_V2",
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            text_config=_text(
+                "nemotron_h",
+                architectures=["NemotronHForCausalLM"],
+                dtype="bfloat16",
+                num_hidden_layers=8,
+                layers_block_type=["linear_attention", "full_attention"] * 4,
+                head_dim=128,
+                mamba_num_heads=4,
+                mamba_head_dim=64,
+                ssm_state_size=32,
+                n_groups=2,
+            ),
+            vision_config=dict(
+                model_type="c_radio", patch_size=16, args=dict(model="vit_small_patch16_224")
+            ),
+            vit_hidden_size=384,
+            projector_hidden_size=64,
+            patch_size=16,
+            force_image_size=224,
+            downsample_ratio=0.5,
+            ps_version="v2",
+            template=None,
+            image_tag_type="internvl",
+            use_thumbnail=True,
+            norm_mean=[0.5] * 3,
+            norm_std=[0.5] * 3,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+        dtype="bfloat16",
+    )
+
+
 def _paddleocr_vl() -> Kind:
     return Kind(
         config=dict(
@@ -1571,6 +1611,7 @@ _BUILT: dict[str, Kind] = {
     ),
     "glm-ocr": _glm4v("GlmOcrForConditionalGeneration", "glm_ocr"),
     "lfm2-vl": _lfm2_vl(),
+    "nemotron-nano-vl": _nemotron_nano_vl(),
     "paddleocr-vl": _paddleocr_vl(),
     "hunyuan-ocr": _hunyuan_vl(),
     "exaone4.5": _exaone4_5(),

@@ -8,6 +8,7 @@ density differs between layers. A parameter depends only on its name and shape.
 import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -26,6 +27,9 @@ class RandomLoader(BaseModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         for name, parameter in model.named_parameters():
             parameter.copy_(random_parameter(name, parameter))
+        for module in model.modules():
+            if isinstance(module, MambaMixer2):  # as vLLM does when it reads a checkpoint
+                module.A.copy_(-module.A.exp())
         if getattr(model_config.hf_text_config, "attention_k_eq_v", False):
             _load_keys_as_values(model)
         layers = [module for module in model.modules() if isinstance(module, Attention)]

@@ -570,7 +570,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "list[tuple[int, int]]",
         ),
         Has("vllm.multimodal.inputs:MultiModalFieldElem", "data"),
-        Has("vllm.config:ModelConfig", "hf_config uses_mrope"),
+        Has("vllm.config:ModelConfig", "hf_config uses_mrope multimodal_config"),
+        Called("vllm.config:MultiModalConfig.is_multimodal_pruning_enabled", ""),
     ),
     "core/scheduler.py": (
         Exists(f"{KV_INTERFACE}:AttentionSpec"),

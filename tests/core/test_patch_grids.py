@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, MultiModalConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import (
     MultiModalFeatureSpec,
@@ -21,10 +21,11 @@ from vl_cache_vllm.core.patch_grids import patch_grids
 from vl_cache_vllm.policy import PatchGrid
 
 
-def model(kind: str, mrope: bool = False, **vision: Any) -> Any:
+def model(kind: str, mrope: bool = False, pruning_rate: float = 0.0, **vision: Any) -> Any:
     """What is asked of a ``ModelConfig``."""
     hf_config = SimpleNamespace(model_type=kind, vision_config=SimpleNamespace(**vision))
-    return SimpleNamespace(hf_config=hf_config, uses_mrope=mrope)
+    multimodal = MultiModalConfig(video_pruning_rate=pruning_rate)
+    return SimpleNamespace(hf_config=hf_config, uses_mrope=mrope, multimodal_config=multimodal)
 
 
 LLAVA = model("llava", model_type="clip_vision_model")
@@ -32,10 +33,9 @@ PIXTRAL = model("llava", model_type="pixtral")
 IDEFICS = model("idefics3")
 QWEN = model("qwen2_vl", mrope=True, spatial_merge_size=2)
 UNSAID = model("isaac", mrope=True, pixel_shuffle_scale_factor=2)
-OMNI: Any = SimpleNamespace(
-    hf_config=SimpleNamespace(model_type="qwen2_5_omni", thinker_config=QWEN.hf_config),
-    uses_mrope=True,
-)
+PRUNING = model("qwen3_vl", mrope=True, pruning_rate=0.5, spatial_merge_size=2)
+OMNI = model("qwen2_5_omni", mrope=True)
+OMNI.hf_config = SimpleNamespace(model_type="qwen2_5_omni", thinker_config=QWEN.hf_config)
 
 
 def feature(
@@ -111,6 +111,16 @@ def test_a_merge_that_is_said_is_not_counted() -> None:
     pruned = feature(4, "v" * 16, (1, 16, 16))
     assert patch_grids([pruned], QWEN) == ()
     assert patch_grids([pruned], OMNI) == ()
+
+
+@pytest.mark.parametrize("tokens", [9, 12, 15])
+def test_a_pruned_video_has_no_grid(tokens: int) -> None:
+    """Nor where as many time stamps have come as tokens are gone."""
+    features = [
+        feature(4, "v" * tokens, (2, 4, 6), modality="video"),
+        feature(40, "v" * 6, (1, 4, 6)),
+    ]
+    assert patch_grids(features, PRUNING) == (PatchGrid(40, 2, 3, 3),)
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])

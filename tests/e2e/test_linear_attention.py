@@ -8,7 +8,6 @@ compared with the oracle rather than with each other.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import testing.random_weights  # noqa: F401  registers the load format
 from checks import matrix
 from testing import engine as harness
 from testing import model_zoo
-from testing.attention_recorder import Record, recording
+from testing.attention_recorder import Record, after_hit, recording
 from testing.engine import read_trace
 from testing.tiny_models import random_image
 from vl_cache_vllm.core.pressure import max_blocks
@@ -31,19 +30,26 @@ LONG = "Describe everything that you can see in the picture, from left to right.
 
 
 @contextmanager
-def hybrid(models_dir: Path, settings: dict[str, Any] | None, **kwargs: Any) -> Iterator[LLM]:
-    model = model_zoo.build(KIND, models_dir / KIND)
+def hybrid(
+    models_dir: Path, settings: dict[str, Any] | None, kind: str = KIND, **kwargs: Any
+) -> Iterator[LLM]:
+    model = model_zoo.build(kind, models_dir / kind)
     with harness.engine(
-        model, settings, dtype=model_zoo.dtype(KIND), load_format="random", **kwargs
+        model,
+        settings,
+        dtype=model_zoo.dtype(kind),
+        load_format="random",
+        trust_remote_code=model_zoo.has_code(kind),
+        **kwargs,
     ) as llm:
         assert llm.llm_engine.vllm_config.cache_config.block_size == BLOCK  # a page holds a state
         yield llm
 
 
-def request(question: str, seed: int, num_images: int = 1) -> dict[str, Any]:
+def request(question: str, seed: int, num_images: int = 1, kind: str = KIND) -> dict[str, Any]:
     images = [random_image(seed + number) for number in range(num_images)]
     return {
-        "prompt": model_zoo.prompt_for(KIND, question, num_images),
+        "prompt": model_zoo.prompt_for(kind, question, num_images),
         "multi_modal_data": {"image": images},
     }
 
@@ -52,22 +58,6 @@ def ask(llm: LLM, prompt: dict[str, Any]) -> tuple[RequestOutput, list[Record]]:
     with recording(llm) as layers:
         (output,) = llm.generate([prompt], harness.greedy(matrix.NUM_TOKENS), use_tqdm=False)
     return output, layers
-
-
-def after_hit(layers: list[Record], earlier: list[Record], hit: int) -> list[Record]:
-    """The records of a request whose first tokens were another request's."""
-    names = ("query", "key", "value", "output")
-    return [
-        replace(
-            layer,
-            **{
-                name: [*(part[None] for one in getattr(old, name) for part in one)][:hit]
-                + getattr(layer, name)
-                for name in names
-            },
-        )
-        for layer, old in zip(layers, earlier, strict=True)
-    ]
 
 
 def blocks_of_others(llm: LLM) -> int:
@@ -107,6 +97,25 @@ def test_prefix_hits_and_chunks_are_exact(models_dir: Path, tmp_path: Path, chun
             assert row is not None
         assert records[2]["kept_positions"] == records[1]["kept_positions"]
         assert harness.token_ids(again) == harness.token_ids(second)
+
+
+@pytest.mark.parametrize("chunk", [2048, 96], ids=["whole", "chunks"])
+def test_mamba_is_exact(models_dir: Path, tmp_path: Path, chunk: int) -> None:
+    """Without prefix caching, for which vLLM's CPU kernel of Mamba-2 lacks the states."""
+    trace, kind = tmp_path / "trace", "nemotron-nano-vl"
+    settings = SETTINGS | {"trace": {"path": str(trace), "positions": True}}
+    with hybrid(
+        models_dir, settings, kind, enable_prefix_caching=False, max_num_batched_tokens=chunk
+    ) as llm:
+        rows = []
+        for seed in range(3):
+            output, layers = ask(llm, request(LONG, seed, kind=kind))
+            (*_, record) = read_trace(trace).values()
+            assert output.prompt_token_ids is not None
+            tokens = len(output.prompt_token_ids)
+            end = record["vision_end"]
+            rows.append(matrix.compare(layers, tokens, end, record, model_zoo.dtype(kind)))
+        assert any(rows)  # None: a near tie
 
 
 def test_questions_share_the_image_with_few_observed_queries(models_dir: Path) -> None:

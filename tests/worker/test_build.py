@@ -338,7 +338,7 @@ def with_states(kind: MambaAttentionBackendEnum) -> KVCacheConfig:
     )
 
 
-@pytest.mark.parametrize("name", ["GDN_ATTN", "SHORT_CONV"])
+@pytest.mark.parametrize("name", ["GDN_ATTN", "MAMBA2", "SHORT_CONV"])
 def test_states_that_are_tested(name: str) -> None:
     cache = with_states(MambaAttentionBackendEnum[name])
     _, group, _ = build_evictors(vllm_config(cache), cache)
@@ -346,8 +346,8 @@ def test_states_that_are_tested(name: str) -> None:
 
 
 def test_states_that_are_not_tested_are_refused() -> None:
-    cache = with_states(MambaAttentionBackendEnum.MAMBA2)
-    with pytest.raises(ValueError, match="not tested beside layers with states of the kind MAMBA2"):
+    cache = with_states(MambaAttentionBackendEnum.MAMBA1)
+    with pytest.raises(ValueError, match="not tested beside layers with states of the kind MAMBA1"):
         build_evictors(vllm_config(cache), cache)
 
 

@@ -39,12 +39,22 @@ def patch_grids(
         ranges = feature.mm_position.extract_embeds_range()
         runs = [(first, last - first + 1) for first, last in ranges]
         if model.uses_mrope:
-            grids += _stated(feature, runs, _stated_merge(model.hf_config))
+            if feature.modality != "video" or not _prunes_videos(model):
+                grids += _stated(feature, runs, _stated_merge(model.hf_config))
         elif getattr(vision, "model_type", None) == "pixtral":
             grids += _rows(runs, feature.mm_position.offset + feature.mm_position.length)
         elif model.hf_config.model_type in _SQUARES:
             grids += _squares(runs)
     return tuple(grids)
+
+
+def _prunes_videos(model: ModelConfig) -> bool:
+    """Whether a video's tokens are others than its grid says, be they as many.
+
+    vLLM prunes some after the encoder, and then counts Qwen3-VL's time stamps among the visual.
+    """
+    multimodal = model.multimodal_config
+    return multimodal is not None and multimodal.is_multimodal_pruning_enabled()
 
 
 def _stated_merge(hf_config: PretrainedConfig) -> int | None:

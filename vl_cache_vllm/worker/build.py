@@ -39,7 +39,13 @@ class EvictedGroup:
 
 
 # Kinds of states that are tested beside full attention.
-STATES = frozenset({MambaAttentionBackendEnum.GDN_ATTN, MambaAttentionBackendEnum.SHORT_CONV})
+STATES = frozenset(
+    {
+        MambaAttentionBackendEnum.GDN_ATTN,
+        MambaAttentionBackendEnum.MAMBA2,
+        MambaAttentionBackendEnum.SHORT_CONV,
+    }
+)
 
 
 def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
@@ -55,8 +61,8 @@ def _evicted_group(groups: Sequence[KVCacheGroupSpec], device_type: str) -> int:
     if not all(type(spec) is SlidingWindowSpec or isinstance(spec, MambaSpec) for spec in others):
         raise ValueError(
             "KV compression supports no other layers beside those of full attention than ones "
-            "with a sliding window, a gated delta net or short convolutions; this model's KV cache "
-            f"groups are: {kinds}"
+            "with a sliding window, a gated delta net, Mamba-2 or short convolutions; this model's "
+            f"KV cache groups are: {kinds}"
         )
     untested = {spec.mamba_type for spec in states} - STATES
     if untested:
