@@ -6,12 +6,14 @@
 The page reader is asked two questions about each document of four pages, in an engine that evicts.
 Between them its blocks leave the prefix cache, unless the row is "prefix cache". Host memory is
 vLLM's `OffloadingConnector` with the copies of `testing.offloading`, because vLLM's own need a GPU;
-files are those of `ExampleConnector`, in a temporary folder.
+LMCache is a server of its own; files are those of `ExampleConnector`, in a temporary folder.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from testing.results import Row, write_report
 MODEL = Path(__file__).parent.parent / "models" / "page-reader"
 SETTINGS = {"policy": "vlcache-plus", "budget": 0.1}
 QUESTIONS = "What is the value of {}?", "Look up the value of {}."
-WAYS = "new prefill", "prefix cache", "host memory", "files"
+WAYS = "new prefill", "prefix cache", "host memory", "LMCache", "files"
 
 
 def prompts(number: int) -> list[list[dict[str, Any]]]:
@@ -51,21 +53,26 @@ def prompts(number: int) -> list[list[dict[str, Any]]]:
     return found
 
 
-def transfer(way: str, folder: Path) -> Any:
+@contextlib.contextmanager
+def transfer(way: str, folder: Path) -> Iterator[Any]:
     """The connector of a way, if it has one."""
     from vllm.config import KVTransferConfig
 
-    from testing import offloading
+    from testing import lmcache, offloading
 
     if way == "host memory":
-        return offloading.config(1 << 30, polls=1)
-    if way == "files":
-        return KVTransferConfig(
+        yield offloading.config(1 << 30, polls=1)
+    elif way == "LMCache":
+        with lmcache.running(folder / "log") as server:
+            yield lmcache.config(server.port)
+    elif way == "files":
+        yield KVTransferConfig(
             kv_connector="ExampleConnector",
             kv_role="kv_both",
             kv_connector_extra_config={"shared_storage_path": str(folder)},
         )
-    return None
+    else:
+        yield None
 
 
 def first_output(llm: Any, prompt: dict[str, Any]) -> Any:
@@ -80,7 +87,7 @@ def first_output(llm: Any, prompt: dict[str, Any]) -> Any:
     return outputs[0]
 
 
-def measure(way: str, documents: list[list[dict[str, Any]]], folder: Path) -> Row:
+def measure(way: str, documents: list[list[dict[str, Any]]], connector: Any) -> Row:
     from testing.engine import greedy, running_llm
 
     with running_llm(
@@ -94,7 +101,7 @@ def measure(way: str, documents: list[list[dict[str, Any]]], folder: Path) -> Ro
         limit_mm_per_prompt={"image": 4},
         async_scheduling=False,
         additional_config={"kv_compress": SETTINGS},
-        kv_transfer_config=transfer(way, folder),
+        kv_transfer_config=connector,
     ) as llm:
         seconds, cached, prompt_tokens = [], [], 0
         for first, second in documents:
@@ -122,8 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_vllm_environment(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1")
     documents, rows = prompts(options.documents), []
     for way in WAYS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(way, documents, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder, transfer(way, Path(folder)) as connector:
+            rows.append(measure(way, documents, connector))
         print(rows[-1], flush=True)
     if options.json:
         write_report(

@@ -4,10 +4,12 @@
 Import this module before the first engine starts that uses LMCache in the same process.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,16 @@ class Server:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+@contextlib.contextmanager
+def running(log: Path) -> Iterator[Server]:
+    """A server that is stopped on exit."""
+    server = Server(log)
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def _allow_engines_in_this_process() -> None:

@@ -44,9 +44,8 @@ def model(models_dir: Path) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[lmcache.Server]:
-    running = lmcache.Server(tmp_path / "lmcache.log")
-    yield running
-    running.stop()
+    with lmcache.running(tmp_path / "lmcache.log") as running:
+        yield running
 
 
 def prompts(question: str) -> list[Any]:
