@@ -201,7 +201,7 @@ def _engine(
         block_size=BLOCK_SIZE,
         max_model_len=4096,
         kv_cache_memory_bytes=256 << 20,
-        limit_mm_per_prompt={model_zoo.modality(kind): model_zoo.max_images(kind)},
+        limit_mm_per_prompt=model_zoo.limits(kind),
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=model_zoo.has_code(kind),
         **({} if backend is None else {"attention_backend": backend}),

@@ -94,6 +94,18 @@ _SPECIAL_TOKENS = (
     "<|media_content|>",
     "<|media_pad|>",
     "<|media_end|>",
+    "<|image@placeholder|>",
+    "<|video@placeholder|>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_END|>",
+    "<|VIDEO_START|>",
+    "<|VIDEO_END|>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<frame_start>",
+    "<frame_end>",
+    "<im_low>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -160,6 +172,8 @@ class Kind:
         dtype: a type that vLLM's CPU kernels of this architecture support.
         modality: vLLM's name for images.
         backend: attention backend that the plugin needs.
+        only_images: whether the stand-in of the published processor takes nothing else.
+        token_ids: ids of special tokens that vLLM hard-codes.
     """
 
     config: Mapping[str, Any]
@@ -174,6 +188,8 @@ class Kind:
     dtype: str = "float32"
     modality: str = "image"
     backend: str | None = None
+    only_images: bool = False
+    token_ids: Mapping[str, int] = field(default_factory=dict)
 
 
 _QWEN_IDS = dict(
@@ -360,6 +376,21 @@ def _internvl() -> Kind:
             video_token="<video>",
         ),
     )
+
+
+def _code(**classes: str) -> dict[str, Any]:
+    """Files that name processors in `testing.remote_code` as "processor" and "image_processor"."""
+    files: dict[str, Any] = {}
+    if "image_processor" in classes:
+        name = classes["image_processor"]
+        files["preprocessor_config.json"] = dict(
+            image_processor_type=name, auto_map={"AutoImageProcessor": f"remote_code.{name}"}
+        )
+    name = classes["processor"]
+    files["processor_config.json"] = dict(
+        processor_class=name, auto_map={"AutoProcessor": f"remote_code.{name}"}
+    )
+    return files
 
 
 def _idefics3(name: str, *video: Callable[[], Any]) -> Kind:
@@ -1212,16 +1243,7 @@ def _kimi_vl() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|media_pad|>",
         image="<|media_begin|>image<|media_content|>{}<|media_end|>",
-        files={
-            "processor_config.json": dict(
-                processor_class="KimiVLProcessor",
-                auto_map={"AutoProcessor": "remote_code.KimiVLProcessor"},
-            ),
-            "preprocessor_config.json": dict(
-                image_processor_type="KimiVLImageProcessor",
-                auto_map={"AutoImageProcessor": "remote_code.KimiVLImageProcessor"},
-            ),
-        },
+        files=_code(processor="KimiVLProcessor", image_processor="KimiVLImageProcessor"),
         backend="CPU_MLA",
     )
 
@@ -1406,16 +1428,7 @@ def _minicpmv() -> Kind:
             vision_config=_vision("siglip_vision_model", image_size=224),
         ),
         processor=lambda tokenizer: tokenizer,
-        files={
-            "processor_config.json": dict(
-                processor_class="MiniCPMVProcessor",
-                auto_map={"AutoProcessor": "remote_code.MiniCPMVProcessor"},
-            ),
-            "preprocessor_config.json": dict(
-                image_processor_type="MiniCPMVImageProcessor",
-                auto_map={"AutoImageProcessor": "remote_code.MiniCPMVImageProcessor"},
-            ),
-        },
+        files=_code(processor="MiniCPMVProcessor", image_processor="MiniCPMVImageProcessor"),
         placeholder="(<image>./</image>)",
     )
 
@@ -1494,6 +1507,181 @@ def _cosmos3_edge() -> Kind:
         ),
         placeholder="<|image_pad|>",
         image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
+def _ernie4_5_vl() -> Kind:
+    """Images and text have experts of their own."""
+    return Kind(
+        config=dict(
+            architectures=["Ernie4_5_VLMoeForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text("ernie4_5_moe_vl", hidden_act="silu", rms_norm_eps=1e-5, rope_theta=5e5),
+            vision_config=dict(
+                model_type="DFNRope_vision_transformer",
+                depth=2,
+                embed_dim=64,
+                hidden_size=64,
+                num_heads=2,
+                mlp_ratio=2,
+                in_channels=3,
+                patch_size=14,
+                spatial_merge_size=2,
+            ),
+            freq_allocation=4,
+            im_patch_id=_ID["<|IMAGE_PLACEHOLDER|>"],
+            image_start_token_id=_ID["<|IMAGE_START|>"],
+            image_end_token_id=_ID["<|IMAGE_END|>"],
+            video_start_token_id=_ID["<|VIDEO_START|>"],
+            video_end_token_id=_ID["<|VIDEO_END|>"],
+            moe_num_experts=[4, 4],
+            moe_intermediate_size=[64, 32],
+            moe_num_shared_experts=1,
+            moe_k=2,
+            moe_layer_interval=1,
+            moe_layer_start_index=[1, 1],
+            moe_layer_end_index=[3, 2],
+            pixel_hidden_size=64,
+            spatial_conv_size=2,
+            temporal_conv_size=2,
+            use_temporal_conv=True,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image@placeholder|>",
+        image="<|IMAGE_START|>{}<|IMAGE_END|>",
+        files=_code(processor="Ernie4_5VLProcessor"),
+        only_images=True,
+    )
+
+
+def _keye(architecture: str, model_type: str, **text: Any) -> Kind:
+    return Kind(
+        config=dict(
+            architectures=[architecture],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text(model_type, rope_parameters=_MROPE, hidden_act="silu", rms_norm_eps=1e-6),
+            vision_config=_vision(
+                "siglip_vision_model", image_size=224, spatial_merge_size=2
+            ),
+            **_QWEN_IDS,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        files=_code(processor="KeyeProcessor"),
+        only_images=True,
+    )
+
+
+def _molmo2() -> Kind:
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    return Kind(
+        config=dict(
+            architectures=["Molmo2ForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="molmo2",
+            text_config=_text(
+                "molmo2_text",
+                additional_vocab_size=128,
+                hidden_act="silu",
+                layer_norm_eps=1e-6,
+                norm_after=False,
+                qk_norm_type="qwen3",
+                qkv_bias=False,
+                rope_scaling_layers=None,
+                rope_theta=1e6,
+                use_qk_norm=True,
+            ),
+            vit_config=dict(
+                model_type="molmo2_vit",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                **heads,
+                hidden_act="gelu_pytorch_tanh",
+                layer_norm_eps=1e-6,
+                image_default_input_size=[224, 224],
+                image_patch_size=14,
+                image_num_pos=256,
+            ),
+            adapter_config=dict(
+                model_type="molmo2_adapter",
+                vit_layers=[-1, -2],
+                pooling_attention_mask=True,
+                hidden_size=64,
+                intermediate_size=128,
+                **heads,
+                hidden_act="silu",
+                text_hidden_size=_HIDDEN,
+            ),
+            image_patch_id=_ID["<im_patch>"],
+            image_col_id=_ID["<im_col>"],
+            image_start_token_id=_ID["<im_start>"],
+            image_end_token_id=_ID["<im_end>"],
+            low_res_image_start_token_id=_ID["<low_res_im_start>"],
+            frame_start_token_id=_ID["<frame_start>"],
+            frame_end_token_id=_ID["<frame_end>"],
+            image_low_res_id=_ID["<im_low>"],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image|>",
+        files=_code(processor="Molmo2Processor"),
+        only_images=True,
+    )
+
+
+def _ovis2_5() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["Ovis2_5"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="ovis2_5",
+            llm_config=_text("qwen3", vocab_size=151680),
+            vit_config=dict(
+                model_type="siglip2_navit",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_channels=3,
+                num_patches=-1,
+                image_size=512,
+                patch_size=16,
+                temporal_patch_size=1,
+                hidden_stride=2,
+                window_size=112,
+                fullatt_block_indexes=None,
+                preserve_original_pe=True,
+                use_rope=True,
+                attention_dropout=0.0,
+                hidden_act="gelu_pytorch_tanh",
+                layer_norm_eps=1e-6,
+            ),
+            hidden_size=_HIDDEN,
+            visual_vocab_size=256,
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer,
+            transformers.SiglipImageProcessor(size=dict(height=512, width=512)),
+        ),
+        placeholder="<image>",
+        token_ids={
+            "<|image_pad|>": 151655,
+            **{
+                name: 151669 + i
+                for i, name in enumerate(
+                    (
+                        "<image>",
+                        "<video>",
+                        "<ovis_visual_atom>",
+                        "<ovis_image_start>",
+                        "<ovis_image_end>",
+                        "<ovis_video_start>",
+                        "<ovis_video_end>",
+                    )
+                )
+            },
+        },
     )
 
 
@@ -1582,6 +1770,11 @@ _BUILT: dict[str, Kind] = {
     "step-vl": _step_vl(),
     "opencua": _opencua(),
     "ovis2": _ovis(),
+    "ovis2.5": _ovis2_5(),
+    "ernie4.5-vl": _ernie4_5_vl(),
+    "keye-vl": _keye("KeyeForConditionalGeneration", "Keye"),
+    "keye-vl-1.5": _keye("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
+    "molmo2": _molmo2(),
     "deepseek-ocr": _deepseek_ocr(),
     "kimi-vl": _kimi_vl(),
     "kimi-k2.5": _kimi_k25(),
@@ -1644,6 +1837,12 @@ def backend(kind: str) -> str | None:
     return _BUILT[kind].backend if kind in _BUILT else None
 
 
+def limits(kind: str) -> dict[str, int]:
+    """Maximum numbers of items in a prompt, by vLLM's names of modalities."""
+    others = ("video", "audio") if kind in _BUILT and _BUILT[kind].only_images else ()
+    return {modality(kind): max_images(kind), **dict.fromkeys(others, 0)}
+
+
 def image_data(kind: str, images: Sequence[Image.Image]) -> dict[str, list[Any]]:
     """The ``multi_modal_data`` of a prompt."""
     if modality(kind) == "image":
@@ -1698,6 +1897,11 @@ def build(kind: str, path: Path) -> Path:
         (path / name).write_text(json.dumps(contents))
     if has_code(kind):
         shutil.copy(_REMOTE_CODE, path)
-    tokenizer = tiny_models.byte_tokenizer(_SPECIAL_TOKENS, "</s>", found.tokens)
+    tokenizer = tiny_models.byte_tokenizer(
+        (*_SPECIAL_TOKENS, *(t for t in found.token_ids if t not in _ID)),
+        "</s>",
+        found.tokens,
+        found.token_ids,
+    )
     found.processor(tokenizer).save_pretrained(path)
     return path

@@ -100,29 +100,40 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return rows.permute(0, 3, 1, 2).flatten(2)
 
 
-class KimiVLImageProcessor(BaseImageProcessor):
-    """Pads images to whole merged patches; they are small enough as they are."""
+def _patches(image: Image.Image, size: int, merged: int) -> torch.Tensor:
+    """[rows, columns, 3, size, size], of an image padded to whole merged patches."""
+    step = size * merged
+    pixels = pad(pil_to_tensor(image), (0, -image.width % step, 0, -image.height % step))
+    rows = pixels.unfold(1, size, size).unfold(2, size, size)  # [3, rows, columns, size, size]
+    return rows.permute(1, 2, 0, 3, 4)
 
+
+class _PatchProcessor(BaseImageProcessor):
+    """Does not resize images: they are small enough as they are."""
+
+    def __init__(self, patch_size=14, merge_size=2, max_pixels=448**2, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size, self.merge_size = patch_size, merge_size
+        self.size = dict(min_pixels=(patch_size * merge_size) ** 2, max_pixels=max_pixels)
+
+    def patches(self, images: Sequence[Image.Image]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Patches of each image, and their numbers of frames, rows and columns."""
+        patches = [_patches(image, self.patch_size, self.merge_size) for image in images]
+        return patches, torch.tensor([(1, *each.shape[:2]) for each in patches])
+
+
+class KimiVLImageProcessor(_PatchProcessor):
     model_input_names = ("pixel_values", "image_grid_hws")
 
-    def __init__(self, patch_size=14, merge_kernel_size=(2, 2), in_token_limit=4096, **kwargs):
+    def __init__(self, in_token_limit=4096, **kwargs):
         super().__init__(**kwargs)
-        self.patch_size, self.in_token_limit = patch_size, in_token_limit
-        self.merge_kernel_size = list(merge_kernel_size)
+        self.in_token_limit = in_token_limit
+        self.merge_kernel_size = [self.merge_size] * 2
 
     def __call__(self, images: Sequence[Image.Image], return_tensors="pt", **kwargs):
-        n = self.patch_size
-        step = n * self.merge_kernel_size[0]
-        grids, patches = [], []
-        for image in images:
-            pixels = pil_to_tensor(image) / 127.5 - 1
-            pixels = pad(pixels, (0, -image.width % step, 0, -image.height % step))
-            rows = pixels.unfold(1, n, n).unfold(2, n, n)  # [3, rows, columns, n, n]
-            grids.append(rows.shape[1:3])
-            patches.append(rows.permute(1, 2, 0, 3, 4).flatten(0, 1))
-        return BatchFeature(
-            dict(pixel_values=torch.cat(patches), image_grid_hws=torch.tensor(grids))
-        )
+        patches, grids = self.patches(images)
+        pixels = torch.cat([each.flatten(0, 1) for each in patches]) / 127.5 - 1
+        return BatchFeature(dict(pixel_values=pixels, image_grid_hws=grids[:, 1:]))
 
 
 class KimiVLProcessor(ProcessorMixin):
@@ -143,3 +154,66 @@ class KimiVLProcessor(ProcessorMixin):
             texts = [one.replace(self.image_token, tokens, 1) for one in texts]
         texts = [one.replace("<placeholder>", self.image_token) for one in texts]
         return BatchFeature({**self.tokenizer(texts, return_tensors=return_tensors), **features})
+
+
+class KeyeProcessor(ProcessorMixin):
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = _PatchProcessor()
+
+    def __call__(self, text=None, images=(), **kwargs):
+        patches, grids = self.image_processor.patches(images)
+        pixels = torch.cat([each.flatten(0, 1) for each in patches]) / 127.5 - 1
+        return BatchFeature(dict(pixel_values=pixels, image_grid_thw=grids))
+
+
+class Ernie4_5VLProcessor(ProcessorMixin):
+    """vLLM normalizes the pixels."""
+
+    spatial_conv_size = temporal_conv_size = 2
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = _PatchProcessor()
+        self.image_processor.image_mean = self.image_processor.image_std = [0.5] * 3
+        self.image_processor.rescale_factor = 1 / 255
+
+    def __call__(self, text=None, images=(), **kwargs):
+        patches, grids = self.image_processor.patches(images)
+        merged = [each.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2) for each in patches]
+        pixels = torch.cat([each.reshape(-1, each[0, 0, 0, 0].numel()) for each in merged])
+        return BatchFeature(dict(images=pixels, grid_thw=grids))
+
+
+class Molmo2Processor(ProcessorMixin):
+    """Every image is seen twice: as a whole, and as the single one of its crops."""
+
+    image_use_col_tokens = use_single_crop_start_token = True
+    use_single_crop_col_tokens = video_use_col_tokens = use_frame_special_tokens = False
+    video_processor = None
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = images = BaseImageProcessor()
+        images.size = dict(height=224, width=224)
+        images.patch_size, images.pooling_size = 14, [2, 2]
+        images.max_crops, images.overlap_margins = 1, [4, 4]
+
+    def __call__(self, text=None, images=(), **kwargs):
+        pixels = [_patches(image.resize((224, 224)), 14, 2) / 127.5 - 1 for image in images]
+        crops = torch.stack(pixels).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
+        side = 224 // 14
+        index = torch.arange(side * side).view(side // 2, 2, side // 2, 2).transpose(1, 2)
+        pooled = index.reshape(-1, 4)
+        pooling = torch.cat([pooled, pooled + side * side] * len(pixels))
+        return BatchFeature(
+            dict(
+                input_ids=torch.tensor([[0]]),
+                pixel_values=crops.repeat_interleave(2, dim=0),
+                image_token_pooling=pooling,
+                image_grids=torch.tensor([[side // 2] * 4] * len(pixels)),
+                image_num_crops=torch.tensor([2] * len(pixels)),
+            )
+        )
