@@ -106,6 +106,7 @@ _SPECIAL_TOKENS = (
     "<frame_start>",
     "<frame_end>",
     "<im_low>",
+    "<|endoftext|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -164,14 +165,14 @@ class Kind:
         processor: creates the processor from a tokenizer, or returns the tokenizer or the parts if
             vLLM creates the processor.
         placeholder: text that the processor replaces by the tokens of an image; empty if it puts
-            them before all text.
+            them before all text. A ``#`` stands for the number of the image.
         image: the complete text of an image.
         tokens: special tokens that the processor needs by name.
         max_images: maximum number of images in a prompt, at most two.
         files: further JSON files of the checkpoint.
         dtype: a type that vLLM's CPU kernels of this architecture support.
         modality: vLLM's name for images.
-        backend: attention backend that the plugin needs.
+        options: arguments of `vllm.LLM` that vLLM or the plugin needs.
         only_images: whether the stand-in of the published processor takes nothing else.
         token_ids: ids of special tokens that vLLM hard-codes.
     """
@@ -187,7 +188,7 @@ class Kind:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     modality: str = "image"
-    backend: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     only_images: bool = False
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
@@ -623,6 +624,64 @@ def _gemma4_unified() -> Kind:
             transformers.Gemma4UnifiedImageProcessor(max_soft_tokens=70),
             tokenizer,
             transformers.Gemma4UnifiedVideoProcessor(),
+        ),
+    )
+
+
+def _gemma3n() -> Kind:
+    """The later layers read the cache of the last earlier one of their kind."""
+    layers = _HYBRID * 3
+    return Kind(
+        config=dict(
+            architectures=["Gemma3nForConditionalGeneration"],
+            model_type="gemma3n",
+            text_config=_text(
+                "gemma3n_text",
+                num_hidden_layers=len(layers),
+                layer_types=layers,
+                num_kv_shared_layers=6,
+                sliding_window=128,
+                vocab_size_per_layer_input=_VOCAB_SIZE,
+                hidden_size_per_layer_input=16,
+                activation_sparsity_pattern=[0.95] * 2 + [0.0] * 10,
+                laurel_rank=16,
+                tie_word_embeddings=True,
+            ),
+            vision_config=dict(
+                model_type="gemma3n_vision",
+                architecture="mobilenetv5_300m_enc",
+                vocab_size=128,
+                vocab_offset=_ID["<pad>"],
+            ),
+            audio_config=dict(
+                model_type="gemma3n_audio",
+                vocab_size=128,
+                vocab_offset=_ID["<pad>"],
+                hidden_size=64,
+                conf_num_attention_heads=2,
+                conf_num_hidden_layers=2,
+            ),
+            boi_token_id=_ID["<start_of_image>"],
+            eoi_token_id=_ID["<end_of_image>"],
+            image_token_id=_ID["<image_soft_token>"],
+            boa_token_id=_ID["<|audio_bos|>"],
+            eoa_token_id=_ID["<|audio_eos|>"],
+            audio_token_id=_ID["<|AUDIO|>"],
+        ),
+        processor=lambda tokenizer: transformers.Gemma3nProcessor(
+            transformers.Gemma3nAudioFeatureExtractor(),
+            transformers.SiglipImageProcessor(size=dict(height=768, width=768)),
+            tokenizer,
+        ),
+        placeholder="<image_soft_token>",
+        image="{}",
+        tokens=dict(
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+            image_token="<image_soft_token>",
+            audio_token="<|AUDIO|>",
+            boa_token="<|audio_bos|>",
+            eoa_token="<|audio_eos|>",
         ),
     )
 
@@ -1216,6 +1275,13 @@ def _deepseek_ocr() -> Kind:
     )
 
 
+def _deepseek_ocr2() -> Kind:
+    kind = _deepseek_ocr()
+    projector = kind.config["projector_config"] | dict(input_dim=896)
+    changed = dict(architectures=["DeepseekOCR2ForCausalLM"], projector_config=projector)
+    return replace(kind, config=kind.config | changed)
+
+
 def _kimi_text(model_type: str, **text: Any) -> dict[str, Any]:
     """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require."""
     return _text(
@@ -1244,7 +1310,7 @@ def _kimi_vl() -> Kind:
         placeholder="<|media_pad|>",
         image="<|media_begin|>image<|media_content|>{}<|media_end|>",
         files=_code(processor="KimiVLProcessor", image_processor="KimiVLImageProcessor"),
-        backend="CPU_MLA",
+        options=dict(attention_backend="CPU_MLA"),
     )
 
 
@@ -1302,7 +1368,7 @@ def _kimi_k25() -> Kind:
             )
         },
         modality="vision_chunk",
-        backend="CPU_MLA",
+        options=dict(attention_backend="CPU_MLA"),
     )
 
 
@@ -1540,7 +1606,7 @@ def _ernie4_5_vl() -> Kind:
             moe_k=2,
             moe_layer_interval=1,
             moe_layer_start_index=[1, 1],
-            moe_layer_end_index=[3, 2],
+            moe_layer_end_index=[5, 4],
             pixel_hidden_size=64,
             spatial_conv_size=2,
             temporal_conv_size=2,
@@ -1550,6 +1616,8 @@ def _ernie4_5_vl() -> Kind:
         placeholder="<|image@placeholder|>",
         image="<|IMAGE_START|>{}<|IMAGE_END|>",
         files=_code(processor="Ernie4_5VLProcessor"),
+        # vLLM calls the CPU kernel of this rotary embedding with an argument too many.
+        options=dict(compilation_config=dict(custom_ops=["all", "-rotary_embedding"])),
         only_images=True,
     )
 
@@ -1630,13 +1698,154 @@ def _molmo2() -> Kind:
     )
 
 
-def _ovis2_5() -> Kind:
+def _nemotron_vl() -> Kind:
+    """Mamba-2 layers beside full attention and MLPs, each of which vLLM counts as a layer.
+
+    Of the encoders that vLLM knows, it has the smallest one.
+    """
     return Kind(
         config=dict(
-            architectures=["Ovis2_5"],
+            architectures=["NemotronH_Nano_VL_V2"],
+            model_type="NemotronH_Nano_VL_V2",
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            llm_config=_text(
+                "nemotron_h",
+                architectures=["NemotronHForCausalLM"],
+                hybrid_override_pattern="M-*-" * 2,
+                num_hidden_layers=8,
+                mamba_num_heads=4,
+                mamba_head_dim=64,
+                ssm_state_size=64,
+                n_groups=2,
+            ),
+            vision_config=dict(
+                model_type="radio",
+                args=dict(
+                    model="vit_small_patch16_224", cpe_max_size=2048, register_multiple=16
+                ),
+            ),
+            force_image_size=256,
+            patch_size=16,
+            downsample_ratio=0.5,
+            vit_hidden_size=384,
+            projector_hidden_size=64,
+            norm_mean=[0.5] * 3,
+            norm_std=[0.5] * 3,
+            ps_version="v2",
+            image_tag_type="internal",
+            template="nemotron_h",
+            use_thumbnail=True,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+        dtype="bfloat16",
+    )
+
+
+def _molmo() -> Kind:
+    """The encoder has its published size, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["MolmoForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text(
+                "molmo",
+                attention_layer_norm=False,
+                embedding_size=_VOCAB_SIZE,
+                layer_norm_eps=1e-6,
+                layer_norm_type="rms",
+                norm_after=False,
+                qkv_bias=True,
+                rope_theta=1e6,
+                weight_tying=False,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="",
+        image="",
+        files=_code(processor="MolmoProcessor"),
+    )
+
+
+_LONG_ROPE = dict(
+    original_max_position_embeddings=4096,
+    rope_scaling=dict(type="longrope", long_factor=[2.0] * 16, short_factor=[1.0] * 16),
+    # As published: a window that is larger than all prompts.
+    sliding_window=262144,
+)
+
+
+def _phi3_v() -> Kind:
+    """The encoder has its published width, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["Phi3VForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.Phi3VConfig"},
+            **_text("phi3_v", vocab_size=32064, **_LONG_ROPE),
+            embd_layer=dict(
+                embedding_cls="image",
+                hd_transform_order="sub_glb",
+                projection_cls="mlp",
+                use_hd_transform=True,
+                with_learnable_separator=True,
+            ),
+            img_processor=dict(
+                name="clip_vision_model", layer_idx=1, image_dim_out=1024, num_img_tokens=144
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_#|>",
+        files=_code(processor="Phi3VProcessor"),
+        token_ids={"<|image|>": 32044},
+        options=dict(disable_sliding_window=True),
+    )
+
+
+def _phi4_mm() -> Kind:
+    """The encoder of images has its published size, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["Phi4MMForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.Phi4MMConfig"},
+            **_text("phi4mm", vocab_size=200064, **_LONG_ROPE),
+            img_processor=None,
+            embd_layer=dict(
+                embedding_cls="image_audio",
+                image_embd_layer=dict(embedding_cls="tune_image"),
+                audio_embd_layer=dict(
+                    embedding_cls="audio", compression_rate=8, projection_cls="mlp"
+                ),
+            ),
+            audio_processor=dict(
+                name="cascades",
+                config=dict(
+                    input_size=80,
+                    chunk_size=-1,
+                    left_chunk=18,
+                    attention_dim=64,
+                    attention_heads=2,
+                    linear_units=128,
+                    num_blocks=2,
+                    relative_attention_bias_args=dict(type="t5", t5_bias_max_distance=500),
+                ),
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_#|>",
+        files=_code(processor="Phi4MMProcessor"),
+        token_ids={"<|endoftext10|>": 200010, "<|endoftext11|>": 200011},
+        only_images=True,
+        options=dict(disable_sliding_window=True),
+    )
+
+
+def _ovis2_5(architecture: str, text: str, **changed: Any) -> Kind:
+    return Kind(
+        config=dict(
+            architectures=[architecture],
             auto_map={"AutoConfig": "remote_code.PartsConfig"},
             model_type="ovis2_5",
-            llm_config=_text("qwen3", vocab_size=151680),
+            llm_config=_text(text, vocab_size=151680, **changed),
             vit_config=dict(
                 model_type="siglip2_navit",
                 hidden_size=64,
@@ -1770,12 +1979,25 @@ _BUILT: dict[str, Kind] = {
     "step-vl": _step_vl(),
     "opencua": _opencua(),
     "ovis2": _ovis(),
-    "ovis2.5": _ovis2_5(),
+    "ovis2.5": _ovis2_5("Ovis2_5", "qwen3"),
+    "ovis2.6": _ovis2_5("Ovis2_6ForCausalLM", "qwen3"),
+    "ovis2.6-moe": _ovis2_5(
+        "Ovis2_6_MoeForCausalLM",
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+    ),
     "ernie4.5-vl": _ernie4_5_vl(),
     "keye-vl": _keye("KeyeForConditionalGeneration", "Keye"),
     "keye-vl-1.5": _keye("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
+    "molmo": _molmo(),
     "molmo2": _molmo2(),
+    "phi3.5-vision": _phi3_v(),
+    "phi4-multimodal": _phi4_mm(),
+    "nemotron-nano-vl": _nemotron_vl(),
     "deepseek-ocr": _deepseek_ocr(),
+    "deepseek-ocr2": _deepseek_ocr2(),
     "kimi-vl": _kimi_vl(),
     "kimi-k2.5": _kimi_k25(),
     "muse-glimmer": _muse(),
@@ -1784,6 +2006,7 @@ _BUILT: dict[str, Kind] = {
     "minicpm-v-4.7": _minicpmv4_6("7"),
     "phi4-siglip": _phi4_siglip(),
     "gemma3": _gemma3(),
+    "gemma3n": _gemma3n(),
     "gemma4": _gemma4(),
     "gemma4-moe": _gemma4(
         enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64
@@ -1832,9 +2055,9 @@ def let_numba_be_searched() -> None:
     ffi._lib_wrapper.__getattr__ = known
 
 
-def backend(kind: str) -> str | None:
-    """The attention backend that the plugin needs, where vLLM may choose another one."""
-    return _BUILT[kind].backend if kind in _BUILT else None
+def options(kind: str) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that vLLM or the plugin needs for this kind."""
+    return dict(_BUILT[kind].options) if kind in _BUILT else {}
 
 
 def limits(kind: str) -> dict[str, int]:
@@ -1868,13 +2091,14 @@ def prompt_for(kind: str, question: str, num_images: int) -> str:
     if kind not in _BUILT:
         return tiny_models.prompt_for(kind, question, num_images)
     image = _BUILT[kind].image.format(_BUILT[kind].placeholder)
-    return f"USER: {image * num_images}{question} ASSISTANT:"
+    images = "".join(image.replace("#", str(i + 1)) for i in range(num_images))
+    return f"USER: {images}{question} ASSISTANT:"
 
 
 def text_after_images(kind: str, question: str) -> str:
     """The text after the last image, or all text if the processor puts images first."""
     if kind in _BUILT:
-        placeholder = _BUILT[kind].placeholder
+        placeholder = _BUILT[kind].placeholder.replace("#", "1")
     else:
         placeholder = "<|image_pad|>" if kind.startswith("qwen") else "<image>"
     prompt = prompt_for(kind, question, 1)

@@ -30,6 +30,14 @@ class Phi4SiglipConfig(Phi3Config):
     model_type = "phi4-siglip"
 
 
+class Phi3VConfig(Phi3Config):
+    model_type = "phi3_v"
+
+
+class Phi4MMConfig(Phi3Config):
+    model_type = "phi4mm"
+
+
 class BeeConfig(LlavaOnevisionConfig):
     model_type = "bee"
 
@@ -215,5 +223,79 @@ class Molmo2Processor(ProcessorMixin):
                 image_token_pooling=pooling,
                 image_grids=torch.tensor([[side // 2] * 4] * len(pixels)),
                 image_num_crops=torch.tensor([2] * len(pixels)),
+            )
+        )
+
+
+class MolmoProcessor(ProcessorMixin):
+    """Every image is seen twice: as a whole, and as the single one of its crops."""
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = images = BaseImageProcessor()
+        images.base_image_input_size, images.image_patch_size = [336, 336], 14
+        images.max_crops, images.overlap_margins = 1, [4, 4]
+        images.image_token_length_w = images.image_token_length_h = 12
+
+    def get_tokens_input(self, prompt, message_format, always_start_with_space):
+        return self.tokenizer.encode(prompt, add_special_tokens=False)
+
+    def process(self, text=None, images=(), tokens=(), **kwargs):
+        first = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        outputs = dict(input_ids=torch.tensor([first, *tokens]))
+        if images:
+            pixels = [_patches(image.resize((336, 336)), 14, 1) / 127.5 - 1 for image in images]
+            crops = torch.stack(pixels).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
+            outputs["images"] = crops = crops.repeat_interleave(2, dim=0)
+            outputs["image_masks"] = torch.ones(crops.shape[:2])
+            outputs["image_input_idx"] = torch.arange(len(crops) * 144).view(-1, 144)
+        return BatchFeature(outputs)
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """Every image is seen twice: as a whole, and as the single one of its crops."""
+
+    img_tokens = [f"<|image_{i}|>" for i in range(1, 100)]
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+
+    def calc_num_image_tokens_from_image_size(self, width, height):
+        return 2 * 12 * (12 + 1) + 1
+
+    def __call__(self, text=None, images=(), **kwargs):
+        pixels = [pil_to_tensor(image.resize((336, 336))) / 127.5 - 1 for image in images]
+        crops = torch.stack([torch.stack([one, one]) for one in pixels])
+        sizes = torch.tensor([[336, 336]] * len(pixels))
+        return BatchFeature(dict(pixel_values=crops, image_sizes=sizes))
+
+
+class Phi4MMProcessor(ProcessorMixin):
+    """Every image is seen twice: as a whole, and as the single one of its crops."""
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor, self.audio_processor = BaseImageProcessor(), BaseImageProcessor()
+        self.image_processor.dynamic_hd = 1
+        self.audio_processor.sampling_rate = 16000
+
+    def __call__(self, text=None, images=(), **kwargs):
+        side, patches = 448, 448 // 14
+        crops, masks = [], []
+        for image in images:
+            scale = side / max(image.size)
+            seen = image.resize([int(scale * length) for length in image.size])
+            below, right = side - seen.height, side - seen.width
+            crop = pad(pil_to_tensor(seen) / 127.5 - 1, (0, right, 0, below), value=1)
+            crops.append(torch.stack([pil_to_tensor(image.resize((side, side))) / 127.5 - 1, crop]))
+            mask = torch.ones(2, patches, patches)
+            mask[1, patches - below // 14 :] = 0
+            mask[1, :, patches - right // 14 :] = 0
+            masks.append(mask)
+        return BatchFeature(
+            dict(
+                input_image_embeds=torch.stack(crops),
+                image_attention_mask=torch.stack(masks),
+                image_sizes=torch.tensor([[side, side]] * len(crops)),
             )
         )
