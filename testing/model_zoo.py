@@ -1278,7 +1278,11 @@ def _deepseek_ocr() -> Kind:
 def _deepseek_ocr2() -> Kind:
     kind = _deepseek_ocr()
     projector = kind.config["projector_config"] | dict(input_dim=896)
-    changed = dict(architectures=["DeepseekOCR2ForCausalLM"], projector_config=projector)
+    changed = dict(
+        architectures=["DeepseekOCR2ForCausalLM"],
+        projector_config=projector,
+        vision_config=dict(model_type="vision", image_size=1024),
+    )
     return replace(kind, config=kind.config | changed)
 
 
@@ -1742,6 +1746,82 @@ def _nemotron_vl() -> Kind:
     )
 
 
+def _interns1() -> Kind:
+    """InternVL with a configuration of its own."""
+    kind = _internvl()
+    changed = dict(
+        architectures=["InternS1ForConditionalGeneration"],
+        model_type="interns1",
+        auto_map={"AutoConfig": "remote_code.PartsConfig"},
+        text_config=_text("qwen3", architectures=["Qwen3ForCausalLM"]),
+        vision_config=kind.config["vision_config"]
+        | dict(
+            model_type="interns1_vision",
+            attention_bias=True,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            layer_scale_init_value=0.1,
+            norm_type="layer_norm",
+            num_channels=3,
+            use_absolute_position_embeddings=True,
+            use_mask_token=False,
+            use_mean_pooling=True,
+            use_qk_norm=False,
+        ),
+        downsample_ratio=0.5,
+        projector_hidden_act="gelu",
+    )
+    return replace(kind, config=kind.config | changed)
+
+
+def _bagel() -> Kind:
+    """What generates pictures is not used."""
+    return Kind(
+        config=dict(
+            architectures=["BagelForConditionalGeneration"],
+            model_type="bagel",
+            llm_config=_text("qwen2"),
+            vit_config=_vision("siglip_vision_model", image_size=224, vision_use_head=False),
+            vit_max_num_patch_per_side=16,
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer, transformers.SiglipImageProcessor(size=dict(height=224, width=224))
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
+def _moondream3() -> Kind:
+    """The number of an image's tokens is fixed."""
+    return Kind(
+        config=dict(
+            architectures=["Moondream3ForCausalLM"],
+            model_type="moondream3",
+            config=dict(
+                text=dict(
+                    dim=_HIDDEN,
+                    ff_dim=2 * _HIDDEN,
+                    n_layers=4,
+                    n_heads=4,
+                    n_kv_heads=2,
+                    vocab_size=_VOCAB_SIZE,
+                    moe=dict(
+                        start_layer=2, n_experts=4, n_experts_per_tok=2, expert_inner_dim=64
+                    ),
+                ),
+                vision=dict(
+                    enc_dim=64, enc_ff_dim=128, enc_n_heads=2, enc_n_layers=2, proj_inner_dim=128
+                ),
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|endoftext|><image>",
+        image="{}",
+        max_images=1,
+    )
+
+
 def _molmo() -> Kind:
     """The encoder has its published size, which vLLM hard-codes."""
     return Kind(
@@ -1820,6 +1900,7 @@ def _phi4_mm() -> Kind:
                 name="cascades",
                 config=dict(
                     input_size=80,
+                    encoder_embedding_config=dict(input_size=80),
                     chunk_size=-1,
                     left_chunk=18,
                     attention_dim=64,
@@ -1991,6 +2072,9 @@ _BUILT: dict[str, Kind] = {
     "ernie4.5-vl": _ernie4_5_vl(),
     "keye-vl": _keye("KeyeForConditionalGeneration", "Keye"),
     "keye-vl-1.5": _keye("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
+    "intern-s1": _interns1(),
+    "bagel": _bagel(),
+    "moondream3": _moondream3(),
     "molmo": _molmo(),
     "molmo2": _molmo2(),
     "phi3.5-vision": _phi3_v(),
