@@ -1503,6 +1503,28 @@ def _minicpmv() -> Kind:
     )
 
 
+def _minicpmo() -> Kind:
+    """MiniCPM-V that also listens; what speaks is not used."""
+    kind = _minicpmv()
+    changed = dict(
+        architectures=["MiniCPMO"],
+        model_type="minicpmo",
+        auto_map={"AutoConfig": "remote_code.MiniCPMOConfig"},
+        audio_config=dict(
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=128,
+            num_mel_bins=80,
+        ),
+        audio_pool_step=2,
+        audio_chunk_length=1.0,
+    )
+    files = _code(processor="MiniCPMOProcessor", image_processor="MiniCPMVImageProcessor")
+    files["preprocessor_config.json"] |= dict(feature_extractor_type="WhisperFeatureExtractor")
+    return replace(kind, config=kind.config | changed, files=files)
+
+
 def _minicpmv4_6(version: str) -> Kind:
     """A language model with linear attention, whose positions have no dimensions."""
     name, model_type = f"MiniCPMV4_{version}", f"minicpmv4_{version}"
@@ -1715,6 +1737,7 @@ def _nemotron_vl() -> Kind:
             llm_config=_text(
                 "nemotron_h",
                 architectures=["NemotronHForCausalLM"],
+                dtype="bfloat16",
                 hybrid_override_pattern="M-*-" * 2,
                 num_hidden_layers=8,
                 mamba_num_heads=4,
@@ -1819,6 +1842,71 @@ def _moondream3() -> Kind:
         placeholder="<|endoftext|><image>",
         image="{}",
         max_images=1,
+    )
+
+
+def _kanana_v() -> Kind:
+    """vLLM takes the token after the end of text for that of an image."""
+    return Kind(
+        config=dict(
+            architectures=["KananaVForConditionalGeneration"],
+            model_type="kanana-1.5-v",
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            text_config=_text("llama", eos_token_id=_ID["<|imgpad|>"] - 1),
+            vision_config=dict(
+                model_type="qwen2_vl_vision", depth=2, embed_dim=64, hidden_size=64, num_heads=2
+            ),
+            projector_config=dict(
+                model_type="kanana_projector",
+                depth=1,
+                mlp_depth=2,
+                merge_size=2,
+                pos_emb=True,
+                pos_emb_size=256,
+                feature_layer_index=-1,
+                encoder_hidden_size=64,
+                hidden_size=64,
+                output_hidden_size=_HIDDEN,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+        files=_code(processor="KananaVProcessor"),
+    )
+
+
+def _openpangu_vl() -> Kind:
+    kind = _dots_ocr()
+    return replace(
+        kind,
+        config=dict(
+            architectures=["OpenPanguVLForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text("openpangu_vl", hidden_act="silu", rms_norm_eps=1e-5, rope_parameters=_MROPE),
+            vision_config=dict(
+                model_type="openpangu_vl_vision",
+                depth=4,
+                hidden_act="silu",
+                hidden_size=64,
+                in_channels=3,
+                intermediate_size=128,
+                num_heads=2,
+                out_hidden_size=_HIDDEN,
+                patch_size=14,
+                spatial_merge_size=2,
+                temporal_patch_size=1,
+                window_size=112,
+                fullatt_block_indexes=[3],
+            ),
+            **_QWEN_IDS,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=dict(
+            image_token="<|image_pad|>",
+            vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>",
+        ),
     )
 
 
@@ -2075,6 +2163,8 @@ _BUILT: dict[str, Kind] = {
     "intern-s1": _interns1(),
     "bagel": _bagel(),
     "moondream3": _moondream3(),
+    "kanana-v": _kanana_v(),
+    "openpangu-vl": _openpangu_vl(),
     "molmo": _molmo(),
     "molmo2": _molmo2(),
     "phi3.5-vision": _phi3_v(),
@@ -2086,6 +2176,7 @@ _BUILT: dict[str, Kind] = {
     "kimi-k2.5": _kimi_k25(),
     "muse-glimmer": _muse(),
     "minicpm-v": _minicpmv(),
+    "minicpm-o": _minicpmo(),
     "minicpm-v-4.6": _minicpmv4_6("6"),
     "minicpm-v-4.7": _minicpmv4_6("7"),
     "phi4-siglip": _phi4_siglip(),

@@ -20,9 +20,12 @@ from transformers import (
     Qwen2Config,
     Qwen3_5MoeConfig,
     SiglipVisionConfig,
+    WhisperConfig,
 )
 from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # noqa: F401
 from vllm.transformers_utils.configs.dotsocr import DotsOCRConfig  # noqa: F401
+from vllm.transformers_utils.processors.minicpmo import MiniCPMOProcessor  # noqa: F401
 from vllm.transformers_utils.processors.minicpmv import MiniCPMVProcessor  # noqa: F401
 
 
@@ -69,6 +72,14 @@ class MiniCPMVConfig(Qwen2Config):
     def __init__(self, vision_config=None, **kwargs):
         super().__init__(**kwargs)
         self.vision_config = SiglipVisionConfig(**vision_config or {})
+
+
+class MiniCPMOConfig(MiniCPMVConfig):
+    model_type = "minicpmo"
+
+    def __init__(self, audio_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.audio_config = WhisperConfig(**audio_config or {})
 
 
 class MiniCPMVImageProcessor(BaseImageProcessor):
@@ -175,6 +186,30 @@ class KeyeProcessor(ProcessorMixin):
         patches, grids = self.image_processor.patches(images)
         pixels = torch.cat([each.flatten(0, 1) for each in patches]) / 127.5 - 1
         return BatchFeature(dict(pixel_values=pixels, image_grid_thw=grids))
+
+
+class KananaVImageProcessor(_PatchProcessor):
+    """vLLM calls it for one image at a time, and resizes what it measures to these sizes."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.min_pixels, self.max_pixels = self.size["min_pixels"], self.size["max_pixels"]
+
+    def __call__(self, image: Image.Image) -> dict[str, object]:
+        (patches,), ((_, height, width),) = self.patches([image])
+        pixels = (patches / 127.5 - 1).flatten(0, 1).unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        return dict(
+            pixel_values=pixels.flatten(1),
+            image_meta=dict(
+                vision_grid_thw=(1, height, width), image_token_thw=(1, height // 2, width // 2)
+            ),
+        )
+
+
+class KananaVProcessor(ProcessorMixin):
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = KananaVImageProcessor()
 
 
 class Ernie4_5VLProcessor(ProcessorMixin):
