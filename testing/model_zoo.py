@@ -107,6 +107,8 @@ _SPECIAL_TOKENS = (
     "<frame_end>",
     "<im_low>",
     "<|endoftext|>",
+    "<|spk_bos|>",
+    "<|spk_eos|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -863,6 +865,48 @@ def _qwen3_5(architecture: str, model_type: str, **text: Any) -> Kind:
     return replace(kind, dtype="bfloat16")
 
 
+def _glm_4v_9b() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["GLM4VForCausalLM"],
+            model_type="chatglm",
+            padded_vocab_size=_VOCAB_SIZE,
+            hidden_size=_HIDDEN,
+            ffn_hidden_size=2 * _HIDDEN,
+            num_layers=4,
+            num_attention_heads=4,
+            kv_channels=32,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            add_qkv_bias=True,
+            original_rope=True,
+            seq_length=8192,
+            tie_word_embeddings=False,
+            pad_token_id=_ID["<|endoftext|>"],
+            boi_token_id=_ID["<|begin_of_image|>"],
+            eoi_token_id=_ID["<|end_of_image|>"],
+            vision_config=dict(
+                dropout_prob=0.0,
+                hidden_act="gelu",
+                hidden_size=64,
+                image_size=448,
+                in_channels=3,
+                intermediate_size=128,
+                layer_norm_eps=1e-6,
+                num_heads=2,
+                num_hidden_layers=2,
+                num_positions=1025,
+                patch_size=14,
+                scaling_factor=8,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|begin_of_image|><|endoftext|><|end_of_image|>",
+        image="{}",
+        max_images=1,
+    )
+
+
 def _lfm2_vl() -> Kind:
     """Short convolutions beside full attention."""
     return Kind(
@@ -1275,6 +1319,40 @@ def _deepseek_ocr() -> Kind:
     )
 
 
+def _deepseek_vl2() -> Kind:
+    """The encoder has its published size, which vLLM hard-codes."""
+    kind = _deepseek_ocr()
+    projector = dict(
+        model_type="mlp_projector",
+        projector_type="downsample_mlp_gelu",
+        input_dim=1152,
+        n_embed=_HIDDEN,
+    )
+    changed = dict(
+        architectures=["DeepseekVLV2ForCausalLM"],
+        projector_config=projector,
+        candidate_resolutions=[[384, 384]],
+    )
+    processor = dict(
+        processor_class="DeepseekVLV2Processor",
+        candidate_resolutions=[[384, 384]],
+        patch_size=14,
+        downsample_ratio=2,
+    )
+    return replace(
+        kind, config=kind.config | changed, files={"processor_config.json": processor}
+    )
+
+
+def _unlimited_ocr() -> Kind:
+    kind = _deepseek_ocr()
+    changed = dict(architectures=["UnlimitedOCRForCausalLM"], model_type="unlimited-ocr")
+    processor = dict(processor_class="UnlimitedOCRProcessor")
+    return replace(
+        kind, config=kind.config | changed, files={"processor_config.json": processor}
+    )
+
+
 def _deepseek_ocr2() -> Kind:
     kind = _deepseek_ocr()
     projector = kind.config["projector_config"] | dict(input_dim=896)
@@ -1522,7 +1600,17 @@ def _minicpmo() -> Kind:
     )
     files = _code(processor="MiniCPMOProcessor", image_processor="MiniCPMVImageProcessor")
     files["preprocessor_config.json"] |= dict(feature_extractor_type="WhisperFeatureExtractor")
-    return replace(kind, config=kind.config | changed, files=files)
+    tokens = dict(
+        im_start="<image>",
+        im_end="</image>",
+        slice_start="<slice>",
+        slice_end="</slice>",
+        audio_start="<|audio_bos|>",
+        audio_end="<|audio_eos|>",
+        spk_start="<|spk_bos|>",
+        spk_end="<|spk_eos|>",
+    )
+    return replace(kind, config=kind.config | changed, files=files, tokens=tokens)
 
 
 def _minicpmv4_6(version: str) -> Kind:
@@ -1746,7 +1834,7 @@ def _nemotron_vl() -> Kind:
                 n_groups=2,
             ),
             vision_config=dict(
-                model_type="radio",
+                model_type="",
                 args=dict(
                     model="vit_small_patch16_224", cpe_max_size=2048, register_multiple=16
                 ),
@@ -1827,15 +1915,14 @@ def _moondream3() -> Kind:
                     ff_dim=2 * _HIDDEN,
                     n_layers=4,
                     n_heads=4,
-                    n_kv_heads=2,
+                    n_kv_heads=4,
                     vocab_size=_VOCAB_SIZE,
                     moe=dict(
                         start_layer=2, n_experts=4, n_experts_per_tok=2, expert_inner_dim=64
                     ),
                 ),
-                vision=dict(
-                    enc_dim=64, enc_ff_dim=128, enc_n_heads=2, enc_n_layers=2, proj_inner_dim=128
-                ),
+                # vLLM takes the number of layers, which is 27, also for a side of the image.
+                vision=dict(enc_dim=64, enc_ff_dim=128, enc_n_heads=2, proj_inner_dim=128),
             ),
         ),
         processor=lambda tokenizer: tokenizer,
@@ -2135,6 +2222,7 @@ _BUILT: dict[str, Kind] = {
         moe_intermediate_size=64,
         use_qk_norm=False,
     ),
+    "glm-4v-9b": _glm_4v_9b(),
     "glm-ocr": _glm4v("GlmOcrForConditionalGeneration", "glm_ocr"),
     "lfm2-vl": _lfm2_vl(),
     "paddleocr-vl": _paddleocr_vl(),
@@ -2172,6 +2260,8 @@ _BUILT: dict[str, Kind] = {
     "nemotron-nano-vl": _nemotron_vl(),
     "deepseek-ocr": _deepseek_ocr(),
     "deepseek-ocr2": _deepseek_ocr2(),
+    "unlimited-ocr": _unlimited_ocr(),
+    "deepseek-vl2": _deepseek_vl2(),
     "kimi-vl": _kimi_vl(),
     "kimi-k2.5": _kimi_k25(),
     "muse-glimmer": _muse(),
@@ -2292,7 +2382,7 @@ def build(kind: str, path: Path) -> Path:
         return tiny_models.build(kind, path)
     found = _BUILT[kind]
     path.mkdir(parents=True, exist_ok=True)
-    for name, contents in {"config.json": {**found.config, **_IDS}, **found.files}.items():
+    for name, contents in {"config.json": {**_IDS, **found.config}, **found.files}.items():
         (path / name).write_text(json.dumps(contents))
     if has_code(kind):
         shutil.copy(_REMOTE_CODE, path)
