@@ -1226,6 +1226,73 @@ def _step_vl() -> Kind:
     )
 
 
+def _step3p7() -> Kind:
+    kind = _step_vl()
+    text = _text(
+        "step3p5_text",
+        architectures=["Step3p5ForCausalLM"],
+        num_attention_groups=2,
+        max_seq_len=8192,
+        layer_types=_HYBRID,
+        sliding_window=128,
+        use_rope_layers=[],
+        yarn_only_types=[],
+        attention_other_setting=dict(
+            attention_type="sliding_attention",
+            num_attention_heads=4,
+            num_attention_groups=2,
+            head_dim=32,
+        ),
+        moe_layers_enum="2,3",
+        moe_num_experts=4,
+        moe_top_k=2,
+        moe_intermediate_size=64,
+        moe_router_activation="sigmoid",
+        moe_router_scaling_factor=1.0,
+        need_fp32_gate=True,
+        norm_expert_weight=True,
+        use_moe_router_bias=True,
+        swiglu_limits=None,
+        swiglu_limits_shared=None,
+        att_impl_type="GQA",
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        share_expert_dim=64,
+    )
+    changed = dict(
+        architectures=["Step3p7ForConditionalGeneration"], model_type="step3p7", text_config=text
+    )
+    return replace(kind, config=kind.config | changed)
+
+
+def _interns1_pro() -> Kind:
+    """Qwen3-VL with Fourier position embeddings, whose coefficients are parameters."""
+    kind = _qwen3_vl(
+        "InternS1ProForConditionalGeneration",
+        "qwen3_vl_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+    )
+    rope = dict(rope_type="default", rope_theta=1e6)
+    fourier = dict(fope_init_factor=0.5, fope_sep_head=True, num_inv_freq=None)
+    kind.config["text_config"] |= dict(
+        model_type="interns1_pro_text",
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        decoder_sparse_step=1,
+        rope_parameters=rope,
+        rope_scaling=rope | fourier,
+    )
+    changed = dict(
+        model_type="interns1_pro",
+        auto_map={"AutoConfig": "remote_code.PartsConfig"},
+    )
+    return replace(kind, config=kind.config | changed)
+
+
 def _opencua() -> Kind:
     return Kind(
         config=dict(
@@ -1339,18 +1406,14 @@ def _deepseek_vl2() -> Kind:
         patch_size=14,
         downsample_ratio=2,
     )
-    return replace(
-        kind, config=kind.config | changed, files={"processor_config.json": processor}
-    )
+    return replace(kind, config=kind.config | changed, files={"processor_config.json": processor})
 
 
 def _unlimited_ocr() -> Kind:
     kind = _deepseek_ocr()
     changed = dict(architectures=["UnlimitedOCRForCausalLM"], model_type="unlimited-ocr")
     processor = dict(processor_class="UnlimitedOCRProcessor")
-    return replace(
-        kind, config=kind.config | changed, files={"processor_config.json": processor}
-    )
+    return replace(kind, config=kind.config | changed, files={"processor_config.json": processor})
 
 
 def _deepseek_ocr2() -> Kind:
@@ -1729,7 +1792,7 @@ def _ernie4_5_vl() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image@placeholder|>",
         image="<|IMAGE_START|>{}<|IMAGE_END|>",
-        files=_code(processor="Ernie4_5VLProcessor"),
+        files=_code(processor="ErnieVLProcessor"),
         # vLLM calls the CPU kernel of this rotary embedding with an argument too many.
         options=dict(compilation_config=dict(custom_ops=["all", "-rotary_embedding"])),
         only_images=True,
@@ -1742,9 +1805,7 @@ def _keye(architecture: str, model_type: str, **text: Any) -> Kind:
             architectures=[architecture],
             auto_map={"AutoConfig": "remote_code.PartsConfig"},
             **_text(model_type, rope_parameters=_MROPE, hidden_act="silu", rms_norm_eps=1e-6),
-            vision_config=_vision(
-                "siglip_vision_model", image_size=224, spatial_merge_size=2
-            ),
+            vision_config=_vision("siglip_vision_model", image_size=224, spatial_merge_size=2),
             **_QWEN_IDS,
         ),
         processor=lambda tokenizer: tokenizer,
@@ -1834,10 +1895,8 @@ def _nemotron_vl() -> Kind:
                 n_groups=2,
             ),
             vision_config=dict(
-                model_type="",
-                args=dict(
-                    model="vit_small_patch16_224", cpe_max_size=2048, register_multiple=16
-                ),
+                model_type="c_radio",
+                args=dict(model="vit_small_patch16_224", cpe_max_size=2048, register_multiple=16),
             ),
             force_image_size=256,
             patch_size=16,
@@ -1917,9 +1976,7 @@ def _moondream3() -> Kind:
                     n_heads=4,
                     n_kv_heads=4,
                     vocab_size=_VOCAB_SIZE,
-                    moe=dict(
-                        start_layer=2, n_experts=4, n_experts_per_tok=2, expert_inner_dim=64
-                    ),
+                    moe=dict(start_layer=2, n_experts=4, n_experts_per_tok=2, expert_inner_dim=64),
                 ),
                 # vLLM takes the number of layers, which is 27, also for a side of the image.
                 vision=dict(enc_dim=64, enc_ff_dim=128, enc_n_heads=2, proj_inner_dim=128),
@@ -2234,6 +2291,7 @@ _BUILT: dict[str, Kind] = {
     "isaac": _isaac(),
     "step3-vl": _step3_vl(),
     "step-vl": _step_vl(),
+    "step3.7": _step3p7(),
     "opencua": _opencua(),
     "ovis2": _ovis(),
     "ovis2.5": _ovis2_5("Ovis2_5", "qwen3"),
@@ -2249,6 +2307,7 @@ _BUILT: dict[str, Kind] = {
     "keye-vl": _keye("KeyeForConditionalGeneration", "Keye"),
     "keye-vl-1.5": _keye("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
     "intern-s1": _interns1(),
+    "intern-s1-pro": _interns1_pro(),
     "bagel": _bagel(),
     "moondream3": _moondream3(),
     "kanana-v": _kanana_v(),

@@ -212,7 +212,7 @@ class KananaVProcessor(ProcessorMixin):
         self.image_processor = KananaVImageProcessor()
 
 
-class Ernie4_5VLProcessor(ProcessorMixin):
+class ErnieVLProcessor(ProcessorMixin):
     """vLLM normalizes the pixels."""
 
     spatial_conv_size = temporal_conv_size = 2
@@ -225,7 +225,9 @@ class Ernie4_5VLProcessor(ProcessorMixin):
 
     def __call__(self, text=None, images=(), **kwargs):
         patches, grids = self.image_processor.patches(images)
-        merged = [each.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2) for each in patches]
+        merged = [
+            each.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2) for each in patches
+        ]
         pixels = torch.cat([each.reshape(-1, each[0, 0, 0, 0].numel()) for each in merged])
         return BatchFeature(dict(images=pixels, grid_thw=grids))
 
@@ -290,7 +292,7 @@ class MolmoProcessor(ProcessorMixin):
 class Phi3VProcessor(ProcessorMixin):
     """Every image is seen twice: as a whole, and as the single one of its crops."""
 
-    img_tokens = [f"<|image_{i}|>" for i in range(1, 100)]
+    img_tokens = tuple(f"<|image_{i}|>" for i in range(1, 100))
 
     def __init__(self, tokenizer=None, **kwargs):
         super().__init__(tokenizer)
