@@ -381,18 +381,15 @@ def _internvl() -> Kind:
     )
 
 
-def _code(**classes: str) -> dict[str, Any]:
-    """Files that name processors in `testing.remote_code` as "processor" and "image_processor"."""
-    files: dict[str, Any] = {}
-    if "image_processor" in classes:
-        name = classes["image_processor"]
+def _code(processor: str, image_processor: str | None = None) -> dict[str, dict[str, Any]]:
+    """Files that name classes of `testing.remote_code`."""
+    auto_map = {"AutoProcessor": f"remote_code.{processor}"}
+    files = {"processor_config.json": dict(processor_class=processor, auto_map=auto_map)}
+    if image_processor:
+        auto_map = {"AutoImageProcessor": f"remote_code.{image_processor}"}
         files["preprocessor_config.json"] = dict(
-            image_processor_type=name, auto_map={"AutoImageProcessor": f"remote_code.{name}"}
+            image_processor_type=image_processor, auto_map=auto_map
         )
-    name = classes["processor"]
-    files["processor_config.json"] = dict(
-        processor_class=name, auto_map={"AutoProcessor": f"remote_code.{name}"}
-    )
     return files
 
 
@@ -1454,7 +1451,7 @@ def _kimi_vl() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|media_pad|>",
         image="<|media_begin|>image<|media_content|>{}<|media_end|>",
-        files=_code(processor="KimiVLProcessor", image_processor="KimiVLImageProcessor"),
+        files=_code("KimiVLProcessor", "KimiVLImageProcessor"),
         options=dict(attention_backend="CPU_MLA"),
     )
 
@@ -1571,6 +1568,19 @@ def _interns2_preview() -> Kind:
     return replace(kind, config=kind.config | changed)
 
 
+def _interns2_mobius() -> Kind:
+    """Layers share their banks of experts."""
+    kind = _interns2_preview()
+    text = kind.config["text_config"] | dict(num_blocks=2, hidden_act="silu")
+    changed = dict(
+        architectures=["InternS2MobiusForConditionalGeneration"],
+        model_type="interns2_mobius",
+        auto_map={"AutoConfig": "remote_code.InternS2MobiusConfig"},
+        text_config=text,
+    )
+    return replace(kind, config=kind.config | changed)
+
+
 def _phi4_siglip() -> Kind:
     return Kind(
         config=dict(
@@ -1639,7 +1649,7 @@ def _minicpmv() -> Kind:
             vision_config=_vision("siglip_vision_model", image_size=224),
         ),
         processor=lambda tokenizer: tokenizer,
-        files=_code(processor="MiniCPMVProcessor", image_processor="MiniCPMVImageProcessor"),
+        files=_code("MiniCPMVProcessor", "MiniCPMVImageProcessor"),
         placeholder="(<image>./</image>)",
     )
 
@@ -1661,7 +1671,7 @@ def _minicpmo() -> Kind:
         audio_pool_step=2,
         audio_chunk_length=1.0,
     )
-    files = _code(processor="MiniCPMOProcessor", image_processor="MiniCPMVImageProcessor")
+    files = _code("MiniCPMOProcessor", "MiniCPMVImageProcessor")
     files["preprocessor_config.json"] |= dict(feature_extractor_type="WhisperFeatureExtractor")
     tokens = dict(
         im_start="<image>",
@@ -1792,14 +1802,14 @@ def _ernie4_5_vl() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image@placeholder|>",
         image="<|IMAGE_START|>{}<|IMAGE_END|>",
-        files=_code(processor="ErnieVLProcessor"),
+        files=_code("ErnieVLProcessor"),
         # vLLM calls the CPU kernel of this rotary embedding with an argument too many.
         options=dict(compilation_config=dict(custom_ops=["all", "-rotary_embedding"])),
         only_images=True,
     )
 
 
-def _keye(architecture: str, model_type: str, **text: Any) -> Kind:
+def _keye(architecture: str, model_type: str) -> Kind:
     return Kind(
         config=dict(
             architectures=[architecture],
@@ -1811,7 +1821,7 @@ def _keye(architecture: str, model_type: str, **text: Any) -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image_pad|>",
         image="<|vision_start|>{}<|vision_end|>",
-        files=_code(processor="KeyeProcessor"),
+        files=_code("KeyeProcessor"),
         only_images=True,
     )
 
@@ -1868,7 +1878,7 @@ def _molmo2() -> Kind:
         ),
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image|>",
-        files=_code(processor="Molmo2Processor"),
+        files=_code("Molmo2Processor"),
         only_images=True,
     )
 
@@ -2015,7 +2025,7 @@ def _kanana_v() -> Kind:
         ),
         processor=lambda tokenizer: tokenizer,
         placeholder="<image>",
-        files=_code(processor="KananaVProcessor"),
+        files=_code("KananaVProcessor"),
     )
 
 
@@ -2075,7 +2085,7 @@ def _molmo() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="",
         image="",
-        files=_code(processor="MolmoProcessor"),
+        files=_code("MolmoProcessor"),
     )
 
 
@@ -2107,7 +2117,7 @@ def _phi3_v() -> Kind:
         ),
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image_#|>",
-        files=_code(processor="Phi3VProcessor"),
+        files=_code("Phi3VProcessor"),
         token_ids={"<|image|>": 32044},
         options=dict(disable_sliding_window=True),
     )
@@ -2145,11 +2155,22 @@ def _phi4_mm() -> Kind:
         ),
         processor=lambda tokenizer: tokenizer,
         placeholder="<|image_#|>",
-        files=_code(processor="Phi4MMProcessor"),
+        files=_code("Phi4MMProcessor"),
         token_ids={"<|endoftext10|>": 200010, "<|endoftext11|>": 200011},
         only_images=True,
         options=dict(disable_sliding_window=True),
     )
+
+
+_OVIS_TOKENS = (
+    "<image>",
+    "<video>",
+    "<ovis_visual_atom>",
+    "<ovis_image_start>",
+    "<ovis_image_end>",
+    "<ovis_video_start>",
+    "<ovis_video_end>",
+)
 
 
 def _ovis2_5(architecture: str, text: str, **changed: Any) -> Kind:
@@ -2187,23 +2208,7 @@ def _ovis2_5(architecture: str, text: str, **changed: Any) -> Kind:
             transformers.SiglipImageProcessor(size=dict(height=512, width=512)),
         ),
         placeholder="<image>",
-        token_ids={
-            "<|image_pad|>": 151655,
-            **{
-                name: 151669 + i
-                for i, name in enumerate(
-                    (
-                        "<image>",
-                        "<video>",
-                        "<ovis_visual_atom>",
-                        "<ovis_image_start>",
-                        "<ovis_image_end>",
-                        "<ovis_video_start>",
-                        "<ovis_video_end>",
-                    )
-                )
-            },
-        },
+        token_ids={"<|image_pad|>": 151655} | {t: 151669 + i for i, t in enumerate(_OVIS_TOKENS)},
     )
 
 
@@ -2254,6 +2259,7 @@ _BUILT: dict[str, Kind] = {
     "qwen3.5": _qwen3_5("Qwen3_5ForConditionalGeneration", "qwen3_5"),
     "qwen3.5-moe": _qwen3_5("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_QWEN3_5_MOE),
     "intern-s2-preview": _interns2_preview(),
+    "intern-s2-mobius": _interns2_mobius(),
     "qwen2.5-omni": _qwen2_5_omni(),
     "qwen3-omni": _qwen3_omni(),
     "internvl": _internvl(),

@@ -49,6 +49,10 @@ class InternS2PreviewConfig(Qwen3_5MoeConfig):
     model_type = "interns2_preview"
 
 
+class InternS2MobiusConfig(Qwen3_5MoeConfig):
+    model_type = "interns2_mobius"
+
+
 class RConfig(LlavaOnevisionConfig):
     model_type = "r"
 
@@ -125,6 +129,12 @@ def _patches(image: Image.Image, size: int, merged: int) -> torch.Tensor:
     pixels = pad(pil_to_tensor(image), (0, -image.width % step, 0, -image.height % step))
     rows = pixels.unfold(1, size, size).unfold(2, size, size)  # [3, rows, columns, size, size]
     return rows.permute(1, 2, 0, 3, 4)
+
+
+def _flat_patches(images: Sequence[Image.Image], side: int) -> torch.Tensor:
+    """[images, patches, pixels of a patch], of images of ``side`` x ``side`` pixels."""
+    patches = torch.stack([_patches(image.resize((side, side)), 14, 1) for image in images])
+    return (patches / 127.5 - 1).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
 
 
 class _PatchProcessor(BaseImageProcessor):
@@ -247,19 +257,17 @@ class Molmo2Processor(ProcessorMixin):
         images.max_crops, images.overlap_margins = 1, [4, 4]
 
     def __call__(self, text=None, images=(), **kwargs):
-        pixels = [_patches(image.resize((224, 224)), 14, 2) / 127.5 - 1 for image in images]
-        crops = torch.stack(pixels).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
-        side = 224 // 14
+        crops, side = _flat_patches(images, 224), 224 // 14
         index = torch.arange(side * side).view(side // 2, 2, side // 2, 2).transpose(1, 2)
         pooled = index.reshape(-1, 4)
-        pooling = torch.cat([pooled, pooled + side * side] * len(pixels))
+        pooling = torch.cat([pooled, pooled + side * side] * len(images))
         return BatchFeature(
             dict(
                 input_ids=torch.tensor([[0]]),
                 pixel_values=crops.repeat_interleave(2, dim=0),
                 image_token_pooling=pooling,
-                image_grids=torch.tensor([[side // 2] * 4] * len(pixels)),
-                image_num_crops=torch.tensor([2] * len(pixels)),
+                image_grids=torch.tensor([[side // 2] * 4] * len(images)),
+                image_num_crops=torch.tensor([2] * len(images)),
             )
         )
 
@@ -281,9 +289,8 @@ class MolmoProcessor(ProcessorMixin):
         first = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         outputs = dict(input_ids=torch.tensor([first, *tokens]))
         if images:
-            pixels = [_patches(image.resize((336, 336)), 14, 1) / 127.5 - 1 for image in images]
-            crops = torch.stack(pixels).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
-            outputs["images"] = crops = crops.repeat_interleave(2, dim=0)
+            crops = _flat_patches(images, 336).repeat_interleave(2, dim=0)
+            outputs["images"] = crops
             outputs["image_masks"] = torch.ones(crops.shape[:2])
             outputs["image_input_idx"] = torch.arange(len(crops) * 144).view(-1, 144)
         return BatchFeature(outputs)
