@@ -190,7 +190,6 @@ def _engine(
     import testing.random_weights  # noqa: F401  registers the load format
     from testing.engine import engine
 
-    backend = model_zoo.backend(kind)
     if kind == "kimi-k2.5":
         model_zoo.let_numba_be_searched()
     return engine(
@@ -201,10 +200,10 @@ def _engine(
         block_size=BLOCK_SIZE,
         max_model_len=4096,
         kv_cache_memory_bytes=256 << 20,
-        limit_mm_per_prompt={model_zoo.modality(kind): model_zoo.max_images(kind)},
+        limit_mm_per_prompt=model_zoo.limits(kind),
         enable_prefix_caching=False,  # a record must contain the whole prompt
         trust_remote_code=model_zoo.has_code(kind),
-        **({} if backend is None else {"attention_backend": backend}),
+        **model_zoo.options(kind),
     )
 
 

@@ -94,6 +94,21 @@ _SPECIAL_TOKENS = (
     "<|media_content|>",
     "<|media_pad|>",
     "<|media_end|>",
+    "<|image@placeholder|>",
+    "<|video@placeholder|>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_END|>",
+    "<|VIDEO_START|>",
+    "<|VIDEO_END|>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<frame_start>",
+    "<frame_end>",
+    "<im_low>",
+    "<|endoftext|>",
+    "<|spk_bos|>",
+    "<|spk_eos|>",
 )
 _ID = {token: 256 + i for i, token in enumerate(_SPECIAL_TOKENS)}
 _VOCAB_SIZE = 384
@@ -152,14 +167,16 @@ class Kind:
         processor: creates the processor from a tokenizer, or returns the tokenizer or the parts if
             vLLM creates the processor.
         placeholder: text that the processor replaces by the tokens of an image; empty if it puts
-            them before all text.
+            them before all text. A ``#`` stands for the number of the image.
         image: the complete text of an image.
         tokens: special tokens that the processor needs by name.
         max_images: maximum number of images in a prompt, at most two.
         files: further JSON files of the checkpoint.
         dtype: a type that vLLM's CPU kernels of this architecture support.
         modality: vLLM's name for images.
-        backend: attention backend that the plugin needs.
+        options: arguments of `vllm.LLM` that vLLM or the plugin needs.
+        only_images: whether the stand-in of the published processor takes nothing else.
+        token_ids: ids of special tokens that vLLM hard-codes.
     """
 
     config: Mapping[str, Any]
@@ -173,7 +190,9 @@ class Kind:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     modality: str = "image"
-    backend: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    only_images: bool = False
+    token_ids: Mapping[str, int] = field(default_factory=dict)
 
 
 _QWEN_IDS = dict(
@@ -360,6 +379,18 @@ def _internvl() -> Kind:
             video_token="<video>",
         ),
     )
+
+
+def _code(processor: str, image_processor: str | None = None) -> dict[str, dict[str, Any]]:
+    """Files that name classes of `testing.remote_code`."""
+    auto_map = {"AutoProcessor": f"remote_code.{processor}"}
+    files = {"processor_config.json": dict(processor_class=processor, auto_map=auto_map)}
+    if image_processor:
+        auto_map = {"AutoImageProcessor": f"remote_code.{image_processor}"}
+        files["preprocessor_config.json"] = dict(
+            image_processor_type=image_processor, auto_map=auto_map
+        )
+    return files
 
 
 def _idefics3(name: str, *video: Callable[[], Any]) -> Kind:
@@ -596,6 +627,64 @@ def _gemma4_unified() -> Kind:
     )
 
 
+def _gemma3n() -> Kind:
+    """The later layers read the cache of the last earlier one of their kind."""
+    layers = _HYBRID * 3
+    return Kind(
+        config=dict(
+            architectures=["Gemma3nForConditionalGeneration"],
+            model_type="gemma3n",
+            text_config=_text(
+                "gemma3n_text",
+                num_hidden_layers=len(layers),
+                layer_types=layers,
+                num_kv_shared_layers=6,
+                sliding_window=128,
+                vocab_size_per_layer_input=_VOCAB_SIZE,
+                hidden_size_per_layer_input=16,
+                activation_sparsity_pattern=[0.95] * 2 + [0.0] * 10,
+                laurel_rank=16,
+                tie_word_embeddings=True,
+            ),
+            vision_config=dict(
+                model_type="gemma3n_vision",
+                architecture="mobilenetv5_300m_enc",
+                vocab_size=128,
+                vocab_offset=_ID["<pad>"],
+            ),
+            audio_config=dict(
+                model_type="gemma3n_audio",
+                vocab_size=128,
+                vocab_offset=_ID["<pad>"],
+                hidden_size=64,
+                conf_num_attention_heads=2,
+                conf_num_hidden_layers=2,
+            ),
+            boi_token_id=_ID["<start_of_image>"],
+            eoi_token_id=_ID["<end_of_image>"],
+            image_token_id=_ID["<image_soft_token>"],
+            boa_token_id=_ID["<|audio_bos|>"],
+            eoa_token_id=_ID["<|audio_eos|>"],
+            audio_token_id=_ID["<|AUDIO|>"],
+        ),
+        processor=lambda tokenizer: transformers.Gemma3nProcessor(
+            transformers.Gemma3nAudioFeatureExtractor(),
+            transformers.SiglipImageProcessor(size=dict(height=768, width=768)),
+            tokenizer,
+        ),
+        placeholder="<image_soft_token>",
+        image="{}",
+        tokens=dict(
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+            image_token="<image_soft_token>",
+            audio_token="<|AUDIO|>",
+            boa_token="<|audio_bos|>",
+            eoa_token="<|audio_eos|>",
+        ),
+    )
+
+
 def _blip2() -> Kind:
     return Kind(
         config=dict(
@@ -771,6 +860,48 @@ def _qwen3_5(architecture: str, model_type: str, **text: Any) -> Kind:
         rope_parameters=_MROPE | dict(partial_rotary_factor=0.25),
     )
     return replace(kind, dtype="bfloat16")
+
+
+def _glm_4v_9b() -> Kind:
+    return Kind(
+        config=dict(
+            architectures=["GLM4VForCausalLM"],
+            model_type="chatglm",
+            padded_vocab_size=_VOCAB_SIZE,
+            hidden_size=_HIDDEN,
+            ffn_hidden_size=2 * _HIDDEN,
+            num_layers=4,
+            num_attention_heads=4,
+            kv_channels=32,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            add_qkv_bias=True,
+            original_rope=True,
+            seq_length=8192,
+            tie_word_embeddings=False,
+            pad_token_id=_ID["<|endoftext|>"],
+            boi_token_id=_ID["<|begin_of_image|>"],
+            eoi_token_id=_ID["<|end_of_image|>"],
+            vision_config=dict(
+                dropout_prob=0.0,
+                hidden_act="gelu",
+                hidden_size=64,
+                image_size=448,
+                in_channels=3,
+                intermediate_size=128,
+                layer_norm_eps=1e-6,
+                num_heads=2,
+                num_hidden_layers=2,
+                num_positions=1025,
+                patch_size=14,
+                scaling_factor=8,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|begin_of_image|><|endoftext|><|end_of_image|>",
+        image="{}",
+        max_images=1,
+    )
 
 
 def _lfm2_vl() -> Kind:
@@ -1132,6 +1263,73 @@ def _step_vl() -> Kind:
     )
 
 
+def _step3p7() -> Kind:
+    kind = _step_vl()
+    text = _text(
+        "step3p5_text",
+        architectures=["Step3p5ForCausalLM"],
+        num_attention_groups=2,
+        max_seq_len=8192,
+        layer_types=_HYBRID,
+        sliding_window=128,
+        use_rope_layers=[],
+        yarn_only_types=[],
+        attention_other_setting=dict(
+            attention_type="sliding_attention",
+            num_attention_heads=4,
+            num_attention_groups=2,
+            head_dim=32,
+        ),
+        moe_layers_enum="2,3",
+        moe_num_experts=4,
+        moe_top_k=2,
+        moe_intermediate_size=64,
+        moe_router_activation="sigmoid",
+        moe_router_scaling_factor=1.0,
+        need_fp32_gate=True,
+        norm_expert_weight=True,
+        use_moe_router_bias=True,
+        swiglu_limits=None,
+        swiglu_limits_shared=None,
+        att_impl_type="GQA",
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        share_expert_dim=64,
+    )
+    changed = dict(
+        architectures=["Step3p7ForConditionalGeneration"], model_type="step3p7", text_config=text
+    )
+    return replace(kind, config=kind.config | changed)
+
+
+def _interns1_pro() -> Kind:
+    """Qwen3-VL with Fourier position embeddings, whose coefficients are parameters."""
+    kind = _qwen3_vl(
+        "InternS1ProForConditionalGeneration",
+        "qwen3_vl_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+    )
+    rope = dict(rope_type="default", rope_theta=1e6)
+    fourier = dict(fope_init_factor=0.5, fope_sep_head=True, num_inv_freq=None)
+    kind.config["text_config"] |= dict(
+        model_type="interns1_pro_text",
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        decoder_sparse_step=1,
+        rope_parameters=rope,
+        rope_scaling=rope | fourier,
+    )
+    changed = dict(
+        model_type="interns1_pro",
+        auto_map={"AutoConfig": "remote_code.PartsConfig"},
+    )
+    return replace(kind, config=kind.config | changed)
+
+
 def _opencua() -> Kind:
     return Kind(
         config=dict(
@@ -1225,6 +1423,47 @@ def _deepseek_ocr() -> Kind:
     )
 
 
+def _deepseek_vl2() -> Kind:
+    """The encoder has its published size, which vLLM hard-codes."""
+    kind = _deepseek_ocr()
+    projector = dict(
+        model_type="mlp_projector",
+        projector_type="downsample_mlp_gelu",
+        input_dim=1152,
+        n_embed=_HIDDEN,
+    )
+    changed = dict(
+        architectures=["DeepseekVLV2ForCausalLM"],
+        projector_config=projector,
+        candidate_resolutions=[[384, 384]],
+    )
+    processor = dict(
+        processor_class="DeepseekVLV2Processor",
+        candidate_resolutions=[[384, 384]],
+        patch_size=14,
+        downsample_ratio=2,
+    )
+    return replace(kind, config=kind.config | changed, files={"processor_config.json": processor})
+
+
+def _unlimited_ocr() -> Kind:
+    kind = _deepseek_ocr()
+    changed = dict(architectures=["UnlimitedOCRForCausalLM"], model_type="unlimited-ocr")
+    processor = dict(processor_class="UnlimitedOCRProcessor")
+    return replace(kind, config=kind.config | changed, files={"processor_config.json": processor})
+
+
+def _deepseek_ocr2() -> Kind:
+    kind = _deepseek_ocr()
+    projector = kind.config["projector_config"] | dict(input_dim=896)
+    changed = dict(
+        architectures=["DeepseekOCR2ForCausalLM"],
+        projector_config=projector,
+        vision_config=dict(model_type="vision", image_size=1024),
+    )
+    return replace(kind, config=kind.config | changed)
+
+
 def _kimi_text(model_type: str, **text: Any) -> dict[str, Any]:
     """The sizes of the latent vectors are the published ones, which vLLM's CPU kernels require."""
     return _text(
@@ -1252,17 +1491,8 @@ def _kimi_vl() -> Kind:
         processor=lambda tokenizer: tokenizer,
         placeholder="<|media_pad|>",
         image="<|media_begin|>image<|media_content|>{}<|media_end|>",
-        files={
-            "processor_config.json": dict(
-                processor_class="KimiVLProcessor",
-                auto_map={"AutoProcessor": "remote_code.KimiVLProcessor"},
-            ),
-            "preprocessor_config.json": dict(
-                image_processor_type="KimiVLImageProcessor",
-                auto_map={"AutoImageProcessor": "remote_code.KimiVLImageProcessor"},
-            ),
-        },
-        backend="CPU_MLA",
+        files=_code("KimiVLProcessor", "KimiVLImageProcessor"),
+        options=dict(attention_backend="CPU_MLA"),
     )
 
 
@@ -1320,7 +1550,7 @@ def _kimi_k25() -> Kind:
             )
         },
         modality="vision_chunk",
-        backend="CPU_MLA",
+        options=dict(attention_backend="CPU_MLA"),
     )
 
 
@@ -1374,6 +1604,19 @@ def _interns2_preview() -> Kind:
     changed = dict(
         model_type="interns2_preview",
         auto_map={"AutoConfig": "remote_code.InternS2PreviewConfig"},
+    )
+    return replace(kind, config=kind.config | changed)
+
+
+def _interns2_mobius() -> Kind:
+    """Layers share their banks of experts."""
+    kind = _interns2_preview()
+    text = kind.config["text_config"] | dict(num_blocks=2, hidden_act="silu")
+    changed = dict(
+        architectures=["InternS2MobiusForConditionalGeneration"],
+        model_type="interns2_mobius",
+        auto_map={"AutoConfig": "remote_code.InternS2MobiusConfig"},
+        text_config=text,
     )
     return replace(kind, config=kind.config | changed)
 
@@ -1446,18 +1689,41 @@ def _minicpmv() -> Kind:
             vision_config=_vision("siglip_vision_model", image_size=224),
         ),
         processor=lambda tokenizer: tokenizer,
-        files={
-            "processor_config.json": dict(
-                processor_class="MiniCPMVProcessor",
-                auto_map={"AutoProcessor": "remote_code.MiniCPMVProcessor"},
-            ),
-            "preprocessor_config.json": dict(
-                image_processor_type="MiniCPMVImageProcessor",
-                auto_map={"AutoImageProcessor": "remote_code.MiniCPMVImageProcessor"},
-            ),
-        },
+        files=_code("MiniCPMVProcessor", "MiniCPMVImageProcessor"),
         placeholder="(<image>./</image>)",
     )
+
+
+def _minicpmo() -> Kind:
+    """MiniCPM-V that also listens; what speaks is not used."""
+    kind = _minicpmv()
+    changed = dict(
+        architectures=["MiniCPMO"],
+        model_type="minicpmo",
+        auto_map={"AutoConfig": "remote_code.MiniCPMOConfig"},
+        audio_config=dict(
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=128,
+            num_mel_bins=80,
+        ),
+        audio_pool_step=2,
+        audio_chunk_length=1.0,
+    )
+    files = _code("MiniCPMOProcessor", "MiniCPMVImageProcessor")
+    files["preprocessor_config.json"] |= dict(feature_extractor_type="WhisperFeatureExtractor")
+    tokens = dict(
+        im_start="<image>",
+        im_end="</image>",
+        slice_start="<slice>",
+        slice_end="</slice>",
+        audio_start="<|audio_bos|>",
+        audio_end="<|audio_eos|>",
+        spk_start="<|spk_bos|>",
+        spk_end="<|spk_eos|>",
+    )
+    return replace(kind, config=kind.config | changed, files=files, tokens=tokens)
 
 
 def _minicpmv4_6(version: str) -> Kind:
@@ -1537,6 +1803,412 @@ def _cosmos3_edge() -> Kind:
     )
 
 
+def _ernie4_5_vl() -> Kind:
+    """Images and text have experts of their own."""
+    return Kind(
+        config=dict(
+            architectures=["Ernie4_5_VLMoeForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text("ernie4_5_moe_vl", hidden_act="silu", rms_norm_eps=1e-5, rope_theta=5e5),
+            vision_config=dict(
+                model_type="DFNRope_vision_transformer",
+                depth=2,
+                embed_dim=64,
+                hidden_size=64,
+                num_heads=2,
+                mlp_ratio=2,
+                in_channels=3,
+                patch_size=14,
+                spatial_merge_size=2,
+            ),
+            freq_allocation=4,
+            im_patch_id=_ID["<|IMAGE_PLACEHOLDER|>"],
+            image_start_token_id=_ID["<|IMAGE_START|>"],
+            image_end_token_id=_ID["<|IMAGE_END|>"],
+            video_start_token_id=_ID["<|VIDEO_START|>"],
+            video_end_token_id=_ID["<|VIDEO_END|>"],
+            moe_num_experts=[4, 4],
+            moe_intermediate_size=[64, 32],
+            moe_num_shared_experts=1,
+            moe_k=2,
+            moe_layer_interval=1,
+            moe_layer_start_index=[1, 1],
+            moe_layer_end_index=[5, 4],
+            pixel_hidden_size=64,
+            spatial_conv_size=2,
+            temporal_conv_size=2,
+            use_temporal_conv=True,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image@placeholder|>",
+        image="<|IMAGE_START|>{}<|IMAGE_END|>",
+        files=_code("ErnieVLProcessor"),
+        # vLLM calls the CPU kernel of this rotary embedding with an argument too many.
+        options=dict(compilation_config=dict(custom_ops=["all", "-rotary_embedding"])),
+        only_images=True,
+    )
+
+
+def _keye(architecture: str, model_type: str) -> Kind:
+    return Kind(
+        config=dict(
+            architectures=[architecture],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text(model_type, rope_parameters=_MROPE, hidden_act="silu", rms_norm_eps=1e-6),
+            vision_config=_vision("siglip_vision_model", image_size=224, spatial_merge_size=2),
+            **_QWEN_IDS,
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        files=_code("KeyeProcessor"),
+        only_images=True,
+    )
+
+
+def _molmo2() -> Kind:
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    return Kind(
+        config=dict(
+            architectures=["Molmo2ForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="molmo2",
+            text_config=_text(
+                "molmo2_text",
+                additional_vocab_size=128,
+                hidden_act="silu",
+                layer_norm_eps=1e-6,
+                norm_after=False,
+                qk_norm_type="qwen3",
+                qkv_bias=False,
+                rope_scaling_layers=None,
+                rope_theta=1e6,
+                use_qk_norm=True,
+            ),
+            vit_config=dict(
+                model_type="molmo2_vit",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                **heads,
+                hidden_act="gelu_pytorch_tanh",
+                layer_norm_eps=1e-6,
+                image_default_input_size=[224, 224],
+                image_patch_size=14,
+                image_num_pos=256,
+            ),
+            adapter_config=dict(
+                model_type="molmo2_adapter",
+                vit_layers=[-1, -2],
+                pooling_attention_mask=True,
+                hidden_size=64,
+                intermediate_size=128,
+                **heads,
+                hidden_act="silu",
+                text_hidden_size=_HIDDEN,
+            ),
+            image_patch_id=_ID["<im_patch>"],
+            image_col_id=_ID["<im_col>"],
+            image_start_token_id=_ID["<im_start>"],
+            image_end_token_id=_ID["<im_end>"],
+            low_res_image_start_token_id=_ID["<low_res_im_start>"],
+            frame_start_token_id=_ID["<frame_start>"],
+            frame_end_token_id=_ID["<frame_end>"],
+            image_low_res_id=_ID["<im_low>"],
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image|>",
+        files=_code("Molmo2Processor"),
+        only_images=True,
+    )
+
+
+def _interns1() -> Kind:
+    """InternVL with a configuration of its own."""
+    kind = _internvl()
+    changed = dict(
+        architectures=["InternS1ForConditionalGeneration"],
+        model_type="interns1",
+        auto_map={"AutoConfig": "remote_code.PartsConfig"},
+        text_config=_text("qwen3", architectures=["Qwen3ForCausalLM"]),
+        vision_config=kind.config["vision_config"]
+        | dict(
+            model_type="interns1_vision",
+            attention_bias=True,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            layer_scale_init_value=0.1,
+            norm_type="layer_norm",
+            num_channels=3,
+            use_absolute_position_embeddings=True,
+            use_mask_token=False,
+            use_mean_pooling=True,
+            use_qk_norm=False,
+        ),
+        downsample_ratio=0.5,
+        projector_hidden_act="gelu",
+    )
+    return replace(kind, config=kind.config | changed)
+
+
+def _bagel() -> Kind:
+    """What generates pictures is not used."""
+    return Kind(
+        config=dict(
+            architectures=["BagelForConditionalGeneration"],
+            model_type="bagel",
+            llm_config=_text("qwen2"),
+            vit_config=_vision("siglip_vision_model", image_size=224, vision_use_head=False),
+            vit_max_num_patch_per_side=16,
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer, transformers.SiglipImageProcessor(size=dict(height=224, width=224))
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+    )
+
+
+def _moondream3() -> Kind:
+    """The number of an image's tokens is fixed."""
+    return Kind(
+        config=dict(
+            architectures=["Moondream3ForCausalLM"],
+            model_type="moondream3",
+            config=dict(
+                text=dict(
+                    dim=_HIDDEN,
+                    ff_dim=2 * _HIDDEN,
+                    n_layers=4,
+                    n_heads=4,
+                    n_kv_heads=4,
+                    vocab_size=_VOCAB_SIZE,
+                    moe=dict(start_layer=2, n_experts=4, n_experts_per_tok=2, expert_inner_dim=64),
+                ),
+                # vLLM takes the number of layers, which is 27, also for a side of the image.
+                vision=dict(enc_dim=64, enc_ff_dim=128, enc_n_heads=2, proj_inner_dim=128),
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|endoftext|><image>",
+        image="{}",
+        max_images=1,
+    )
+
+
+def _kanana_v() -> Kind:
+    """vLLM takes the token after the end of text for that of an image."""
+    return Kind(
+        config=dict(
+            architectures=["KananaVForConditionalGeneration"],
+            model_type="kanana-1.5-v",
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            text_config=_text("llama", eos_token_id=_ID["<|imgpad|>"] - 1),
+            vision_config=dict(
+                model_type="qwen2_vl_vision", depth=2, embed_dim=64, hidden_size=64, num_heads=2
+            ),
+            projector_config=dict(
+                model_type="kanana_projector",
+                depth=1,
+                mlp_depth=2,
+                merge_size=2,
+                pos_emb=True,
+                pos_emb_size=256,
+                feature_layer_index=-1,
+                encoder_hidden_size=64,
+                hidden_size=64,
+                output_hidden_size=_HIDDEN,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<image>",
+        files=_code("KananaVProcessor"),
+    )
+
+
+def _openpangu_vl() -> Kind:
+    kind = _dots_ocr()
+    return replace(
+        kind,
+        config=dict(
+            architectures=["OpenPanguVLForConditionalGeneration"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text("openpangu_vl", hidden_act="silu", rms_norm_eps=1e-5, rope_parameters=_MROPE),
+            vision_config=dict(
+                model_type="openpangu_vl_vision",
+                depth=4,
+                hidden_act="silu",
+                hidden_size=64,
+                in_channels=3,
+                intermediate_size=128,
+                num_heads=2,
+                out_hidden_size=_HIDDEN,
+                patch_size=14,
+                spatial_merge_size=2,
+                temporal_patch_size=1,
+                window_size=112,
+                fullatt_block_indexes=[3],
+            ),
+            **_QWEN_IDS,
+        ),
+        placeholder="<|image_pad|>",
+        image="<|vision_start|>{}<|vision_end|>",
+        tokens=dict(
+            image_token="<|image_pad|>",
+            vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>",
+        ),
+    )
+
+
+def _molmo() -> Kind:
+    """The encoder has its published size, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["MolmoForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            **_text(
+                "molmo",
+                attention_layer_norm=False,
+                embedding_size=_VOCAB_SIZE,
+                layer_norm_eps=1e-6,
+                layer_norm_type="rms",
+                norm_after=False,
+                qkv_bias=True,
+                rope_theta=1e6,
+                weight_tying=False,
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="",
+        image="",
+        files=_code("MolmoProcessor"),
+    )
+
+
+_LONG_ROPE = dict(
+    original_max_position_embeddings=4096,
+    rope_scaling=dict(type="longrope", long_factor=[2.0] * 16, short_factor=[1.0] * 16),
+    # As published: a window that is larger than all prompts.
+    sliding_window=262144,
+)
+
+
+def _phi3_v() -> Kind:
+    """The encoder has its published width, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["Phi3VForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.Phi3VConfig"},
+            **_text("phi3_v", vocab_size=32064, **_LONG_ROPE),
+            embd_layer=dict(
+                embedding_cls="image",
+                hd_transform_order="sub_glb",
+                projection_cls="mlp",
+                use_hd_transform=True,
+                with_learnable_separator=True,
+            ),
+            img_processor=dict(
+                name="clip_vision_model", layer_idx=1, image_dim_out=1024, num_img_tokens=144
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_#|>",
+        files=_code("Phi3VProcessor"),
+        token_ids={"<|image|>": 32044},
+        options=dict(disable_sliding_window=True),
+    )
+
+
+def _phi4_mm() -> Kind:
+    """The encoder of images has its published size, which vLLM hard-codes."""
+    return Kind(
+        config=dict(
+            architectures=["Phi4MMForCausalLM"],
+            auto_map={"AutoConfig": "remote_code.Phi4MMConfig"},
+            **_text("phi4mm", vocab_size=200064, **_LONG_ROPE),
+            img_processor=None,
+            embd_layer=dict(
+                embedding_cls="image_audio",
+                image_embd_layer=dict(embedding_cls="tune_image"),
+                audio_embd_layer=dict(
+                    embedding_cls="audio", compression_rate=8, projection_cls="mlp"
+                ),
+            ),
+            audio_processor=dict(
+                name="cascades",
+                config=dict(
+                    input_size=80,
+                    encoder_embedding_config=dict(input_size=80),
+                    chunk_size=-1,
+                    left_chunk=18,
+                    attention_dim=64,
+                    attention_heads=2,
+                    linear_units=128,
+                    num_blocks=2,
+                    relative_attention_bias_args=dict(type="t5", t5_bias_max_distance=500),
+                ),
+            ),
+        ),
+        processor=lambda tokenizer: tokenizer,
+        placeholder="<|image_#|>",
+        files=_code("Phi4MMProcessor"),
+        token_ids={"<|endoftext10|>": 200010, "<|endoftext11|>": 200011},
+        only_images=True,
+        options=dict(disable_sliding_window=True),
+    )
+
+
+_OVIS_TOKENS = (
+    "<image>",
+    "<video>",
+    "<ovis_visual_atom>",
+    "<ovis_image_start>",
+    "<ovis_image_end>",
+    "<ovis_video_start>",
+    "<ovis_video_end>",
+)
+
+
+def _ovis2_5(architecture: str, text: str, **changed: Any) -> Kind:
+    return Kind(
+        config=dict(
+            architectures=[architecture],
+            auto_map={"AutoConfig": "remote_code.PartsConfig"},
+            model_type="ovis2_5",
+            llm_config=_text(text, vocab_size=151680, **changed),
+            vit_config=dict(
+                model_type="siglip2_navit",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_channels=3,
+                num_patches=-1,
+                image_size=512,
+                patch_size=16,
+                temporal_patch_size=1,
+                hidden_stride=2,
+                window_size=112,
+                fullatt_block_indexes=None,
+                preserve_original_pe=True,
+                use_rope=True,
+                attention_dropout=0.0,
+                hidden_act="gelu_pytorch_tanh",
+                layer_norm_eps=1e-6,
+            ),
+            hidden_size=_HIDDEN,
+            visual_vocab_size=256,
+        ),
+        processor=lambda tokenizer: _Parts(
+            tokenizer,
+            transformers.SiglipImageProcessor(size=dict(height=512, width=512)),
+        ),
+        placeholder="<image>",
+        token_ids={"<|image_pad|>": 151655} | {t: 151669 + i for i, t in enumerate(_OVIS_TOKENS)},
+    )
+
+
 _BUILT: dict[str, Kind] = {
     "llava-onevision": _llava_onevision(
         "LlavaOnevisionForConditionalGeneration", "llava_onevision", "qwen2"
@@ -1584,6 +2256,7 @@ _BUILT: dict[str, Kind] = {
     "qwen3.5": _qwen3_5("Qwen3_5ForConditionalGeneration", "qwen3_5"),
     "qwen3.5-moe": _qwen3_5("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_QWEN3_5_MOE),
     "intern-s2-preview": _interns2_preview(),
+    "intern-s2-mobius": _interns2_mobius(),
     "qwen2.5-omni": _qwen2_5_omni(),
     "qwen3-omni": _qwen3_omni(),
     "internvl": _internvl(),
@@ -1609,6 +2282,7 @@ _BUILT: dict[str, Kind] = {
         moe_intermediate_size=64,
         use_qk_norm=False,
     ),
+    "glm-4v-9b": _glm_4v_9b(),
     "glm-ocr": _glm4v("GlmOcrForConditionalGeneration", "glm_ocr"),
     "lfm2-vl": _lfm2_vl(),
     "nemotron-nano-vl": _nemotron_nano_vl(),
@@ -1621,17 +2295,45 @@ _BUILT: dict[str, Kind] = {
     "isaac": _isaac(),
     "step3-vl": _step3_vl(),
     "step-vl": _step_vl(),
+    "step3.7": _step3p7(),
     "opencua": _opencua(),
     "ovis2": _ovis(),
+    "ovis2.5": _ovis2_5("Ovis2_5", "qwen3"),
+    "ovis2.6": _ovis2_5("Ovis2_6ForCausalLM", "qwen3"),
+    "ovis2.6-moe": _ovis2_5(
+        "Ovis2_6_MoeForCausalLM",
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+    ),
+    "ernie4.5-vl": _ernie4_5_vl(),
+    "keye-vl": _keye("KeyeForConditionalGeneration", "Keye"),
+    "keye-vl-1.5": _keye("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
+    "intern-s1": _interns1(),
+    "intern-s1-pro": _interns1_pro(),
+    "bagel": _bagel(),
+    "moondream3": _moondream3(),
+    "kanana-v": _kanana_v(),
+    "openpangu-vl": _openpangu_vl(),
+    "molmo": _molmo(),
+    "molmo2": _molmo2(),
+    "phi3.5-vision": _phi3_v(),
+    "phi4-multimodal": _phi4_mm(),
     "deepseek-ocr": _deepseek_ocr(),
+    "deepseek-ocr2": _deepseek_ocr2(),
+    "unlimited-ocr": _unlimited_ocr(),
+    "deepseek-vl2": _deepseek_vl2(),
     "kimi-vl": _kimi_vl(),
     "kimi-k2.5": _kimi_k25(),
     "muse-glimmer": _muse(),
     "minicpm-v": _minicpmv(),
+    "minicpm-o": _minicpmo(),
     "minicpm-v-4.6": _minicpmv4_6("6"),
     "minicpm-v-4.7": _minicpmv4_6("7"),
     "phi4-siglip": _phi4_siglip(),
     "gemma3": _gemma3(),
+    "gemma3n": _gemma3n(),
     "gemma4": _gemma4(),
     "gemma4-moe": _gemma4(
         enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64
@@ -1680,9 +2382,15 @@ def let_numba_be_searched() -> None:
     ffi._lib_wrapper.__getattr__ = known
 
 
-def backend(kind: str) -> str | None:
-    """The attention backend that the plugin needs, where vLLM may choose another one."""
-    return _BUILT[kind].backend if kind in _BUILT else None
+def options(kind: str) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that vLLM or the plugin needs for this kind."""
+    return dict(_BUILT[kind].options) if kind in _BUILT else {}
+
+
+def limits(kind: str) -> dict[str, int]:
+    """Maximum numbers of items in a prompt, by vLLM's names of modalities."""
+    others = ("video", "audio") if kind in _BUILT and _BUILT[kind].only_images else ()
+    return {modality(kind): max_images(kind), **dict.fromkeys(others, 0)}
 
 
 def image_data(kind: str, images: Sequence[Image.Image]) -> dict[str, list[Any]]:
@@ -1710,13 +2418,14 @@ def prompt_for(kind: str, question: str, num_images: int) -> str:
     if kind not in _BUILT:
         return tiny_models.prompt_for(kind, question, num_images)
     image = _BUILT[kind].image.format(_BUILT[kind].placeholder)
-    return f"USER: {image * num_images}{question} ASSISTANT:"
+    images = "".join(image.replace("#", str(i + 1)) for i in range(num_images))
+    return f"USER: {images}{question} ASSISTANT:"
 
 
 def text_after_images(kind: str, question: str) -> str:
     """The text after the last image, or all text if the processor puts images first."""
     if kind in _BUILT:
-        placeholder = _BUILT[kind].placeholder
+        placeholder = _BUILT[kind].placeholder.replace("#", "1")
     else:
         placeholder = "<|image_pad|>" if kind.startswith("qwen") else "<image>"
     prompt = prompt_for(kind, question, 1)
@@ -1735,10 +2444,15 @@ def build(kind: str, path: Path) -> Path:
         return tiny_models.build(kind, path)
     found = _BUILT[kind]
     path.mkdir(parents=True, exist_ok=True)
-    for name, contents in {"config.json": {**found.config, **_IDS}, **found.files}.items():
+    for name, contents in {"config.json": {**_IDS, **found.config}, **found.files}.items():
         (path / name).write_text(json.dumps(contents))
     if has_code(kind):
         shutil.copy(_REMOTE_CODE, path)
-    tokenizer = tiny_models.byte_tokenizer(_SPECIAL_TOKENS, "</s>", found.tokens)
+    tokenizer = tiny_models.byte_tokenizer(
+        (*_SPECIAL_TOKENS, *(t for t in found.token_ids if t not in _ID)),
+        "</s>",
+        found.tokens,
+        found.token_ids,
+    )
     found.processor(tokenizer).save_pretrained(path)
     return path

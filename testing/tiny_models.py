@@ -87,7 +87,10 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def byte_tokenizer(
-    special_tokens: Sequence[str], eos_token: str, named: Mapping[str, str] | None = None
+    special_tokens: Sequence[str],
+    eos_token: str,
+    named: Mapping[str, str] | None = None,
+    ids: Mapping[str, int] | None = None,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer without merges. The id of a byte is its value, of a special token 256 + index.
 
@@ -95,8 +98,12 @@ def byte_tokenizer(
         special_tokens: in the order of their ids.
         eos_token: one of them.
         named: special tokens that a processor needs by name, such as "image_token".
+        ids: other ids of some special tokens.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    vocabulary = _byte_vocabulary()
+    if ids:
+        vocabulary |= {token: 256 + i for i, token in enumerate(special_tokens)} | {**ids}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(

@@ -460,6 +460,7 @@ def test_models_that_take_embeddings_of_images_are_served(model: Path) -> None:
         ("is_encoder_decoder", "cross attention"),
         ("is_attention_free", "without attention layers"),
         ("uses_alibi", "ALiBi"),
+        ("rswa_window", "R-SWA"),
     ],
 )
 def test_refused_model(model: Path, attribute: str, reason: str) -> None:
@@ -481,6 +482,7 @@ def _pretend(vllm_config: VllmConfig, attribute: str) -> None:
         supports_multimodal_inputs=True,
         multimodal_config=None,
         uses_alibi=False,
+        rswa_window=None,
         **dict.fromkeys(names, False),
     )
     setattr(fake, attribute, True)

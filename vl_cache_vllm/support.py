@@ -314,6 +314,10 @@ def _model_reasons(model: ModelConfig, hybrid_cache: bool) -> list[str]:
             "--disable-hybrid-kv-cache-manager",
         ),
         (model.uses_alibi, "ALiBi position biases"),
+        (
+            model.rswa_window is not None,
+            "generated tokens that attend to the prompt and to a window (R-SWA)",
+        ),
     )
     return [reason for condition, reason in checks if condition]
 

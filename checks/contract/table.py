@@ -248,7 +248,7 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(
             "vllm.config:ModelConfig",
             "hf_text_config runner_type supports_multimodal_inputs use_mla is_encoder_decoder "
-            "is_hybrid is_attention_free is_mm_prefix_lm uses_alibi",
+            "is_hybrid is_attention_free is_mm_prefix_lm uses_alibi rswa_window",
         ),
         Called("vllm.config:ModelConfig.get_sliding_window", ""),
     ),

@@ -34,7 +34,7 @@ def start(
     model_zoo.let_numba_be_searched()
     model = model_zoo.build(KIND, models_dir / KIND)
     kwargs = {"max_model_len": 1024, "kv_cache_memory_bytes": 128 << 20} | kwargs
-    kwargs["attention_backend"] = model_zoo.backend(KIND)
+    kwargs |= model_zoo.options(KIND)
     return harness.engine(model, settings, load_format="random", **kwargs)
 
 
