@@ -104,6 +104,7 @@ def test_a_check_runs_before_containers_with_gpus(path: Path) -> None:
             "    ",
             [
                 *["docker run", "docker run", COMMAND, "vllm serve"],
+                *[COMMAND, "vllm serve"],  # LMCache
                 *["vllm serve", COMMAND, "vllm serve"],  # disaggregated prefill
             ],
         ),

@@ -72,12 +72,15 @@ def assert_same(found: list[RequestOutput], expected: list[RequestOutput]) -> No
         assert logprobs(one) == pytest.approx(logprobs(other), rel=0, abs=1e-3)
 
 
-def assert_nothing_leaks(llm: LLM) -> None:
-    """Once LMCache has released the blocks of the last requests, which it does in a later step."""
-    answers(llm, [{"prompt": "USER: Hello. ASSISTANT:"}], 8)
+def settle(llm: LLM) -> None:
+    """Run steps until LMCache has released the blocks of the last requests."""
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests():
         core.step()
+
+
+def assert_nothing_leaks(llm: LLM) -> None:
+    settle(llm)
     pool = scheduler(llm).kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
 
@@ -188,7 +191,7 @@ def test_replaced_blocks_wait_for_their_copies(
         assert len(late) == NUM_IMAGES
         assert_nothing_leaks(llm)
         context.submit_store = submit
-        llm.reset_prefix_cache()
+        assert llm.reset_prefix_cache()
         assert_same(answers(llm, prompts(QUESTIONS[0])), alone[True][0])
     assert server.count("Retrieved")
     with engine(model, None, kv_transfer_config=transfer, **SMALL) as llm:
@@ -203,7 +206,8 @@ def test_a_server_that_fails_while_it_loads(
     transfer = lmcache.config(server.port, **options)
     with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
         assert_same(answers(llm, prompts(QUESTIONS[0])), alone[True][0])
-        llm.reset_prefix_cache()
+        settle(llm)
+        assert llm.reset_prefix_cache()
         adapter = get_kv_transfer_group().worker_adapter
         submit = adapter.submit_retrieve_request
 
