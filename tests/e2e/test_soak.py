@@ -4,11 +4,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.config import KVTransferConfig
 
 from checks.soak import __main__ as soak
-from testing import offloading, tiny_models
+from testing import lmcache, offloading, tiny_models
 
 pytestmark = pytest.mark.server
 
@@ -26,20 +28,34 @@ def test_soak_with_offloading(
     models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts leave the small pool for host memory and come back; copies run late."""
-    model = tiny_models.build("llava", models_dir / "llava-112", image_size=112)
     monkeypatch.setenv("PYTHONPATH", str(Path(offloading.__file__).parents[1]))
-    transfer = dataclasses.asdict(offloading.config(64 << 20))
-    names = "kv_connector", "kv_role", "kv_connector_extra_config"
-    config = json.dumps({name: transfer[name] for name in names})
+    report = soak_with(offloading.config(64 << 20), models_dir, tmp_path)
+    assert report["counts"]["requests"] > 100
+
+
+def test_soak_with_lmcache(models_dir: Path, tmp_path: Path) -> None:
+    """Its server lives on when the engine core is killed."""
+    with lmcache.running(tmp_path / "lmcache.log") as server:
+        report = soak_with(lmcache.config(server.port), models_dir, tmp_path)
+        assert server.process.poll() is None
+        assert server.count("Stored") and server.count("Retrieved")
+    assert report["counts"]["requests"] > 100
+
+
+def soak_with(transfer: KVTransferConfig, models_dir: Path, logs: Path) -> dict[str, Any]:
+    model = tiny_models.build("llava", models_dir / "llava-112", image_size=112)
+    names = "kv_connector", "kv_role", "kv_connector_extra_config", "kv_load_failure_policy"
+    config = json.dumps({name: dataclasses.asdict(transfer)[name] for name in names})
     report = soak.measure(
         model,
-        tmp_path,
+        logs,
         minutes=0.5,
         seed=2,
         phase_seconds=4.0,
         faults=("engine core killed",),
+        stock=False,
         # vLLM's cache of processed images can miss after hang-ups, which is not the subject here.
         more=(f"--kv-transfer-config={config}", "--mm-processor-cache-gb=0"),
     )
     assert report["failures"] == []
-    assert report["counts"]["requests"] > 100
+    return report
