@@ -183,3 +183,19 @@ def held_positions(record: dict[str, Any]) -> list[list[list[int]]]:
     """Positions that each layer and KV head has after a first eviction, with the tail."""
     tail = range(record["evicted_tokens"], record["tokens"])
     return [[[*head, *tail] for head in layer] for layer in record["kept_positions"]]
+
+
+def abort_and_preempt(llm: LLM, requests: Sequence[Any]) -> None:
+    """Abort two requests in each of their first steps, then run more at once than fit."""
+    core = llm.llm_engine
+    for steps in range(1, 9):
+        for request in requests[:2]:
+            name = str(len(core.output_processor.request_states))
+            core.add_request(name, request, greedy(64))
+        for _ in range(steps):
+            core.step()
+        core.abort_request(list(core.output_processor.external_req_ids), internal=False)
+        while core.has_unfinished_requests():
+            core.step()
+    for _ in range(2):
+        llm.generate(requests, greedy(200), use_tqdm=False)

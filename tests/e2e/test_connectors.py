@@ -16,6 +16,7 @@ from vllm.v1.simple_kv_offload import manager
 
 from testing import offloading, tiny_models
 from testing.engine import (
+    abort_and_preempt,
     engine,
     eviction_stats,
     greedy,
@@ -205,7 +206,7 @@ def test_simple_offloading_of_requests_that_end_early(
     settings = SETTINGS | {"output_reserve": False}
     options = SMALL | {"kv_cache_memory_bytes": TINY}
     with engine(model, settings, kv_transfer_config=transfer, **options) as llm:
-        abort_and_preempt(llm)
+        abort_and_preempt(llm, prompts())
         loaded = offloading.LateBackend.blocks[0]
         for request, answer in zip(prompts(), expected[0], strict=True):
             assert_same(answers(llm, [request]), [answer])
@@ -221,22 +222,6 @@ def finish_copies(llm: LLM) -> None:
         answers(llm, [{"prompt": "USER: Hello. ASSISTANT:"}], 1)
 
 
-def abort_and_preempt(llm: LLM) -> None:
-    """Abort requests in each of their first steps, then run more at once than fit."""
-    core = llm.llm_engine
-    for steps in range(1, 9):
-        for request in prompts(seeds=range(2)):
-            name = str(len(core.output_processor.request_states))
-            core.add_request(name, request, greedy(64))
-        for _ in range(steps):
-            core.step()
-        core.abort_request(list(core.output_processor.external_req_ids), internal=False)
-        while core.has_unfinished_requests():
-            core.step()
-    for _ in range(2):
-        answers(llm, prompts(), 200)
-
-
 def test_requests_end_while_their_blocks_are_copied(
     model: Path, expected: list[list[RequestOutput]]
 ) -> None:
@@ -246,7 +231,7 @@ def test_requests_end_while_their_blocks_are_copied(
     options = SMALL | {"kv_cache_memory_bytes": TINY}
     with engine(model, settings, kv_transfer_config=transfer, **options) as llm:
         offloaded = Offloaded(llm)
-        abort_and_preempt(llm)
+        abort_and_preempt(llm, prompts())
         assert any(request.num_preemptions for request in offloaded.requests)
         loaded = offloaded.loaded
         for request, answer in zip(prompts(), expected[0], strict=True):

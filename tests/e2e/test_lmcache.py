@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from testing import lmcache, tiny_models
 from testing.engine import (
+    abort_and_preempt,
     engine,
     eviction_stats,
     greedy,
@@ -135,18 +136,7 @@ def test_preempted_and_aborted(
     settings = SETTINGS | {"output_reserve": False}
     options = SMALL | {"kv_cache_memory_bytes": 9 << 18}
     with engine(model, settings, kv_transfer_config=lmcache.config(server.port), **options) as llm:
-        core = llm.llm_engine
-        for steps in range(1, 9):
-            for request in prompts(QUESTIONS[0])[:2]:
-                name = str(len(core.output_processor.request_states))
-                core.add_request(name, request, greedy(64))
-            for _ in range(steps):
-                core.step()
-            core.abort_request(list(core.output_processor.external_req_ids), internal=False)
-            while core.has_unfinished_requests():
-                core.step()
-        for _ in range(2):
-            answers(llm, prompts(QUESTIONS[0]), 200)
+        abort_and_preempt(llm, prompts(QUESTIONS[0]))
         loaded = server.count("Retrieved")
         for request, answer in zip(prompts(QUESTIONS[0]), alone[True][0], strict=True):
             assert_same(answers(llm, [request]), [answer])
