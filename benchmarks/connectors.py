@@ -88,7 +88,7 @@ def first_output(llm: Any, prompt: dict[str, Any]) -> Any:
 
 
 def measure(way: str, documents: list[list[dict[str, Any]]], connector: Any) -> Row:
-    from testing.engine import greedy, running_llm
+    from testing.engine import greedy, running_llm, settle
 
     with running_llm(
         model=str(MODEL),
@@ -106,6 +106,7 @@ def measure(way: str, documents: list[list[dict[str, Any]]], connector: Any) -> 
         seconds, cached, prompt_tokens = [], [], 0
         for first, second in documents:
             llm.generate([first], greedy(24, logprobs=None), use_tqdm=False)
+            settle(llm)
             if way != "prefix cache":
                 assert llm.reset_prefix_cache()
             start = time.perf_counter()

@@ -185,6 +185,12 @@ def held_positions(record: dict[str, Any]) -> list[list[list[int]]]:
     return [[[*head, *tail] for head in layer] for layer in record["kept_positions"]]
 
 
+def settle(llm: LLM) -> None:
+    """Run steps until a connector has released the blocks of requests that have ended."""
+    while scheduler(llm).has_requests():
+        llm.llm_engine.engine_core.get_output()
+
+
 def abort_and_preempt(llm: LLM, requests: Sequence[Any]) -> None:
     """Abort two requests in each of their first steps, then run more at once than fit."""
     core = llm.llm_engine

@@ -257,14 +257,14 @@ REFUSALS = {
             kv_connector="LMCacheMPConnector",
             kv_connector_extra_config={"lmcache.mp.save_decode_cache": True},
         ),
-        "LMCache's lmcache.mp.save_decode_cache, with which",
+        "LMCache's lmcache.mp.save_decode_cache, which",
     ),
     "LMCache that stores late": (
         _transfers(
             kv_connector="LMCacheMPConnector",
             kv_connector_extra_config={"lmcache.mp.lazy_offload": True},
         ),
-        "LMCache's lmcache.mp.lazy_offload, with which",
+        "LMCache's lmcache.mp.lazy_offload, which",
     ),
     "KV connector of one's own": (
         _transfers(kv_connector="NixlConnector", kv_connector_module_path="mine"),
@@ -364,7 +364,7 @@ def test_a_backend_of_offloading_is_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "named"), [(None, r"\(not installed\)"), ("0.6.1", r"0\.6\.1"), ("0.50", "0.50")]
+    ("installed", "named"), [(None, r"\(not installed\)"), ("0.5.5", r"0\.5\.5")]
 )
 def test_other_releases_of_lmcache_are_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, named: str
@@ -372,7 +372,7 @@ def test_other_releases_of_lmcache_are_refused(
     monkeypatch.setattr(connectors, "lmcache_version", lambda: installed)
     vllm_config = _with_settings(config(model))
     _transfers(kv_connector="LMCacheMPConnector")(vllm_config)
-    with pytest.raises(ValueError, match=rf"LMCache {named}: install lmcache 0\.5, "):
+    with pytest.raises(ValueError, match=rf"LMCache {named}: install lmcache 0\.5\.6, "):
         install.enable(vllm_config)
 
 

@@ -131,6 +131,13 @@ HOOKS: tuple[Hook, ...] = (
         "were a hit would count twice, and blocks be stored before they are full",
     ),
     Hook(
+        "lmcache.integration.vllm.lmcache_mp_connector:LMCacheMPConnector.build_connector_meta",
+        "wrap",
+        "the LMCacheMPConnector of engines with eviction, that instance only",
+        "after evictions its workers wait until the replaced blocks have been copied, as they do "
+        "after preemptions",
+    ),
+    Hook(
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         "extension point",
         "engines with eviction",

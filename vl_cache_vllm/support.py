@@ -117,7 +117,7 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
 
 def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
     from vl_cache_vllm.core.connectors import (
-        LMCACHE_SERIES,
+        LMCACHE,
         SUPPORTED,
         configured_connectors,
         lmcache_version,
@@ -130,7 +130,12 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
     flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
     parts = configured_connectors(transfer)
     names = {str(part.get("kv_connector")) for part in parts}
-    options = {key for part in parts for key in part.get("kv_connector_extra_config") or {}}
+    options = {
+        key
+        for part in parts
+        for key, value in (part.get("kv_connector_extra_config") or {}).items()
+        if value
+    }
     unknown = sorted(names - SUPPORTED.keys())
     model = vllm_config.model_config
     layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ())
@@ -149,24 +154,24 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
             "LMCacheMPConnector in a MultiConnector: use it alone",
         ),
         (
-            "LMCacheMPConnector" in names
-            and not (lmcache_version() or "").startswith(f"{LMCACHE_SERIES}."),
-            f"LMCache {lmcache_version() or '(not installed)'}: install lmcache {LMCACHE_SERIES}, "
-            "which eviction was tested with",
+            "LMCacheMPConnector" in names and lmcache_version() != LMCACHE,
+            f"LMCache {lmcache_version() or '(not installed)'}: install lmcache {LMCACHE}, which "
+            "eviction was tested with",
         ),
         *(
             (
                 option in options,
-                f"LMCache's {option}, with which blocks would be stored that eviction has "
-                "replaced: remove it from --kv-transfer-config",
+                f"LMCache's {option}, which eviction was not tested with: remove it from "
+                "--kv-transfer-config",
             )
-            for option in ("lmcache.mp.save_decode_cache", "lmcache.mp.lazy_offload")
+            for option in (
+                "lmcache.mp.lazy_offload",
+                "lmcache.mp.save_decode_cache",
+                "lmcache.mp.transfer_intermediate_tensors",
+            )
         ),
         (
-            any(
-                (part.get("kv_connector_extra_config") or {}).get("bidirectional_kv_xfer")
-                for part in parts
-            ),
+            "bidirectional_kv_xfer" in options,
             "KV transfer from decoding servers, whose caches are evicted: remove "
             "bidirectional_kv_xfer from --kv-transfer-config",
         ),

@@ -539,7 +539,8 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{CONNECTORS}.simple_cpu_offload_connector:SimpleCPUOffloadConnector",
             "scheduler_manager",
         ),
-        Has(SIMPLE_OFFLOADING, "_pending_cpu_hits"),
+        Has(SIMPLE_OFFLOADING, "_pending_cpu_hits _reqs_to_store cpu_block_pool fa_block_size"),
+        Has("vllm.v1.simple_kv_offload.manager:StoreRequestState", "request num_stored_blocks"),
         Called(f"{SIMPLE_OFFLOADING}._free_pending_cpu_hit", "pending", "None"),
         Steps(
             f"{SIMPLE_OFFLOADING}.get_num_new_matched_tokens",
@@ -555,6 +556,16 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Steps(
             f"{SIMPLE_OFFLOADING}._classify_store_candidate",
             ("if gpu_block.block_hash is None", "return _StoreAdmission.NOT_HASHED"),
+        ),
+        # LMCache waits before the step that may overwrite blocks.
+        Has("vllm.v1.core.sched.output:SchedulerOutput", "total_num_scheduled_tokens"),
+        Steps(
+            f"{V1_RUNNER}.execute_model",
+            ("get_kv_transfer_group().handle_preemptions(kv_connector_metadata)",),
+        ),
+        Steps(
+            "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector.pre_forward",
+            ("self.kv_connector.handle_preemptions(kv_connector_metadata)",),
         ),
         # LMCache's package brings the connector; that of this module is its older copy.
         Steps(
@@ -908,10 +919,6 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         Has(f"{KV_INTERFACE}:AttentionSpec", "num_kv_heads"),
         Has("vllm.config:ModelConfig", "max_model_len"),
         Has("vllm.config:SchedulerConfig", "max_num_batched_tokens"),
-    ),
-    "worker/connectors.py": (
-        Called("vllm.distributed.kv_transfer:get_kv_transfer_group", "", "KVConnectorBaseType"),
-        Called("vllm.distributed.kv_transfer:has_kv_transfer_group", "", "bool"),
     ),
     "worker/base_worker.py": (
         Called("vllm.distributed:get_pp_group", "", "GroupCoordinator"),

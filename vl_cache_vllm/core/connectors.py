@@ -12,9 +12,6 @@ them as always. Four things differ:
 - Kept blocks are in no request's row, so the connector is told when they are taken: a copy of their
   last owner's contents may still be due.
 
-LMCache copies blocks in a process of its own, and only its workers know when it is done. They wait
-for it (`worker/connectors.py`).
-
 `SUPPORTED` names the connectors that this was written for and tested with. All others are refused.
 """
 
@@ -25,6 +22,7 @@ from typing import Any
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vl_cache_vllm.core.admission import whole_blocks
@@ -43,8 +41,11 @@ class Reader:
     def on_new_request(self, request: Request, storable_tokens: int) -> None:
         """Let the connector store only the first tokens of a request."""
 
-    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
-        """The last tokens of a hit will be computed, whether or not they are loaded as well."""
+    def on_start(self, request_id: str, num_tokens: int) -> None:
+        """A request is computed from here on, whatever hit the connector found or loaded."""
+
+    def on_hit_ignored(self, request_id: str) -> None:
+        """A hit that the connector found will not be loaded."""
 
     def is_reading(self, request_id: str) -> bool:
         """Whether reads of the request's blocks have been scheduled and are not done."""
@@ -97,28 +98,58 @@ class _SimpleOffloading(Reader):
     """
 
     def __init__(self, connector: Any) -> None:
-        self._scheduler: Any = connector.scheduler_manager
+        self._scheduler: Any = connector.scheduler_manager  # None without a prefix cache
 
-    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
+    def on_hit_ignored(self, request_id: str) -> None:
         # It holds the host blocks of a hit until it is loaded, and would warn of one that is not.
-        if not is_loaded and (hit := self._scheduler._pending_cpu_hits.pop(request_id, None)):
+        if self._scheduler and (hit := self._scheduler._pending_cpu_hits.pop(request_id, None)):
             self._scheduler._free_pending_cpu_hit(hit)
+
+    def is_reading(self, request_id: str) -> bool:
+        # It takes the blocks of a step when the next one has been scheduled. Until then they stay,
+        # if there is room for them.
+        state = self._scheduler and self._scheduler._reqs_to_store.get(request_id)
+        if not state or not self._scheduler.cpu_block_pool.get_num_free_blocks():
+            return False
+        return bool(
+            state.num_stored_blocks[0]
+            < state.request.num_prompt_tokens // self._scheduler.fa_block_size
+        )
 
 
 class _LMCache(Reader):
     """`LMCacheMPConnector`, which stores the chunks of a prompt in the steps that compute them.
 
-    It counts the tokens that were computed itself: those of the hit and those of all steps since.
-    Its workers wait until it has copied what an eviction replaces (`worker/connectors.py`).
+    Its server copies them while later steps run, and the scheduler's side is not told when it is
+    done. For preempted requests, LMCache lets its workers wait before the step that may overwrite
+    blocks. This makes them wait after evictions, too.
     """
 
     def __init__(self, connector: Any) -> None:
         self._trackers: Mapping[str, Any] = connector.request_trackers
+        self._freed = False
+        self._build_metadata = connector.build_connector_meta
+        connector.build_connector_meta = self._metadata
 
-    def on_computed_here(self, request_id: str, num_tokens: int, is_loaded: bool) -> None:
-        # They are in both numbers. Without this, chunks would be stored before their last tokens
-        # have been computed.
-        self._trackers[request_id].num_scheduled_tokens = -num_tokens
+    def on_start(self, request_id: str, num_tokens: int) -> None:
+        # It takes the hit and the tokens of all steps since for what has been computed. Tokens of a
+        # hit that are computed nevertheless would be in both, and chunks be stored too early.
+        if tracker := self._trackers.get(request_id):
+            hit = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+            tracker.num_scheduled_tokens = num_tokens - hit
+
+    def forget_blocks(self, request_id: str) -> None:
+        self._freed = True
+        if tracker := self._trackers.get(request_id):
+            tracker.max_offload_tokens = 0
+
+    def _metadata(self, output: SchedulerOutput) -> Any:
+        """The connector's `build_connector_meta`."""
+        metadata = self._build_metadata(output)
+        metadata.need_flush_before_forward |= self._freed
+        if output.total_num_scheduled_tokens:  # a step that overwrites nothing does not wait
+            self._freed = False
+        return metadata
 
 
 SUPPORTED: dict[str, Callable[[Any], Reader]] = {
@@ -131,8 +162,8 @@ SUPPORTED: dict[str, Callable[[Any], Reader]] = {
 }
 """Connectors by vLLM's name, and how they read blocks; `MultiConnector` may combine them."""
 
-LMCACHE_SERIES = "0.5"
-"""Releases of LMCache whose counting of tokens `_LMCache` corrects."""
+LMCACHE = "0.5.6"
+"""The release of LMCache whose fields `_LMCache` uses. Earlier ones store generated tokens."""
 
 _HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 
@@ -190,6 +221,12 @@ class ConnectorGuard:
         self._readers: list[Reader] = []
         self._loading: set[str] = set()
         if connector is not None:
+            for name in (type(part).__name__ for part in _parts(connector)):
+                if name not in SUPPORTED:
+                    raise ValueError(
+                        f"KV compression cannot be used with the KV connector {name}; vLLM chose "
+                        "it because of LMCACHE_USE_UPSTREAM_MP or a broken installation of LMCache"
+                    )
             self._readers = [SUPPORTED[type(part).__name__](part) for part in _parts(connector)]
             self._matched_tokens = connector.get_num_new_matched_tokens
             connector.get_num_new_matched_tokens = self._shortened  # type: ignore[method-assign]
@@ -222,10 +259,10 @@ class ConnectorGuard:
         """Computed tokens with which a request goes on whose blocks have arrived."""
         self._loading.discard(request.request_id)
         computed, limit = request.num_computed_tokens, self._max_hit_tokens(request)
-        if limit is None or computed <= limit:
-            return computed
-        self._on_computed_here(request, computed - limit, is_loaded=True)
-        return limit
+        if limit is not None:
+            computed = min(computed, limit)
+        self._on_start(request, computed)
+        return computed
 
     def forget(self, request_id: str) -> None:
         """A request has ended or was preempted; unknown ids are fine."""
@@ -235,11 +272,13 @@ class ConnectorGuard:
         """The connector's `get_num_new_matched_tokens`."""
         self._loading.discard(request.request_id)
         num_tokens, is_async = self._matched_tokens(request, num_computed_tokens)
+        self._on_start(request, num_computed_tokens)  # or later, if the hit is loaded
         limit = self._max_hit_tokens(request)
         if not num_tokens or request.skip_reading_prefix_cache:  # the scheduler ignores the hit
             return num_tokens, is_async
         if limit is not None and limit <= num_computed_tokens:
-            self._on_computed_here(request, num_tokens, is_loaded=False)
+            for reader in self._readers:
+                reader.on_hit_ignored(request.request_id)
             return 0, False
         if is_async:
             self._loading.add(request.request_id)
@@ -248,6 +287,6 @@ class ConnectorGuard:
             num_tokens = min(num_tokens, limit - num_computed_tokens)
         return num_tokens, False
 
-    def _on_computed_here(self, request: Request, num_tokens: int, is_loaded: bool) -> None:
+    def _on_start(self, request: Request, num_tokens: int) -> None:
         for reader in self._readers:
-            reader.on_computed_here(request.request_id, num_tokens, is_loaded)
+            reader.on_start(request.request_id, num_tokens)

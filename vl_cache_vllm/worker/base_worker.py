@@ -13,7 +13,6 @@ from vl_cache_vllm.config import get_kv_compress_config
 from vl_cache_vllm.core.spec import with_eviction
 from vl_cache_vllm.messages import put_reports, take_admitted, take_deferred, take_orders
 from vl_cache_vllm.worker.build import build_evictors
-from vl_cache_vllm.worker.connectors import finish_stores
 
 
 class EvictionWorkerMixin(Worker):
@@ -49,19 +48,16 @@ class EvictionWorkerMixin(Worker):
             self.vllm_config, kv_cache_config, adapter.draft_layers(self.model_runner)
         )
         adapter.install(self.model_runner, self.evictor, group, self.drafts)
-        self._evicted_last: list[str] = []
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's, with the scheduler's messages before it and the eviction reports after it."""
-        finish_stores(self._evicted_last)
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         messages = (
             ended,
             take_admitted(scheduler_output),
-            orders := take_orders(scheduler_output),
+            take_orders(scheduler_output),
             take_deferred(scheduler_output),
         )
-        self._evicted_last = list(orders)
         self.evictor.begin_output(*messages)
         if self.drafts is not None:
             self.drafts.begin_output(*messages)
