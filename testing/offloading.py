@@ -8,6 +8,7 @@ is then copied with the contents of its next owner.
 """
 
 import time
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -112,6 +113,15 @@ class _Stream:
         return 0, 0
 
 
+class _Torch:
+    """torch, as the worker's part of `SimpleCPUOffloadConnector` sees it."""
+
+    cuda = SimpleNamespace(Stream=_Stream, current_stream=lambda: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return _LateCopy if name == "Event" else getattr(torch, name)
+
+
 class LateBackend:
     """Copies of `SimpleCPUOffloadConnector`, in the order in which they were asked for."""
 
@@ -165,6 +175,4 @@ def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `SimpleCPUOffloadConnector` copy with `LateBackend`, without streams of a GPU."""
     monkeypatch.setattr(LateBackend, "blocks", [0, 0])
     monkeypatch.setattr(simple, "DmaCopyBackend", LateBackend)
-    monkeypatch.setattr(torch, "Event", _LateCopy)
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(simple, "torch", _Torch())
