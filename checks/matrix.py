@@ -188,10 +188,10 @@ def _engine(
     kind: str, folder: Path, kv_compress: dict[str, Any] | None, dtype: str = "float32"
 ) -> AbstractContextManager["LLM"]:
     import testing.random_weights  # noqa: F401  registers the load format
-    from testing.engine import engine
+    from testing.engine import engine, let_numba_be_searched
 
     if kind == "kimi-k2.5":
-        model_zoo.let_numba_be_searched()
+        let_numba_be_searched()
     return engine(
         model_zoo.build(kind, folder / "model"),
         kv_compress,

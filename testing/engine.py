@@ -191,17 +191,19 @@ def settle(llm: LLM) -> None:
         llm.llm_engine.engine_core.get_output()
 
 
-def abort_and_preempt(llm: LLM, requests: Sequence[Any]) -> None:
-    """Abort two requests in each of their first steps, then run more at once than fit."""
-    core = llm.llm_engine
-    for steps in range(1, 9):
-        for request in requests[:2]:
-            name = str(len(core.output_processor.request_states))
-            core.add_request(name, request, greedy(64))
-        for _ in range(steps):
-            core.step()
-        core.abort_request(list(core.output_processor.external_req_ids), internal=False)
-        while core.has_unfinished_requests():
-            core.step()
-    for _ in range(2):
-        llm.generate(requests, greedy(200), use_tqdm=False)
+def let_numba_be_searched() -> None:
+    """Call it before an engine starts in a process that has imported numba.
+
+    LMCache and the image processor of Kimi-K2.5 do so. vLLM's CPU worker asks every object of every
+    module for its ``__dict__``. The C library of numba takes that for the name of a function.
+    """
+    from llvmlite.binding import ffi
+
+    lookup = ffi._lib_wrapper.__getattr__
+
+    def known(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return lookup(self, name)
+
+    ffi._lib_wrapper.__getattr__ = known

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding.ffi
 from vllm.config import KVTransferConfig
 
+from testing.engine import let_numba_be_searched
 from testing.server import free_port
 
 CHUNK = 32  # tokens that LMCache stores and loads together
@@ -76,21 +76,4 @@ def running(log: Path) -> Iterator[Server]:
         server.stop()
 
 
-def _allow_engines_in_this_process() -> None:
-    """Let vLLM's CPU worker start in a process that has imported LMCache.
-
-    The worker reads ``__dict__`` of the attributes of all modules. One in llvmlite, which LMCache
-    imports, answers every name with a function of a C library.
-    """
-    wrapper = type(llvmlite.binding.ffi.lib)
-    original = wrapper.__getattr__
-
-    def without_special_names(self: Any, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return original(self, name)
-
-    wrapper.__getattr__ = without_special_names
-
-
-_allow_engines_in_this_process()
+let_numba_be_searched()

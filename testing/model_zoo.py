@@ -2364,24 +2364,6 @@ def modality(kind: str) -> str:
 
 
 @functools.cache
-def let_numba_be_searched() -> None:
-    """Call it before an engine of Kimi-K2.5 starts in this process.
-
-    vLLM's CPU worker asks every object of every module for its ``__dict__``. The C library of
-    numba, which prepares this model's images, takes that for the name of a function.
-    """
-    from llvmlite.binding import ffi
-
-    lookup = ffi._lib_wrapper.__getattr__
-
-    def known(self: Any, name: str) -> Any:
-        if name == "__dict__":
-            raise AttributeError(name)
-        return lookup(self, name)
-
-    ffi._lib_wrapper.__getattr__ = known
-
-
 def options(kind: str) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that vLLM or the plugin needs for this kind."""
     return dict(_BUILT[kind].options) if kind in _BUILT else {}

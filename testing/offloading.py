@@ -9,9 +9,8 @@ is then copied with the contents of its next owner.
 
 import time
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pytest
 import torch
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_offload.base import (
@@ -24,6 +23,9 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.simple_kv_offload import worker as simple
+
+if TYPE_CHECKING:  # benchmarks import this module, and may do without pytest
+    import pytest
 
 POLLS = 4  # of `get_finished` before a copy runs, unless the configuration says otherwise
 
@@ -171,7 +173,7 @@ class _LateCopy:
             self._backend = None
 
 
-def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_late_copies(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Let `SimpleCPUOffloadConnector` copy with `LateBackend`, without streams of a GPU."""
     monkeypatch.setattr(LateBackend, "blocks", [0, 0])
     monkeypatch.setattr(simple, "DmaCopyBackend", LateBackend)

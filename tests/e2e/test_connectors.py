@@ -16,19 +16,23 @@ from vllm.v1.simple_kv_offload import manager
 
 from testing import offloading, tiny_models
 from testing.engine import (
-    abort_and_preempt,
     engine,
     eviction_stats,
     greedy,
     image_request,
-    logprobs,
     read_trace_lines,
     scheduler,
-    token_ids,
+)
+from tests.helpers.connectors import (
+    NUM_TOKENS,
+    abort_and_preempt,
+    answers,
+    assert_nothing_leaks,
+    assert_same,
 )
 
 KIND = "llava"
-BLOCK, NUM_TOKENS, NUM_IMAGES = 32, 40, 6
+BLOCK, NUM_IMAGES = 32, 6
 BLOCK_BYTES = 64 << 10  # at least, of all layers
 # The observed part of the first prompt has a full block, which a hit must not cover.
 QUESTIONS = (
@@ -42,6 +46,16 @@ SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 5 << 20}  # not two rou
 WHOLE_PREFILLS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048}
 
 both_runners = pytest.mark.both_runners
+schedulers = pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
+offloads = pytest.mark.parametrize(
+    ("host_blocks", "options"),
+    [
+        pytest.param(1024, {}, id="", marks=both_runners),
+        pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
+        # Copies fail for lack of room, and are tried again.
+        pytest.param(40, {}, id="little-host-memory"),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +76,6 @@ def kept_positions(path: Path) -> list[Any]:
     records = read_trace_lines(path)
     records.sort(key=lambda record: int(record["request_id"].split("-")[0]))
     return [record["kept_positions"] for record in records]
-
-
-def answers(llm: LLM, requests: list[Any], tokens: int = NUM_TOKENS) -> list[RequestOutput]:
-    return llm.generate(requests, greedy(tokens), use_tqdm=False)
-
-
-def assert_same(found: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert token_ids(one) == token_ids(other)
-        assert logprobs(one) == pytest.approx(logprobs(other), rel=0, abs=1e-3)
-
-
-def assert_nothing_leaks(llm: LLM) -> None:
-    pool = scheduler(llm).kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
 
 
 class Offloaded:
@@ -124,16 +123,8 @@ def expected(model: Path) -> Iterator[list[list[RequestOutput]]]:
         yield [answers(llm, prompts(question)) for question in QUESTIONS]
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
-@pytest.mark.parametrize(
-    ("host_blocks", "options"),
-    [
-        pytest.param(1024, {}, id="", marks=both_runners),
-        pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
-        # Copies fail for lack of room, and are tried again.
-        pytest.param(40, {}, id="little-host-memory"),
-    ],
-)
+@schedulers
+@offloads
 def test_offloading_to_host_memory(
     model: Path,
     expected: list[list[RequestOutput]],
@@ -162,15 +153,8 @@ def test_offloading_to_host_memory(
         assert_nothing_leaks(llm)
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["", "async"])
-@pytest.mark.parametrize(
-    ("host_blocks", "options"),
-    [
-        pytest.param(1024, {}, id="", marks=both_runners),
-        pytest.param(1024, {"max_num_batched_tokens": 96}, id="chunked"),
-        pytest.param(40, {}, id="little-host-memory"),
-    ],
-)
+@schedulers
+@offloads
 def test_simple_offloading(
     model: Path,
     expected: list[list[RequestOutput]],
@@ -198,11 +182,16 @@ def test_simple_offloading(
     assert not warnings  # of hits that were not loaded
 
 
+@pytest.mark.parametrize("is_lazy", [False, True], ids=["", "lazy"])
 def test_simple_offloading_of_requests_that_end_early(
-    model: Path, expected: list[list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    expected: list[list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_lazy: bool,
 ) -> None:
+    """The lazy connector stores blocks of the prefix cache that are about to leave it."""
     offloading.use_late_copies(monkeypatch)
-    transfer = offloading.simple_config(1024 * BLOCK_BYTES)
+    transfer = offloading.simple_config(1024 * BLOCK_BYTES, lazy_offload=is_lazy)
     settings = SETTINGS | {"output_reserve": False}
     options = SMALL | {"kv_cache_memory_bytes": TINY}
     with engine(model, settings, kv_transfer_config=transfer, **options) as llm:

@@ -31,7 +31,7 @@ SETTINGS = {"policy": "vlcache", "budget": matrix.BUDGET}
 def start(
     models_dir: Path, settings: dict[str, Any] | None, **kwargs: Any
 ) -> AbstractContextManager[LLM]:
-    model_zoo.let_numba_be_searched()
+    harness.let_numba_be_searched()
     model = model_zoo.build(KIND, models_dir / KIND)
     kwargs = {"max_model_len": 1024, "kv_cache_memory_bytes": 128 << 20} | kwargs
     kwargs |= model_zoo.options(KIND)

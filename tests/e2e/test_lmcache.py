@@ -17,18 +17,21 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from testing import lmcache, tiny_models
 from testing.engine import (
-    abort_and_preempt,
     engine,
     eviction_stats,
     greedy,
     image_request,
-    logprobs,
     scheduler,
     settle,
-    token_ids,
+)
+from tests.helpers.connectors import (
+    abort_and_preempt,
+    answers,
+    assert_nothing_leaks,
+    assert_same,
 )
 
-KIND, BLOCK, NUM_TOKENS, NUM_IMAGES = "llava", 32, 40, 4
+KIND, BLOCK, NUM_IMAGES = "llava", 32, 4
 START = "Look at the picture with care, from the left to the right and from top to bottom. "
 QUESTIONS = (
     START + "What is in it? Name its colours and its shapes, and say where each of them is.",
@@ -36,8 +39,8 @@ QUESTIONS = (
 )
 SETTINGS = {"policy": "vlcache", "budget": 0.25}
 SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 4 << 20}  # not two rounds of prompts
-# Steps end within a block of a prompt, and within what is computed again of a hit.
 TINY = {"kv_cache_memory_bytes": 9 << 18}
+# Steps end within a block of a prompt, and within what is computed again of a hit.
 CHUNKED = {"max_num_batched_tokens": 88, "max_num_seqs": 2}
 
 both_runners = pytest.mark.both_runners
@@ -58,10 +61,6 @@ def prompts(question: str) -> list[Any]:
     return [image_request(KIND, question, [seed]) for seed in range(NUM_IMAGES)]
 
 
-def answers(llm: LLM, requests: list[Any], tokens: int = NUM_TOKENS) -> list[RequestOutput]:
-    return llm.generate(requests, greedy(tokens), use_tqdm=False)
-
-
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict[bool, list[list[RequestOutput]]]:
     """Answers to both questions without a connector, without (False) and with eviction."""
@@ -70,12 +69,6 @@ def alone(model: Path) -> dict[bool, list[list[RequestOutput]]]:
         with engine(model, SETTINGS if evicts else None, enable_prefix_caching=False) as llm:
             found[evicts] = [answers(llm, prompts(question)) for question in QUESTIONS]
     return found
-
-
-def assert_same(found: list[RequestOutput], expected: list[RequestOutput]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert token_ids(one) == token_ids(other)
-        assert logprobs(one) == pytest.approx(logprobs(other), rel=0, abs=1e-3)
 
 
 @contextlib.contextmanager
@@ -106,12 +99,6 @@ def lmcache_engine(
 
         core.connector.build_connector_meta = checked
         yield llm
-
-
-def assert_nothing_leaks(llm: LLM) -> None:
-    settle(llm)
-    pool = scheduler(llm).kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
 
 
 def stored_chunks(outputs: list[list[RequestOutput]]) -> int:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of KV connectors ask engines, and what must hold afterwards."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from vllm import LLM, RequestOutput
+
+from testing.engine import greedy, logprobs, scheduler, settle, token_ids
+
+NUM_TOKENS = 40
+
+
+def answers(llm: LLM, requests: list[Any], tokens: int = NUM_TOKENS) -> list[RequestOutput]:
+    return llm.generate(requests, greedy(tokens), use_tqdm=False)
+
+
+def abort_and_preempt(llm: LLM, requests: list[Any]) -> None:
+    """Abort two requests in each of their first steps, then run more at once than fit."""
+    core = llm.llm_engine
+    for steps in range(1, 9):
+        for request in requests[:2]:
+            name = str(len(core.output_processor.request_states))
+            core.add_request(name, request, greedy(64))
+        for _ in range(steps):
+            core.step()
+        core.abort_request(list(core.output_processor.external_req_ids), internal=False)
+        while core.has_unfinished_requests():
+            core.step()
+    for _ in range(2):
+        answers(llm, requests, 200)
+
+
+def assert_same(found: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert token_ids(one) == token_ids(other)
+        assert logprobs(one) == pytest.approx(logprobs(other), rel=0, abs=1e-3)
+
+
+def assert_nothing_leaks(llm: LLM) -> None:
+    settle(llm)
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
