@@ -50,6 +50,8 @@ EVICTION = (*BASELINE, "--kv-compress=vlcache", "--kv-compress-budget=0.25")
 
 IDLE_SECONDS = 60.0
 AFTER_RESTART = 8  # sampled requests that a restarted server must reproduce
+CACHE_MISS = "Multi-modal cache miss"  # logged by the engine core, with the request's id
+ATTEMPTS = 3  # of a request whose images the engine did not have
 NEAR_TIE = 1e-3
 """If the two most likely tokens of the idle run are closer than this, this token and the following
 ones are not compared: another batch may round differently."""
@@ -151,7 +153,7 @@ class Soak:
         sampled = request.sample is not None
         preemptions = await self.metric("num_preemptions_total") if sampled else 0.0
         try:
-            response = await self.client.send(request)
+            response = await self._send(request)
         except TimeoutError:
             self.counts["unanswered"] += 1
             self.fail(f"{where}: no response within the deadline: {str(request)[:300]}")
@@ -173,6 +175,23 @@ class Soak:
             if sampled:
                 preempted = await self.metric("num_preemptions_total") != preemptions
                 self._compare(request, response, preempted, where)
+
+    async def _send(self, request: Request) -> Response:
+        """Send a request, and repeat it if the engine did not have an image of it.
+
+        The two caches of images of vLLM may differ after disconnects, with and without eviction.
+        Such a request gets HTTP 500 and may be repeated (docs/reliability.md).
+        """
+        for _ in range(ATTEMPTS - 1):
+            response = await self.client.send(request)
+            if not response.error or not self._missed_cache(response):
+                return response
+            self.counts["repeated"] += 1
+        return await self.client.send(request)
+
+    def _missed_cache(self, response: Response) -> bool:
+        lines = self.server.log.read_text(errors="replace").splitlines()
+        return any(CACHE_MISS in line and response.request_id in line for line in lines)
 
     def _check_length(self, request: Request, response: Response, where: str) -> None:
         assert isinstance(request.body, dict)
@@ -388,6 +407,7 @@ def markdown(report: dict[str, Any]) -> str:
         "blocks leaked": report["blocks_leaked"],
         "outputs compared with an idle server": counts["compared"],
         "mismatches": counts["mismatches"],
+        "repeated because vLLM's caches of images differed": counts.get("repeated", 0),
         "injected faults, all with the same outcome as the baseline": len(report["faults"]),
     }
     for kind, megabytes in growth.items():

@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import time
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ class Response:
     finish_reason: str = ""
     error: str = ""
     left: bool = False
+    request_id: str = ""
+    """What the server's log calls the request."""
     pause: tuple[float, float] | None = None
     """Start and end of a slow reader's pause (``time.perf_counter``)."""
 
@@ -231,7 +234,7 @@ class Client:
         Raises:
             TimeoutError: if the response is not complete before the deadline.
         """
-        response = Response()
+        response = Response(request_id=uuid.uuid4().hex)
         async with asyncio.timeout(self.deadline):
             try:
                 if request.manner == "leave mid-upload":
@@ -252,7 +255,7 @@ class Client:
     async def _exchange(self, request: Request, response: Response) -> None:
         slow = request.manner == "read slowly"
         session = self._slow_session if slow else self._session
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "X-Request-Id": response.request_id}
         url = self.server.url + request.path
         async with session.post(url, data=request.data, headers=headers) as http:
             response.status = http.status

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The soak test: its seeded requests, its comparisons, and the tables of its results."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,37 @@ def test_comparison_with_the_idle_run(
     soaked._compare(request, Response(tokens=list(text)), preempted, "test")
     assert soaked.counts[counted] == 1
     assert bool(soaked.failures) == (counted == "mismatches")
+
+
+@pytest.mark.parametrize(
+    ("logged", "failing", "repeated", "failed"),
+    [
+        pytest.param(f"{soak.CACHE_MISS} for request cmpl-{{id}}-1f", 1, 1, False, id="miss"),
+        pytest.param(f"{soak.CACHE_MISS} for request cmpl-{{id}}-1f", 9, 2, True, id="always"),
+        pytest.param(f"{soak.CACHE_MISS} for request cmpl-other", 1, 0, True, id="another's"),
+        pytest.param("Traceback for request cmpl-{id}-1f", 1, 0, True, id="another-error"),
+    ],
+)
+def test_only_a_miss_of_the_image_cache_is_repeated(
+    load: Load, tmp_path: Path, logged: str, failing: int, repeated: int, failed: bool
+) -> None:
+    class Fake:
+        log = tmp_path / "log"
+        sent = 0
+
+        async def send(self, request: Request) -> Response:
+            self.sent += 1
+            if self.sent > failing:
+                return Response(status=200, completion_tokens=4)
+            self.log.write_text(f"INFO started\n{logged.format(id=self.sent)}\n")
+            return Response(status=500, error="Internal server error", request_id=str(self.sent))
+
+    fake: Any = Fake()
+    soaked = soak.Soak(fake, fake, load)
+    asyncio.run(soaked.ask(Request(load.chat("What?", 1, max_tokens=4)), "test"))
+    assert soaked.counts["repeated"] == repeated
+    assert bool(soaked.failures) == failed
+    assert soaked.counts["answered"] == (not failed)
 
 
 def test_memory_growth_in_the_second_half(load: Load) -> None:

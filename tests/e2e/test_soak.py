@@ -54,8 +54,7 @@ def soak_with(transfer: KVTransferConfig, models_dir: Path, logs: Path) -> dict[
         phase_seconds=4.0,
         faults=("engine core killed",),
         stock=False,
-        # vLLM's cache of processed images can miss after hang-ups, which is not the subject here.
-        more=(f"--kv-transfer-config={config}", "--mm-processor-cache-gb=0"),
+        more=(f"--kv-transfer-config={config}",),
     )
     assert report["failures"] == []
     return report
