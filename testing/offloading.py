@@ -55,10 +55,12 @@ class LateSpec(CPUOffloadingSpec):
 class LateCopies(OffloadingWorker):
     def __init__(self, caches: CanonicalKVCaches, num_chunks: int, polls: int) -> None:
         self._polls = polls
-        (refs,) = caches.group_data_refs  # one group
         self._pool = [tensor.tensor for tensor in caches.tensors]
         self._host = [torch.zeros(num_chunks, t.shape[1], dtype=t.dtype) for t in self._pool]
-        self._layers = [(ref.tensor_idx, ref.page_size_bytes) for ref in refs]
+        self._groups = [
+            [(ref.tensor_idx, ref.page_size_bytes) for ref in refs]
+            for refs in caches.group_data_refs
+        ]
         self._waiting: dict[int, tuple[int, LoadStoreSpec, LoadStoreSpec]] = {}
         self._finished: list[TransferResult] = []
 
@@ -88,13 +90,21 @@ class LateCopies(OffloadingWorker):
         _, source, target = self._waiting.pop(job_id)
         assert isinstance(source, BlockIDsLoadStoreSpec)
         assert isinstance(target, BlockIDsLoadStoreSpec)
-        stores = isinstance(source, GPULoadStoreSpec)
+        in_pool = source if isinstance(source, GPULoadStoreSpec) else target
+        assert isinstance(in_pool, GPULoadStoreSpec)
+        stores = in_pool is source
         from_, to = (self._pool, self._host) if stores else (self._host, self._pool)
-        start = time.perf_counter()
-        for index, size in self._layers:
-            to[index][target.block_ids, :size] = from_[index][source.block_ids, :size]
-        size = len(source.block_ids) * sum(size for _, size in self._layers)
-        self._finished.append(TransferResult(job_id, True, size, time.perf_counter() - start))
+        start, first, num_bytes = time.perf_counter(), 0, 0
+        for layers, count in zip(self._groups, in_pool.group_sizes, strict=True):
+            blocks = slice(first, first + count)
+            for index, size in layers:
+                to[index][target.block_ids[blocks], :size] = from_[index][
+                    source.block_ids[blocks], :size
+                ]
+                num_bytes += count * size
+            first += count
+        assert first == len(source.block_ids) == len(target.block_ids)
+        self._finished.append(TransferResult(job_id, True, num_bytes, time.perf_counter() - start))
 
 
 def simple_config(num_bytes: int, **extra: Any) -> KVTransferConfig:

@@ -117,6 +117,7 @@ def unsupported_reasons(vllm_config: VllmConfig, supported_workers: tuple[str, .
 
 def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
     from vl_cache_vllm.core.connectors import (
+        BOUNDS_HITS,
         LMCACHE,
         SUPPORTED,
         configured_connectors,
@@ -176,18 +177,16 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
             "bidirectional_kv_xfer from --kv-transfer-config",
         ),
         (
-            model.is_hybrid or {"full_attention", "sliding_attention"} <= layer_types,
-            f"KV connectors with models whose layers do not all have full attention: remove {flag}",
+            transfer.kv_connector != BOUNDS_HITS
+            and (model.is_hybrid or {"full_attention", "sliding_attention"} <= layer_types),
+            f"{transfer.kv_connector} with a model whose layers do not all have full attention, of "
+            "which hits cannot be shortened: use --kv-offloading-size with vLLM's "
+            f"OffloadingConnector, or remove {flag}",
         ),
         (
             "ExampleConnector" in names and vllm_config.scheduler_config.enable_chunked_prefill,
             "ExampleConnector with prefills of several steps, which it stores and loads in part: "
             "add --no-enable-chunked-prefill",
-        ),
-        (model.use_mla, f"KV connectors with multi-head latent attention: remove {flag}"),
-        (
-            vllm_config.speculative_config is not None,
-            f"KV connectors with speculative decoding: remove {flag} or --speculative-config",
         ),
     )
     return [reason for condition, reason in checks if condition]

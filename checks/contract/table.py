@@ -525,7 +525,15 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             f"{OFFLOADING}:OffloadingConnectorScheduler",
             "_req_status _current_batch_allocated_block_ids",
         ),
-        Has(f"{OFFLOADING}:RequestOffloadState", "transfer_jobs max_offload_tokens"),
+        Has(
+            f"{OFFLOADING}:RequestOffloadState",
+            "transfer_jobs max_load_tokens max_offload_tokens",
+        ),
+        # A bound of one token more than whole blocks finds a hit of these blocks.
+        Steps(
+            f"{OFFLOADING}:OffloadingConnectorScheduler._lookup_complete_chunks",
+            ("num_computed_tokens + req_status.max_load_tokens", "max_hit_size_tokens -= 1"),
+        ),
         Steps(
             f"{OFFLOADING}:OffloadingConnectorScheduler._calc_num_offloadable_tokens",
             ("max_offload_tokens = req_status.max_offload_tokens", "min(num, max_offload_tokens)"),

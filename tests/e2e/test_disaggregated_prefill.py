@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluation.accuracy import MODEL
+from evaluation.drafts import DRAFTS
 from testing.engine import read_trace_lines
 from testing.server import Server, chat_body, image_url, running
 from training.pages import Layout, generate
@@ -100,13 +101,19 @@ def kept(path: Path) -> list[Any]:
     return [record["kept_positions"] for record in read_trace_lines(path)]
 
 
-def test_the_decode_server_keeps_what_one_server_keeps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [(), (f"--speculative-config={json.dumps(DRAFTS)}",)], ids=["", "drafts"]
+)
+def test_the_decode_server_keeps_what_one_server_keeps(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Both servers have the page reader's EAGLE-3 head, or none."""
     alone, apart = tmp_path / "alone.jsonl", tmp_path / "apart.jsonl"
-    with started(tmp_path, "alone", *evicts(alone)) as server:
+    with started(tmp_path, "alone", *more, *evicts(alone)) as server:
         answers = [decode(server, index) for index in range(3)]
     with (
-        started(tmp_path, "kv_consumer", *evicts(apart)) as decoder,
-        started(tmp_path, "kv_producer") as prefiller,
+        started(tmp_path, "kv_consumer", *more, *evicts(apart)) as decoder,
+        started(tmp_path, "kv_producer", *more) as prefiller,
     ):
         for index in range(2):
             assert decode(decoder, index, prefill(prefiller, index)) == answers[index]

@@ -46,14 +46,9 @@ def model(models_dir: Path) -> Path:
 def engine(
     model: Path, settings: dict[str, Any] | None, has_drafts: bool = True, **kwargs: Any
 ) -> Iterator[LLM]:
-    with harness.engine(
-        model,
-        settings,
-        dtype=model_zoo.dtype(KIND),
-        load_format="random",
-        speculative_config=DRAFTS if has_drafts else None,
-        **kwargs,
-    ) as llm:
+    kwargs = {"speculative_config": DRAFTS if has_drafts else None} | kwargs
+    dtype = model_zoo.dtype(KIND)
+    with harness.engine(model, settings, dtype=dtype, load_format="random", **kwargs) as llm:
         yield llm
 
 

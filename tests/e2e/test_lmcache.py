@@ -21,7 +21,6 @@ from testing.engine import (
     eviction_stats,
     greedy,
     image_request,
-    scheduler,
     settle,
 )
 from tests.helpers.connectors import (
@@ -29,6 +28,7 @@ from tests.helpers.connectors import (
     answers,
     assert_nothing_leaks,
     assert_same,
+    check_stores,
 )
 
 KIND, BLOCK, NUM_IMAGES = "llava", 32, 4
@@ -80,24 +80,11 @@ def lmcache_engine(
     extra: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[LLM]:
-    """An engine whose every store is checked: its tokens are computed, its blocks are there."""
+    """An engine whose every store is checked."""
     transfer = lmcache.config(port, **extra or {})
     options = SMALL | options
     with engine(model, settings, async_scheduling, kv_transfer_config=transfer, **options) as llm:
-        core = scheduler(llm)
-        build = core.connector.build_connector_meta
-
-        def checked(output: Any) -> Any:
-            metadata = build(output)
-            for store in (one for one in metadata.requests if one.direction == "STORE"):
-                name, op = store.request_id, store.op
-                request = core.requests[name]
-                assert op.end <= request.num_computed_tokens + output.num_scheduled_tokens[name]
-                (row,) = core.kv_cache_manager.get_block_ids(name)
-                assert op.block_ids[0] == row[op.start // BLOCK : op.end // BLOCK]
-            return metadata
-
-        core.connector.build_connector_meta = checked
+        check_stores(llm)
         yield llm
 
 

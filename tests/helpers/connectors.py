@@ -42,3 +42,21 @@ def assert_nothing_leaks(llm: LLM) -> None:
     settle(llm)
     pool = scheduler(llm).kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
+
+
+def check_stores(llm: LLM) -> None:
+    """Check every store of LMCache: its tokens are computed, and its blocks are the request's."""
+    core = scheduler(llm)
+    build, block = core.connector.build_connector_meta, core.block_size
+
+    def checked(output: Any) -> Any:
+        metadata = build(output)
+        for store in (one for one in metadata.requests if one.direction == "STORE"):
+            name, op = store.request_id, store.op
+            request = core.requests[name]
+            assert op.end <= request.num_computed_tokens + output.num_scheduled_tokens[name]
+            (row,) = core.kv_cache_manager.get_block_ids(name)
+            assert op.block_ids[0] == row[op.start // block : op.end // block]
+        return metadata
+
+    core.connector.build_connector_meta = checked

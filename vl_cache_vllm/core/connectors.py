@@ -4,9 +4,10 @@
 A prompt's blocks are ordinary blocks until an eviction replaces them, so connectors store and load
 them as always. Four things differ:
 
-- The observed queries must be computed here. A hit that is loaded within a step is shortened like
-  a local one. One that is loaded between steps is loaded whole, because connectors place its
-  blocks by their number, and its end is computed again.
+- The observed queries must be computed here. `OffloadingConnector` looks for no longer hits. Of
+  others, a hit that is loaded within a step is shortened like a local one. One that is loaded
+  between steps is loaded whole, because connectors place its blocks by their number, and its end is
+  computed again. Sliding windows and states do not allow that.
 - Nothing behind the prompt is stored: after an eviction, keys and values depend on it.
 - Replaced blocks stay until the connector has read them, and are not offered to it again.
 - Kept blocks are in no request's row, so the connector is told when they are taken: a copy of their
@@ -15,7 +16,8 @@ them as always. Four things differ:
 `SUPPORTED` names the connectors that this was written for and tested with. All others are refused.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,6 +42,10 @@ class Reader:
 
     def on_new_request(self, request: Request, storable_tokens: int) -> None:
         """Let the connector store only the first tokens of a request."""
+
+    def bound_hit(self, request_id: str, num_tokens: int) -> AbstractContextManager[None]:
+        """Within it, the connector finds hits of no more than so many tokens, if it can."""
+        return nullcontext()
 
     def on_start(self, request_id: str, num_tokens: int) -> None:
         """A request is computed from here on, whatever hit the connector found or loaded."""
@@ -74,6 +80,17 @@ class _Offloading(Reader):
         if state is not None:
             own = state.max_offload_tokens  # set by the request's kv_transfer_params
             state.max_offload_tokens = min(storable_tokens, storable_tokens if own is None else own)
+
+    @contextmanager
+    def bound_hit(self, request_id: str, num_tokens: int) -> Iterator[None]:
+        state = self._states[request_id]
+        own = state.max_load_tokens  # set by the request's kv_transfer_params
+        # One more than whole blocks: beside other layers it looks for hits that leave a token out.
+        state.max_load_tokens = min(num_tokens + 1, num_tokens + 1 if own is None else own)
+        try:
+            yield
+        finally:
+            state.max_load_tokens = own
 
     def is_reading(self, request_id: str) -> bool:
         state = self._states.get(request_id)
@@ -165,12 +182,20 @@ SUPPORTED: dict[str, Callable[[Any], Reader]] = {
 LMCACHE = "0.5.6"
 """The release of LMCache whose fields `_LMCache` uses. Earlier ones store generated tokens."""
 
+BOUNDS_HITS = "OffloadingConnector"
+"""The only one with models whose layers do not all have full attention."""
+
 _HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 
 
 def _parts(connector: KVConnectorBase_V1 | None) -> list[Any]:
     """The connectors that a `MultiConnector` combines, or the connector itself."""
     return [] if connector is None else getattr(connector, "_connectors", [connector])
+
+
+def bounds_hits(connector: KVConnectorBase_V1 | None) -> bool:
+    """Whether no hit of the connector ends behind where a request must be computed."""
+    return connector is None or type(connector).__name__ == BOUNDS_HITS
 
 
 def lmcache_version() -> str | None:
@@ -271,9 +296,14 @@ class ConnectorGuard:
     def _shortened(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """The connector's `get_num_new_matched_tokens`."""
         self._loading.discard(request.request_id)
-        num_tokens, is_async = self._matched_tokens(request, num_computed_tokens)
-        self._on_start(request, num_computed_tokens)  # or later, if the hit is loaded
         limit = self._max_hit_tokens(request)
+        with ExitStack() as stack:
+            if limit is not None:
+                room = max(0, limit - num_computed_tokens)
+                for reader in self._readers:
+                    stack.enter_context(reader.bound_hit(request.request_id, room))
+            num_tokens, is_async = self._matched_tokens(request, num_computed_tokens)
+        self._on_start(request, num_computed_tokens)  # or later, if the hit is loaded
         if not num_tokens or request.skip_reading_prefix_cache:  # the scheduler ignores the hit
             return num_tokens, is_async
         if limit is not None and limit <= num_computed_tokens:

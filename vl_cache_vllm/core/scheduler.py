@@ -16,6 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vl_cache_vllm.core.block_manager import EvictionBlockManager
+from vl_cache_vllm.core.connectors import bounds_hits
 from vl_cache_vllm.core.observation_budget import observation_budget_tokens
 from vl_cache_vllm.core.spec import EvictionAttentionSpec
 from vl_cache_vllm.core.stats import EvictionStats
@@ -43,10 +44,11 @@ class EvictionSchedulerMixin(_Base):
         (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))
         group = self.kv_cache_manager.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
         assert isinstance(group.kv_cache_spec, EvictionAttentionSpec)
-        if self.connector is not None and len(managers) > 1:
+        if len(managers) > 1 and not bounds_hits(self.connector):
             raise ValueError(
-                "KV compression cannot be used with a KV connector and a model whose cache has "
-                f"{len(managers)} groups: remove --kv-transfer-config or --kv-offloading-size"
+                f"KV compression cannot be used with {type(self.connector).__name__} and a model "
+                f"whose cache has {len(managers)} groups: use OffloadingConnector, or remove "
+                "--kv-transfer-config"
             )
         layers = [group.kv_cache_spec] * len(group.layer_names)
         manager.bind(
