@@ -126,7 +126,6 @@ def test_aborted_and_preempted(models_dir: Path, async_scheduling: bool) -> None
         assert_nothing_leaks(llm)
 
 
-@both_runners
 @pytest.mark.parametrize("connector", ["offloading", "lmcache"])
 def test_latent_attention(models_dir: Path, tmp_path: Path, connector: str) -> None:
     new, loaded = tmp_path / "new.jsonl", tmp_path / "loaded.jsonl"
