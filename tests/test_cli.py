@@ -409,6 +409,15 @@ def test_only_offloading_is_accepted_beside_other_layers(model: Path) -> None:
     install.enable(vllm_config)
 
 
+def test_connectors_that_were_not_run_with_latent_attention_are_refused(model: Path) -> None:
+    vllm_config = _with_settings(config(model))
+    _pretend(vllm_config, "use_mla")
+    for name, is_refused in (("NixlConnector", True), ("OffloadingConnector", False)):
+        _transfers(kv_connector=name)(vllm_config)
+        reasons = unsupported_reasons(vllm_config, ("vllm.v1.worker.cpu_worker.CPUWorker",))
+        assert any(f"{name} with multi-head latent" in one for one in reasons) == is_refused
+
+
 POLICY_FLAGS = (["--kv-compress=vlcache"], ["--kv-compress=snapkv", "--kv-compress-text"])
 
 

@@ -119,6 +119,7 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
     from vl_cache_vllm.core.connectors import (
         BOUNDS_HITS,
         LMCACHE,
+        RAN_WITH_MLA,
         SUPPORTED,
         configured_connectors,
         lmcache_version,
@@ -179,9 +180,14 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[str]:
         (
             transfer.kv_connector != BOUNDS_HITS
             and (model.is_hybrid or {"full_attention", "sliding_attention"} <= layer_types),
-            f"{transfer.kv_connector} with a model whose layers do not all have full attention, of "
-            "which hits cannot be shortened: use --kv-offloading-size with vLLM's "
-            f"OffloadingConnector, or remove {flag}",
+            f"{transfer.kv_connector} with a model whose layers do not all have full attention: "
+            f"use {BOUNDS_HITS} (--kv-offloading-backend native, without "
+            f"VLLM_USE_SIMPLE_KV_OFFLOAD), or remove {flag}",
+        ),
+        (
+            model.use_mla and transfer.kv_connector not in RAN_WITH_MLA,
+            f"{transfer.kv_connector} with multi-head latent attention: use "
+            f"{' or '.join(sorted(RAN_WITH_MLA))}, or remove {flag}",
         ),
         (
             "ExampleConnector" in names and vllm_config.scheduler_config.enable_chunked_prefill,

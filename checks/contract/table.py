@@ -321,6 +321,12 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
             "block_size block_pool req_to_blocks kv_cache_group_id "
             "max_admission_blocks_per_request",
         ),
+        Called(
+            f"{MANAGER}.get_num_blocks_to_allocate",
+            "request_id, num_tokens, new_computed_blocks, total_computed_tokens, "
+            "num_local_computed_tokens, num_tokens_main_model, apply_admission_cap",
+            "int",
+        ),
         Has("vllm.v1.core.single_type_kv_cache_manager:MambaManager", "mamba_cache_mode"),
         # States that a request holds, and why there are two.
         Steps(
@@ -373,7 +379,11 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         ),
         Has("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id ref_cnt"),
         Overridden(f"{MANAGER}.__init__", "kv_cache_spec, ..."),
-        Overridden(f"{MANAGER}.get_num_blocks_to_allocate", "request_id, num_tokens, ...", "int"),
+        Overridden(
+            f"{MANAGER}.get_num_blocks_to_allocate",
+            "request_id, num_tokens, new_computed_blocks, total_computed_tokens, ...",
+            "int",
+        ),
         Overridden(
             f"{MANAGER}.allocate_new_blocks",
             "request_id, num_tokens, num_tokens_main_model",
@@ -458,7 +468,10 @@ CONTRACT: dict[str, tuple[Row, ...]] = {
         # What the coordinator passes on, and how.
         Steps(
             f"{COORDINATOR}.get_num_blocks_to_allocate",
-            ("manager.get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks[i]",),
+            (
+                "manager.get_num_blocks_to_allocate(request_id, num_tokens, "
+                "new_computed_blocks[i], total_computed_tokens",
+            ),
         ),
         Steps(
             f"{COORDINATOR}.allocate_new_blocks",

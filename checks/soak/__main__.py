@@ -184,7 +184,8 @@ class Soak:
         """
         for _ in range(ATTEMPTS - 1):
             response = await self.client.send(request)
-            if not response.error or not self._missed_cache(response):
+            may_repeat = response.error and response.status in (200, 500)
+            if not may_repeat or not self._missed_cache(response):
                 return response
             self.counts["repeated"] += 1
         return await self.client.send(request)

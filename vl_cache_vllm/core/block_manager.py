@@ -132,7 +132,9 @@ class EvictionBlockManager(FullAttentionManager):
             ObservationBudget(observation_tokens),
             hands_over(connector),
         )
-        self.connector = ConnectorGuard(connector, self.decisions.max_hit_tokens, self.block_size)
+        self.connector = ConnectorGuard(
+            connector, self.decisions.max_hit_tokens, self.block_size, bool(others)
+        )
         self._decided = self.decisions.decided_plans
         self._prefill_demand = PrefillDemand(self, others)
         self._num_others = len(others)
@@ -203,7 +205,15 @@ class EvictionBlockManager(FullAttentionManager):
     # ----------------------------------------------------------------------------------------------
     # What vLLM's coordinator calls
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args,
+        **kwargs,
+    ) -> int:
         """vLLM's, plus the M kept blocks, a free block for decoding, and the output reserve."""
         if (
             request_id in self._decided
@@ -212,15 +222,26 @@ class EvictionBlockManager(FullAttentionManager):
             and not kwargs.get("apply_admission_cap")
         ):  # what vLLM's returns for a running request
             return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
-        if self.connector.is_loading(request_id):
+        is_capped = kwargs.get("apply_admission_cap", False)
+        is_loading = self.connector.is_loading(request_id)
+        has_blocks = bool(self.req_to_blocks.get(request_id))
+        uncounted = 0
+        if is_loading or (is_capped and has_blocks and self.connector.is_used):
+            request = self._lookup(request_id)
+            assert request is not None
+            uncounted = self._prefill_demand.uncounted(
+                request, num_tokens, total_computed_tokens, is_capped
+            )
+        if is_loading:
             # It cannot be preempted while it waits. So that it will go on, whatever others have
             # been admitted by then, its whole prefill must fit before it gets any blocks.
-            request = self._lookup(request_id)
             assert request is not None
             num_tokens = max(num_tokens, request.num_tokens)
         elif self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
-        num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        num_blocks = uncounted + super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
         if (later := self.later.due.get(request_id)) is not None:
             if request_id in self._reserved:
                 return num_blocks
@@ -245,8 +266,8 @@ class EvictionBlockManager(FullAttentionManager):
             # async scheduling the next step is scheduled while the prompt's blocks are still held:
             # without the reserve a request that just fitted would preempt itself, over and over.
             num_blocks += plan.kept_blocks + 1
-        is_new = not self.req_to_blocks.get(request_id)  # others were admitted before their load
-        if kwargs.get("apply_admission_cap") and self._config.output_reserve and is_new:
+        # Requests that have blocks were admitted before their load.
+        if is_capped and self._config.output_reserve and not has_blocks:
             request = self._lookup(request_id)
             if request is not None and num_blocks <= self.block_pool.get_num_free_blocks():
                 return max(num_blocks, self._free_blocks_for(request))

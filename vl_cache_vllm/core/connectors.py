@@ -4,10 +4,10 @@
 A prompt's blocks are ordinary blocks until an eviction replaces them, so connectors store and load
 them as always. Four things differ:
 
-- The observed queries must be computed here. `OffloadingConnector` looks for no longer hits. Of
-  others, a hit that is loaded within a step is shortened like a local one. One that is loaded
-  between steps is loaded whole, because connectors place its blocks by their number, and its end is
-  computed again. Sliding windows and states do not allow that.
+- The observed queries must be computed here. A hit that is loaded within a step is shortened like
+  a local one. One that is loaded between steps is loaded whole, because connectors place its
+  blocks by their number, and its end is computed again. Sliding windows and states do not allow
+  that; `OffloadingConnector` then looks for no longer hits.
 - Nothing behind the prompt is stored: after an eviction, keys and values depend on it.
 - Replaced blocks stay until the connector has read them, and are not offered to it again.
 - Kept blocks are in no request's row, so the connector is told when they are taken: a copy of their
@@ -185,6 +185,9 @@ LMCACHE = "0.5.6"
 BOUNDS_HITS = "OffloadingConnector"
 """The only one with models whose layers do not all have full attention."""
 
+RAN_WITH_MLA = frozenset({"LMCacheMPConnector", "OffloadingConnector"})
+"""Connectors that were run with multi-head latent attention."""
+
 _HANDS_OVER = {"NixlConnector", "NixlPullConnector"}
 
 
@@ -234,6 +237,8 @@ class ConnectorGuard:
         connector: the scheduler's; None if there is none.
         max_hit_tokens: longest hit of a request, in whole blocks, or None if it is not bounded.
         block_size: tokens per block.
+        has_other_layers: whether a hit must not be longer, because its end cannot be computed
+            again.
     """
 
     def __init__(
@@ -241,8 +246,10 @@ class ConnectorGuard:
         connector: KVConnectorBase_V1 | None,
         max_hit_tokens: Callable[[Request], int | None],
         block_size: int,
+        has_other_layers: bool = False,
     ) -> None:
         self._max_hit_tokens, self._block_size = max_hit_tokens, block_size
+        self._has_other_layers = has_other_layers
         self._readers: list[Reader] = []
         self._loading: set[str] = set()
         if connector is not None:
@@ -255,6 +262,11 @@ class ConnectorGuard:
             self._readers = [SUPPORTED[type(part).__name__](part) for part in _parts(connector)]
             self._matched_tokens = connector.get_num_new_matched_tokens
             connector.get_num_new_matched_tokens = self._shortened  # type: ignore[method-assign]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a connector."""
+        return bool(self._readers)
 
     def on_new_request(self, request: Request) -> None:
         """Bound what is stored of a request that the connector has just been told about."""
@@ -298,7 +310,7 @@ class ConnectorGuard:
         self._loading.discard(request.request_id)
         limit = self._max_hit_tokens(request)
         with ExitStack() as stack:
-            if limit is not None:
+            if limit is not None and self._has_other_layers:
                 room = max(0, limit - num_computed_tokens)
                 for reader in self._readers:
                     stack.enter_context(reader.bound_hit(request.request_id, room))

@@ -58,7 +58,8 @@ class PrefillDemand:
 
         Blocks of its prefix that other requests hold need not be taken.
         """
-        return self.blocks_of_evicted_group(request) + self._blocks_elsewhere(request)
+        missing = self.blocks_of_evicted_group(request)
+        return missing + sum(self._missing(other, request) for other in self._others)
 
     def blocks_of_evicted_group(self, request: Request) -> int:
         """The same for the evicted group alone."""
@@ -67,14 +68,39 @@ class PrefillDemand:
             held = sum(1 for _ in takewhile(self._is_held, request.block_hashes))
         return max(0, cdiv(request.num_tokens, self._manager.block_size) - held)
 
-    def _blocks_elsewhere(self, request: Request) -> int:
+    def uncounted(
+        self, request: Request, num_tokens: int, computed_tokens: int, is_capped: bool
+    ) -> int:
+        """Blocks of windows that a prefill still needs behind a hit, and vLLM does not count.
+
+        vLLM takes the blocks before a window, which a hit leaves out, for blocks of the request.
+
+        Args:
+            request: whose blocks vLLM counts.
+            num_tokens: up to where it counts them.
+            computed_tokens: up to where the request has been computed or will be loaded.
+            is_capped: whether vLLM counts no more than a request holds at once.
+        """
         missing = 0
         for other in self._others:
-            blocks = other.req_to_blocks.get(request.request_id, ())
-            held = sum(1 for block in blocks if not block.is_null)
-            lasting = max_blocks(other, request.num_tokens, for_a_moment=False)
-            missing += max(0, lasting - held)
+            if other.max_admission_blocks_per_request is not None:
+                counted = other.get_num_blocks_to_allocate(
+                    request.request_id,
+                    num_tokens,
+                    (),
+                    computed_tokens,
+                    computed_tokens,
+                    num_tokens,
+                    apply_admission_cap=is_capped,
+                )
+                missing += max(0, self._missing(other, request) - counted)
         return missing
+
+    def _missing(self, other: SingleTypeKVCacheManager, request: Request) -> int:
+        """Blocks of another group."""
+        blocks = other.req_to_blocks.get(request.request_id, ())
+        held = sum(1 for block in blocks if not block.is_null)
+        return max(0, max_blocks(other, request.num_tokens, for_a_moment=False) - held)
 
     def _is_held(self, block_hash: BlockHash) -> bool:
         pool = self._manager.block_pool

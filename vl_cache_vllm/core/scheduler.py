@@ -48,7 +48,7 @@ class EvictionSchedulerMixin(_Base):
             raise ValueError(
                 f"KV compression cannot be used with {type(self.connector).__name__} and a model "
                 f"whose cache has {len(managers)} groups: use OffloadingConnector, or remove "
-                "--kv-transfer-config"
+                "--kv-transfer-config or --kv-offloading-size"
             )
         layers = [group.kv_cache_spec] * len(group.layer_names)
         manager.bind(
