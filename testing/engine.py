@@ -3,6 +3,7 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -191,6 +192,7 @@ def settle(llm: LLM) -> None:
         llm.llm_engine.engine_core.get_output()
 
 
+@functools.cache
 def let_numba_be_searched() -> None:
     """Call it before an engine starts in a process that has imported numba.
 

@@ -5,7 +5,6 @@ They have no weights; `testing.random_weights` generates them when vLLM loads th
 of `testing.tiny_models` are included.
 """
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -2363,7 +2362,6 @@ def modality(kind: str) -> str:
     return _BUILT[kind].modality if kind in _BUILT else "image"
 
 
-@functools.cache
 def options(kind: str) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that vLLM or the plugin needs for this kind."""
     return dict(_BUILT[kind].options) if kind in _BUILT else {}

@@ -29,6 +29,7 @@ from tests.helpers.connectors import (
     answers,
     assert_nothing_leaks,
     assert_same,
+    example_config,
 )
 
 KIND = "llava"
@@ -292,14 +293,6 @@ def test_only_a_connector_that_hands_over_leaves_requests_alone(model: Path) -> 
     with engine(model, SETTINGS, kv_transfer_config=transfer, **SMALL) as llm:
         llm.generate(prompts(seeds=[0]), parameters, use_tqdm=False)
         assert eviction_stats(llm).evicted == 1
-
-
-def example_config(path: Path) -> KVTransferConfig:
-    return KVTransferConfig(
-        kv_connector="ExampleConnector",
-        kv_role="kv_both",
-        kv_connector_extra_config={"shared_storage_path": str(path)},
-    )
 
 
 @pytest.mark.parametrize("prefill", ["unmodified", pytest.param("evicting", marks=both_runners)])

@@ -4,8 +4,7 @@
 Answers must be those of an engine with neither, and loaded blocks give as good drafts as new ones.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from evaluation.benches import MODEL, ImageBench
 from evaluation.cases import page_reader_cases
 from evaluation.drafts import DRAFTS as READER_DRAFTS
 from testing import engine as harness
-from testing import lmcache, offloading
 from tests.e2e import test_draft_models as drafts
-from tests.e2e.test_connectors import WHOLE_PREFILLS, example_config
+from tests.e2e.test_connectors import WHOLE_PREFILLS
 from tests.e2e.test_draft_models import QUESTION, engine, request
+from tests.helpers import connectors
 from tests.helpers.connectors import (
     abort_and_preempt,
     answers,
@@ -31,7 +30,7 @@ from tests.helpers.connectors import (
 
 both_runners = pytest.mark.both_runners
 
-NUM_PROMPTS, HOST_BYTES = 4, 256 << 20
+NUM_PROMPTS = 4
 QUESTIONS = (QUESTION * 2, QUESTION + QUESTION[::-1])
 SETTINGS = {"policy": "vlcache", "budget": 0.25}
 SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 5 << 20}  # not two rounds of prompts
@@ -39,7 +38,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 ASYNC = {"async_scheduling": True}
 CHUNKED = {"max_num_batched_tokens": 96}
 
-model = drafts.model
+model, connect = drafts.model, connectors.connect
 
 
 def prompts(question: str = QUESTIONS[0]) -> list[Any]:
@@ -58,25 +57,6 @@ def plain(model: Path) -> Callable[..., list[list[RequestOutput]]]:
         return found[str(settings)]
 
     return ask
-
-
-@pytest.fixture
-def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """The configuration of a connector by its name; servers that it needs run."""
-    with contextlib.ExitStack() as servers:
-
-        def configure(name: str) -> KVTransferConfig:
-            if name == "offloading":
-                return offloading.config(HOST_BYTES)
-            if name == "simple":
-                offloading.use_late_copies(monkeypatch)
-                return offloading.simple_config(HOST_BYTES)
-            if name == "files":
-                return example_config(tmp_path)
-            server = servers.enter_context(lmcache.running(tmp_path / "lmcache.log"))
-            return lmcache.config(server.port)
-
-        yield configure
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,24 @@ Beside full attention lie sliding windows, states, or layers that read another o
 must end where the observed part begins, because nothing before its end can be computed again.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM, RequestOutput
+from vllm.config import KVTransferConfig
 
 import testing.random_weights  # noqa: F401  registers the load format
 from testing import engine as harness
-from testing import lmcache, model_zoo, offloading
+from testing import model_zoo, offloading
 from testing.tiny_models import random_image
+from tests.e2e import test_latent_attention as latent
 from tests.e2e.test_connectors import Offloaded, kept_positions, settings_with_trace
+from tests.helpers import connectors
 from tests.helpers.connectors import (
+    HOST_BYTES,
     abort_and_preempt,
     answers,
     assert_nothing_leaks,
@@ -28,12 +32,12 @@ from tests.helpers.connectors import (
 
 both_runners = pytest.mark.both_runners
 
-HOST_BYTES = 256 << 20
 LONG = "Describe everything that you can see in the picture, from left to right. "
 OTHER = "And what colour is it? " + LONG
 QUESTIONS = (LONG * 2, OTHER, OTHER)  # the last one is stored beyond where its hit must end
 SETTINGS = {"policy": "vlcache", "budget": 0.25}
-LATENT = "kimi-k2.5"  # vLLM's CPU platform serves it without a prefix cache
+
+connect = connectors.connect
 
 
 @contextmanager
@@ -41,15 +45,13 @@ def engine(
     models_dir: Path, kind: str, settings: dict[str, Any] | None = SETTINGS, **kwargs: Any
 ) -> Iterator[LLM]:
     kwargs = {"max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20} | kwargs
-    if kind == LATENT:
-        harness.let_numba_be_searched()
     with harness.engine(
         model_zoo.build(kind, models_dir / kind),
         settings,
         dtype=model_zoo.dtype(kind),
         load_format="random",
         trust_remote_code=model_zoo.has_code(kind),
-        **kwargs | model_zoo.options(kind),
+        **kwargs,
     ) as llm:
         yield llm
 
@@ -127,25 +129,22 @@ def test_aborted_and_preempted(models_dir: Path, async_scheduling: bool) -> None
 
 
 @pytest.mark.parametrize("connector", ["offloading", "lmcache"])
-def test_latent_attention(models_dir: Path, tmp_path: Path, connector: str) -> None:
+def test_latent_attention(
+    models_dir: Path, tmp_path: Path, connect: Callable[[str], KVTransferConfig], connector: str
+) -> None:
+    """vLLM's CPU platform serves it without a prefix cache."""
     new, loaded = tmp_path / "new.jsonl", tmp_path / "loaded.jsonl"
-    requests = [request(LATENT, QUESTIONS[0], seed) for seed in (0, 10, 20)]
-    with engine(models_dir, LATENT, settings_with_trace(new)) as llm:
+    requests = [latent.request(QUESTIONS[0], seed) for seed in (0, 10, 20)]
+    with latent.start(models_dir, settings_with_trace(new)) as llm:
         expected = answers(llm, requests)
-    with ExitStack() as servers:
-        if connector == "offloading":
-            transfer = offloading.config(HOST_BYTES)
-        else:
-            server = servers.enter_context(lmcache.running(tmp_path / "lmcache.log"))
-            transfer = lmcache.config(server.port)
-        settings = settings_with_trace(loaded)
-        with engine(models_dir, LATENT, settings, kv_transfer_config=transfer) as llm:
-            if connector == "lmcache":
-                check_stores(llm)
-            for is_loaded in (False, True):
-                found = answers(llm, requests)
-                assert_same(found, expected)
-                assert all(bool(output.num_cached_tokens) == is_loaded for output in found)
-                harness.settle(llm)
-            assert_nothing_leaks(llm)
+    settings, transfer = settings_with_trace(loaded), connect(connector)
+    with latent.start(models_dir, settings, kv_transfer_config=transfer) as llm:
+        if connector == "lmcache":
+            check_stores(llm)
+        for is_loaded in (False, True):
+            found = answers(llm, requests)
+            assert_same(found, expected)
+            assert all(bool(output.num_cached_tokens) == is_loaded for output in found)
+            harness.settle(llm)
+        assert_nothing_leaks(llm)
     assert kept_positions(loaded)[:3] == kept_positions(loaded)[3:] == kept_positions(new)

@@ -1,15 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of KV connectors ask engines, and what must hold afterwards."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM, RequestOutput
+from vllm.config import KVTransferConfig
 
+from testing import lmcache, offloading
 from testing.engine import greedy, logprobs, scheduler, settle, token_ids
 
 NUM_TOKENS = 40
+HOST_BYTES = 256 << 20  # more than is stored
+
+
+def example_config(path: Path) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(path)},
+    )
+
+
+@pytest.fixture
+def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """The configuration of a connector by its name; servers that it needs run."""
+    with contextlib.ExitStack() as servers:
+
+        def configure(name: str) -> KVTransferConfig:
+            if name == "offloading":
+                return offloading.config(HOST_BYTES)
+            if name == "simple":
+                offloading.use_late_copies(monkeypatch)
+                return offloading.simple_config(HOST_BYTES)
+            if name == "files":
+                return example_config(tmp_path)
+            server = servers.enter_context(lmcache.running(tmp_path / "lmcache.log"))
+            return lmcache.config(server.port)
+
+        yield configure
 
 
 def answers(llm: LLM, requests: list[Any], tokens: int = NUM_TOKENS) -> list[RequestOutput]:

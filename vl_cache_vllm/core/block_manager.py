@@ -215,14 +215,14 @@ class EvictionBlockManager(FullAttentionManager):
         **kwargs,
     ) -> int:
         """vLLM's, plus the M kept blocks, a free block for decoding, and the output reserve."""
+        is_capped = kwargs.get("apply_admission_cap", False)
         if (
             request_id in self._decided
             and request_id not in self.later.due
             and request_id in self.num_cached_block
-            and not kwargs.get("apply_admission_cap")
+            and not is_capped
         ):  # what vLLM's returns for a running request
             return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
-        is_capped = kwargs.get("apply_admission_cap", False)
         is_loading = self.connector.is_loading(request_id)
         has_blocks = bool(self.req_to_blocks.get(request_id))
         uncounted = 0
@@ -232,12 +232,11 @@ class EvictionBlockManager(FullAttentionManager):
             uncounted = self._prefill_demand.uncounted(
                 request, num_tokens, total_computed_tokens, is_capped
             )
-        if is_loading:
-            # It cannot be preempted while it waits. So that it will go on, whatever others have
-            # been admitted by then, its whole prefill must fit before it gets any blocks.
-            assert request is not None
-            num_tokens = max(num_tokens, request.num_tokens)
-        elif self.decisions.must_wait(request_id, num_tokens):
+            if is_loading:
+                # It cannot be preempted while it waits. So that it will go on, whatever others have
+                # been admitted by then, its whole prefill must fit before it gets any blocks.
+                num_tokens = max(num_tokens, request.num_tokens)
+        if not is_loading and self.decisions.must_wait(request_id, num_tokens):
             return self.block_pool.num_gpu_blocks  # more than there are
         num_blocks = uncounted + super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs

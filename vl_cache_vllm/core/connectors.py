@@ -64,6 +64,11 @@ class Reader:
         """Let the connector copy these blocks before the step that overwrites them."""
 
 
+def _lowered(own: int | None, bound: int) -> int:
+    """The bound, or a lower one that the request's ``kv_transfer_params`` have set."""
+    return bound if own is None else min(own, bound)
+
+
 class _Offloading(Reader):
     """`OffloadingConnector`, which copies blocks while later steps run.
 
@@ -78,15 +83,14 @@ class _Offloading(Reader):
     def on_new_request(self, request: Request, storable_tokens: int) -> None:
         state = self._states.get(request.request_id)
         if state is not None:
-            own = state.max_offload_tokens  # set by the request's kv_transfer_params
-            state.max_offload_tokens = min(storable_tokens, storable_tokens if own is None else own)
+            state.max_offload_tokens = _lowered(state.max_offload_tokens, storable_tokens)
 
     @contextmanager
     def bound_hit(self, request_id: str, num_tokens: int) -> Iterator[None]:
         state = self._states[request_id]
-        own = state.max_load_tokens  # set by the request's kv_transfer_params
+        own = state.max_load_tokens
         # One more than whole blocks: beside other layers it looks for hits that leave a token out.
-        state.max_load_tokens = min(num_tokens + 1, num_tokens + 1 if own is None else own)
+        state.max_load_tokens = _lowered(own, num_tokens + 1)
         try:
             yield
         finally:
